@@ -1,0 +1,316 @@
+/* fst: .safetensors checkpoints into device memory, converted on the way.
+ *
+ * Three rungs: one call (fst_load_cast), a call with options (fst_load), headers alone (fst_open).
+ *
+ *     const char *files[] = {"model.safetensors", NULL};
+ *     fst_model *model = fst_load_cast(files, FST_BF16);
+ *     if (!model) { fprintf(stderr, "%s\n", fst_last_error()->text); return 1; }
+ *     fst_tensor tensor;
+ *     fst_model_find(model, "lm_head.weight", &tensor);     // tensor.data is device memory
+ *     fst_model_free(model);
+ *
+ * Conventions, unless a function says otherwise:
+ *  - Sizes and offsets are bytes; shapes count elements; times are seconds.
+ *  - Functions may be called from any thread. A model may be read from several threads at once;
+ *    fst_model_free needs that nobody else uses the model any more.
+ *  - Strings are UTF-8, end in a NUL, and belong to the model they were got from.
+ *  - A failed call leaves its outputs NULL or zero and holds no memory, descriptor or thread.
+ *  - The library prints nothing, aborts never, installs no signal handler, reads no environment
+ *    variable, and leaves the caller's current device and thread affinity as they were.
+ */
+#ifndef FST_H
+#define FST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define FST_API __attribute__((visibility("default")))
+#else
+#define FST_API
+#endif
+
+/* ---- Version --------------------------------------------------------------------------------- */
+
+#define FST_VERSION_MAJOR 0
+#define FST_VERSION_MINOR 1
+#define FST_VERSION_PATCH 0
+
+/* The version of the library that runs, "MAJOR.MINOR.PATCH"; static storage. */
+FST_API const char *fst_version(void);
+
+/* ---- Types of elements ----------------------------------------------------------------------- */
+
+/* The names are those in files (safetensors 0.8). FST_NATIVE, as a target, means "as stored". */
+typedef enum fst_dtype {
+    FST_NATIVE = 0,
+    FST_BOOL,        /* one byte, 0 or 1 */
+    FST_F4,          /* E2M1, two elements a byte, the even one in the low half */
+    FST_F6_E2M3,     /* four elements in three bytes */
+    FST_F6_E3M2,     /* likewise */
+    FST_U8,
+    FST_I8,
+    FST_F8_E5M2,     /* OCP */
+    FST_F8_E4M3,     /* OCP, "E4M3FN": no infinity, NaN 7F and FF */
+    FST_F8_E8M0,     /* an exponent alone: 2^(code - 127), FF is NaN */
+    FST_F8_E4M3FNUZ, /* bias 8, NaN 80, no -0 (AMD MI300) */
+    FST_F8_E5M2FNUZ, /* bias 16, likewise */
+    FST_I16,
+    FST_U16,
+    FST_F16,
+    FST_BF16,
+    FST_I32,
+    FST_U32,
+    FST_F32,
+    FST_C64,         /* two F32 */
+    FST_F64,
+    FST_I64,
+    FST_U64,
+    FST_DTYPE_COUNT  /* one more than the last */
+} fst_dtype;
+
+/* The name as in files ("BF16"; "NATIVE" for FST_NATIVE), or NULL for a value outside the list. */
+FST_API const char *fst_dtype_name(fst_dtype dtype);
+
+/* Bits an element takes: 4, 6, 8, 16, 32, 64; 0 for FST_NATIVE and values outside the list. */
+FST_API unsigned fst_dtype_bits(fst_dtype dtype);
+
+/* The dtype of that name, in any case ("bf16"); FST_NATIVE when there is none of that name. */
+FST_API fst_dtype fst_dtype_from_name(const char *name);
+
+/* 1 when a load can convert elements of `from` to `to`, or keep them (to == FST_NATIVE, or
+ * to == from); else 0. Integers, BOOL and C64 are kept by every load, so for them it says 0. */
+FST_API int fst_dtype_can_cast(fst_dtype from, fst_dtype to);
+
+/* ---- Errors ---------------------------------------------------------------------------------- */
+
+typedef enum fst_status {
+    FST_OK = 0,
+    FST_E_ARG,           /* an argument is wrong: nothing was touched */
+    FST_E_MEMORY,        /* host memory ran out */
+    FST_E_IO,            /* a system call on a file failed; `code` is its errno */
+    FST_E_FILE_TYPE,     /* a path is not a regular file where one is needed */
+    FST_E_TRUNCATED,     /* the file ends before its header does, or is under 8 bytes */
+    FST_E_HEADER_SIZE,   /* the header's length is over 100,000,000 */
+    FST_E_UTF8,          /* the header is not UTF-8 */
+    FST_E_JSON,          /* the header is not JSON, or nested too deep */
+    FST_E_HEADER,        /* JSON, but not what a header may hold: a field missing, repeated, mistyped */
+    FST_E_DTYPE,         /* a dtype that safetensors does not know */
+    FST_E_SHAPE,         /* more than 64 dimensions, or a product beyond 2^64 - 1 */
+    FST_E_SIZE,          /* shape x dtype and the offsets disagree, or bits do not fill bytes */
+    FST_E_OFFSETS,       /* a hole, an overlap, an end before its begin, bytes left over or lacking */
+    FST_E_NAME,          /* a tensor's name is not allowed */
+    FST_E_DUPLICATE,     /* the same tensor name twice, in one file or in two */
+    FST_E_INDEX,         /* an index file (*.safetensors.index.json) is wrong, or disagrees with its files */
+    FST_E_CHANGED,       /* a file changed between the opening and the end of the load */
+    FST_E_NOT_FOUND,     /* no tensor of that name, no such key */
+    FST_E_NO_CAST,       /* no kernel converts this dtype to the target */
+    FST_E_NO_DEVICE,     /* the device asked for is not there, or does not work */
+    FST_E_DEVICE,        /* a device call failed; `code` is the HIP or CUDA error */
+    FST_E_DEVICE_MEMORY, /* device memory ran out */
+    FST_E_CANCELLED,     /* the progress callback or the cancel flag said so */
+    FST_E_CONFLICT,      /* two files give one metadata key different values */
+    FST_E_NO_DATA,       /* the model was opened, not loaded: its tensors have no data */
+    FST_E_DLPACK,        /* DLPack cannot express this tensor */
+    FST_STATUS_COUNT
+} fst_status;
+
+/* "FST_E_JSON"; "FST_E_UNKNOWN" for a value outside the list. */
+FST_API const char *fst_status_name(fst_status status);
+
+/* What went wrong. Plain data that the caller owns: copy it, keep it, throw it away. */
+typedef struct fst_error {
+    fst_status status;
+    int        code;       /* errno, or the HIP or CUDA error; 0 when there is none */
+    int        file;       /* index into the files of the load; -1 when it is about no file */
+    int64_t    offset;     /* byte in that file, from its start; -1 when it is about no byte */
+    char       path[256];  /* the file's path, its tail when longer; "" when it is about no file */
+    char       text[512];  /* one line, control characters escaped: what is wrong, where, what to do */
+} fst_error;
+
+/* The last error of a call in this thread; status FST_OK when none failed yet. Never NULL.
+ * Stays valid, and unchanged, until this thread's next failing call. */
+FST_API const fst_error *fst_last_error(void);
+
+/* ---- Options --------------------------------------------------------------------------------- */
+
+enum {
+    FST_DEVICE_AUTO = 0, /* the first GPU that works, otherwise the CPU */
+    FST_DEVICE_CPU  = 1
+};
+#define FST_DEVICE_GPU(n) (2 + (n)) /* the n-th GPU as HIP or CUDA counts them, from 0 */
+
+enum {
+    FST_NON_SATURATING = 1u << 0 /* out of range becomes Inf, or NaN where there is no Inf */
+};
+
+typedef struct fst_progress {
+    uint64_t bytes_done;  /* bytes of the files that are in place, converted */
+    uint64_t bytes_total;
+    double   seconds;     /* since the call */
+} fst_progress;
+
+/* Called in the thread that called fst_load, some twenty times a second and once at the end.
+ * A return other than 0 cancels the load (FST_E_CANCELLED). It must not call into that load. */
+typedef int (*fst_progress_fn)(void *arg, const fst_progress *progress);
+
+/* Everything is optional: zero is the default, `size` alone must be set (FST_OPTIONS_INIT).
+ * Grows only at its end. */
+typedef struct fst_options {
+    size_t          size;         /* sizeof(fst_options) */
+    fst_dtype       cast;         /* target of the float tensors; FST_NATIVE keeps what is stored */
+    int             device;       /* FST_DEVICE_AUTO, _CPU, _GPU(n) */
+    unsigned        flags;        /* FST_NON_SATURATING */
+    unsigned        threads;      /* reader threads; 0: as many as suit the device, at most the CPUs */
+    size_t          slot_bytes;   /* bytes of one bounce slot, 64 KiB to 64 MiB; 0: as suits the device */
+    fst_progress_fn progress;
+    void           *progress_arg;
+    const volatile int *cancel;   /* when not NULL: set *cancel to non-zero from any thread or signal
+                                     handler, and the load ends with FST_E_CANCELLED */
+} fst_options;
+
+#define FST_OPTIONS_INIT {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL}
+
+/* ---- Loading --------------------------------------------------------------------------------- */
+
+typedef struct fst_model fst_model;
+
+/* `files` is a list that ends in NULL. Each entry is a .safetensors file, a directory
+ * (model.safetensors.index.json in it, otherwise all its *.safetensors files by name), or an index
+ * file (*.index.json). Tensors come in the order of the files, in each by their offset.
+ *
+ * What a load does to values: float tensors (F64, F32, F16, BF16, the F8 types but a bare F8_E8M0)
+ * become `cast`, rounded to nearest, ties to even, saturating unless FST_NON_SATURATING is set;
+ * BOOL, integers, C64 and F8_E8M0 are kept. NaN becomes one code with the source's sign. A float
+ * tensor that no kernel takes to the target is FST_E_NO_CAST before anything is read. */
+
+/* Loads onto the first GPU that works, otherwise the CPU. NULL on failure: see fst_last_error. */
+FST_API fst_model *fst_load_cast(const char *const *files, fst_dtype target);
+
+/* The same with options (NULL: all defaults). *out is the model, or NULL. `error` may be NULL; it is
+ * fst_last_error's in any case. Returns after everything is in place: no further synchronising. */
+FST_API fst_status fst_load(const char *const *files, const fst_options *options, fst_model **out,
+                            fst_error *error);
+
+/* Reads and checks the headers alone; touches no device. The tensors have no data, and `cast` of the
+ * options is not applied. */
+FST_API fst_status fst_open(const char *const *files, const fst_options *options, fst_model **out,
+                            fst_error *error);
+
+/* Frees the model; memory that DLPack tensors still use is freed with the last of them. NULL is
+ * allowed. On a GPU the memory goes back in the order of the null stream: work on tensors that was
+ * queued on blocking streams is safe, work on non-blocking streams must be finished first. */
+FST_API void fst_model_free(fst_model *model);
+
+/* Loads keep their threads and pinned buffers for the next load of the process. This gives back
+ * those that no load uses at the moment. */
+FST_API void fst_release_cached(void);
+
+/* ---- What a model holds ---------------------------------------------------------------------- */
+
+typedef struct fst_tensor {
+    const char    *name;
+    fst_dtype      dtype;         /* of `data` */
+    fst_dtype      stored_dtype;  /* in the file */
+    size_t         ndim;          /* 0 to 64; 0 is one element */
+    const uint64_t *shape;        /* ndim extents, the last one fastest (row-major) */
+    void          *data;          /* on the model's device, 256-byte aligned; NULL after fst_open */
+    uint64_t       nbytes;        /* of `data`; after fst_open, of the tensor in the file */
+    int            file;          /* index of the file it came from */
+    uint64_t       file_offset;   /* where its bytes start in that file */
+    uint64_t       file_nbytes;   /* and how many they are */
+    uint64_t       reserved[8];
+} fst_tensor;
+
+FST_API size_t fst_model_count(const fst_model *model);
+
+/* The i-th tensor; FST_E_ARG when there are not that many. */
+FST_API fst_status fst_model_at(const fst_model *model, size_t i, fst_tensor *out);
+
+/* The tensor of that name; FST_E_NOT_FOUND when there is none. */
+FST_API fst_status fst_model_find(const fst_model *model, const char *name, fst_tensor *out);
+
+/* Its index, or (size_t)-1. */
+FST_API size_t fst_model_index(const fst_model *model, const char *name);
+
+/* The files that the paths of the load came to, in order; NULL past the end. */
+FST_API size_t      fst_model_file_count(const fst_model *model);
+FST_API const char *fst_model_file_path(const fst_model *model, size_t file);
+
+/* `__metadata__` of one file: pairs of strings in the order of the file. Strings may hold NULs, so
+ * they come with their lengths; one more NUL follows. Returns 0 pairs when the file has none;
+ * fst_model_has_metadata tells an empty map from none at all. */
+typedef struct fst_string {
+    const char *data;
+    size_t      length;
+} fst_string;
+FST_API int        fst_model_has_metadata(const fst_model *model, size_t file);
+FST_API size_t     fst_model_metadata_count(const fst_model *model, size_t file);
+FST_API fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i,
+                                         fst_string *key, fst_string *value);
+
+/* ---- What a load did ------------------------------------------------------------------------- */
+
+typedef struct fst_stats {
+    size_t      size;              /* sizeof(fst_stats), set by the caller */
+    uint64_t    bytes_read;        /* asked of the files, headers included */
+    uint64_t    bytes_out;         /* of all tensors, without padding */
+    double      seconds;           /* from the entry of fst_load to its return */
+    const char *device;            /* "cpu", "hip:0", "cuda:0" */
+    const char *device_name;       /* as the driver tells it; the processor's for the CPU */
+    const char *device_reason;     /* why this device; what was wrong with GPUs passed over */
+    const char *limit;             /* what the load waited for most: "read", "copy", "kernel",
+                                      "allocation" or "consumer" */
+    uint64_t    peak_device_bytes; /* final blocks and staging ring at their most */
+    uint64_t    pinned_bytes;      /* of the bounce ring; 0 on the CPU */
+    unsigned    threads;
+    unsigned    slots;             /* bounce slots, of all threads */
+    size_t      slot_bytes;
+    uint64_t    chunks;            /* pieces that the files were read in */
+    uint64_t    launches;          /* of kernels */
+    double      read_seconds;      /* summed over threads: in reads */
+    double      wait_seconds;      /* summed over threads: for a free slot */
+    double      kernel_seconds;    /* on the CPU device, summed over threads; 0 on a GPU */
+    double      open_seconds;      /* opening, reading and checking headers, planning */
+    double      allocate_seconds;  /* final blocks, rings and threads */
+    uint64_t    tensors_ignored;   /* in the files, but not in their index */
+} fst_stats;
+
+/* Fills in *out up to out->size. After fst_open most of it is zero. */
+FST_API fst_status fst_model_stats(const fst_model *model, fst_stats *out);
+
+/* ---- DLPack ---------------------------------------------------------------------------------- */
+
+struct DLManagedTensorVersioned; /* DLPack's own; its header is not needed here */
+
+/* The i-th tensor as a DLPack 1.x tensor that keeps its memory alive, also after fst_model_free.
+ * The caller runs its deleter once, from any thread. Strides are always set, byte_offset is 0, and
+ * the data is ready. F4 is exported as PyTorch takes it: bits 4, lanes 2, the last extent halved.
+ * FST_E_DLPACK: an F4 tensor whose last extent is odd, or that has none. FST_E_NO_DATA: after
+ * fst_open. */
+FST_API fst_status fst_model_dlpack(fst_model *model, size_t i, struct DLManagedTensorVersioned **out);
+
+/* ---- Saving ---------------------------------------------------------------------------------- */
+
+typedef struct fst_save_options {
+    size_t          size;         /* sizeof(fst_save_options) */
+    fst_progress_fn progress;     /* bytes written; a return other than 0 cancels */
+    void           *progress_arg;
+    const volatile int *cancel;
+} fst_save_options;
+
+/* Writes a loaded model as one .safetensors file: tensors in the model's order, `__metadata__` of
+ * all files merged (FST_E_CONFLICT when two disagree on a key), data from a multiple of 4,096 bytes
+ * on (the header is padded with spaces). It is written beside `path` under a temporary name, synced
+ * and renamed: `path` is the whole new file or what it was before. `options` may be NULL. */
+FST_API fst_status fst_save(const fst_model *model, const char *path, const fst_save_options *options,
+                            fst_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

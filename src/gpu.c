@@ -1,0 +1,176 @@
+/* Finds the device that a load runs on: modules, GPUs, and why not. */
+#include "gpu.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "status.h"
+
+#define RUNTIMES 2
+#define MAX_GPUS 64
+
+/* What was found out about a runtime's module. Asked once for the process: modules stay loaded, because
+ * results may outlive everything else, and a GPU that fails once is not tried again. */
+static struct runtime {
+    const char *name;
+    const fst_gpu_module *module;
+    int  count;
+    char why[192];                    /* why there are none */
+    char gpu_why[MAX_GPUS][128];      /* why that one does not work; "" when it does or was not tried */
+    fst_gpu *gpus[MAX_GPUS];          /* those that work */
+} runtimes[RUNTIMES] = {{.name = "hip"}, {.name = "cuda"}};
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t searched = PTHREAD_ONCE_INIT;
+static const fst_gpu *fake;
+
+static void *open_module(const char *name, char *why, size_t size) {
+    /* Beside the library in a build tree or a private prefix, then where it is installed. */
+    static const char *const places[] = {"%.*slibfst-%s.so", "%.*sfst/libfst-%s.so", "%.*s../lib/libfst-%s.so",
+                                         "%.*s../lib/fst/libfst-%s.so"};
+    char path[4096];
+    const char *message = NULL;
+    Dl_info info;
+    snprintf(why, size, "no module for it is installed");
+    for (size_t i = 0; i < sizeof places / sizeof *places + 1; i++) {
+        if (i == sizeof places / sizeof *places) {
+            snprintf(path, sizeof path, "%s/libfst-%s.so", FST_MODULE_DIR, name);
+        } else {
+            const char *slash;
+            if (!dladdr((void *)runtimes, &info) || !info.dli_fname) continue;
+            slash = strrchr(info.dli_fname, '/');
+            int directory = slash ? (int)(slash - info.dli_fname + 1) : 0;
+            /* Without a slash dlopen would search the system's folders. */
+            char prefix[4096];
+            snprintf(prefix, sizeof prefix, "%s%.*s", slash ? "" : "./", directory, info.dli_fname);
+            if (snprintf(path, sizeof path, places[i], (int)strlen(prefix), prefix, name) >= (int)sizeof path)
+                continue;
+        }
+        FILE *there = fopen(path, "re");
+        if (!there) continue;
+        fclose(there);
+        void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (module) return module;
+        message = dlerror();
+        snprintf(why, size, "its module does not load: %s", message ? message : path);
+    }
+    return NULL;
+}
+
+static void search_runtime(struct runtime *runtime) {
+    void *module = open_module(runtime->name, runtime->why, sizeof runtime->why);
+    if (!module) return;
+    runtime->module = dlsym(module, "fst_gpu_module");
+    if (!runtime->module || runtime->module->abi != FST_GPU_ABI) {
+        snprintf(runtime->why, sizeof runtime->why, "its module is of another version of fst");
+        runtime->module = NULL;
+        return;
+    }
+    int count = runtime->module->count();
+    if (count > 0) {
+        runtime->count = count < MAX_GPUS ? count : MAX_GPUS;
+        runtime->why[0] = 0;
+    } else {
+        snprintf(runtime->why, sizeof runtime->why, "%s",
+                 count < 0 ? runtime->module->describe(-count) : "it finds no GPU");
+    }
+}
+
+static void search(void) {
+    for (int i = 0; i < RUNTIMES; i++) search_runtime(&runtimes[i]);
+}
+
+/* GPU `index` of a runtime, opened and tested; NULL when it does not work. */
+static const fst_gpu *use(struct runtime *runtime, int index) {
+    if (runtime->gpus[index] || runtime->gpu_why[index][0]) return runtime->gpus[index];
+    fst_gpu *gpu = calloc(1, sizeof *gpu);
+    if (!gpu) return NULL;
+    int code = runtime->module->open(index, gpu);
+    if (code == 0) {
+        runtime->gpus[index] = gpu;
+        return gpu;
+    }
+    snprintf(runtime->gpu_why[index], sizeof runtime->gpu_why[index], "%s:%d does not work: %s", runtime->name,
+             index, runtime->module->describe(code));
+    free(gpu);
+    return NULL;
+}
+
+static void say(char *text, size_t size, const char *format, ...) {
+    size_t used = strlen(text);
+    va_list args;
+    if (used && used + 2 < size) used += (size_t)snprintf(text + used, size - used, "; ");
+    if (used >= size) return;
+    va_start(args, format);
+    vsnprintf(text + used, size - used, format, args);
+    va_end(args);
+}
+
+/* The first that works of GPUs first..last of every runtime. Appends to `reason` what does not. */
+static const fst_gpu *find_gpu(int first, int last, char *reason, size_t size) {
+    for (int i = 0; i < RUNTIMES; i++) {
+        struct runtime *runtime = &runtimes[i];
+        if (runtime->count == 0) say(reason, size, "%s: %s", runtime->name, runtime->why);
+        for (int index = first; index <= last && index < runtime->count; index++) {
+            const fst_gpu *gpu = use(runtime, index);
+            if (gpu) return gpu;
+            say(reason, size, "%s", runtime->gpu_why[index]);
+        }
+        if (runtime->count && first >= runtime->count)
+            say(reason, size, "%s has GPUs 0 to %d", runtime->name, runtime->count - 1);
+    }
+    return NULL;
+}
+
+fst_status fst_gpu_find(int device, const fst_gpu **out, char *reason, size_t size, fst_error *error) {
+    char tried[256] = "";
+    const fst_gpu *gpu;
+    *out = NULL;
+    if (device < 0)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "device %d: want FST_DEVICE_AUTO, _CPU or _GPU(n)", device);
+    if (device == FST_DEVICE_CPU) {
+        snprintf(reason, size, "asked for");
+        *out = fst_gpu_cpu();
+        return FST_OK;
+    }
+    pthread_mutex_lock(&lock);
+    if (fake && device <= FST_DEVICE_GPU(0)) {
+        gpu = fake;
+    } else {
+        pthread_once(&searched, search);
+        int n = device - FST_DEVICE_GPU(0);
+        gpu = device == FST_DEVICE_AUTO ? find_gpu(0, MAX_GPUS - 1, tried, sizeof tried)
+                                        : find_gpu(n, n, tried, sizeof tried);
+    }
+    pthread_mutex_unlock(&lock);
+    if (gpu) {
+        snprintf(reason, size, "%s%s%s",
+                 device == FST_DEVICE_AUTO ? "the first GPU that works" : "asked for", *tried ? "; " : "", tried);
+    } else if (device == FST_DEVICE_AUTO) {
+        gpu = fst_gpu_cpu();
+        snprintf(reason, size, "no GPU works (%s)", tried);
+    } else {
+        return fst_fail(error, FST_E_NO_DEVICE, 0, NULL, "no GPU %d (%s)", device - FST_DEVICE_GPU(0), tried);
+    }
+    *out = gpu;
+    return FST_OK;
+}
+
+void fst_gpu_set_fake(const fst_gpu *gpu) {
+    pthread_mutex_lock(&lock);
+    fake = gpu;
+    pthread_mutex_unlock(&lock);
+}
+
+fst_status fst_gpu_fail(fst_error *error, const fst_gpu *gpu, int code, const char *what) {
+    if (code == FST_GPU_OUT_OF_MEMORY)
+        return fst_fail(error, gpu->host_access ? FST_E_MEMORY : FST_E_DEVICE_MEMORY, code, NULL,
+                        "%s: out of memory on %s", what, gpu->label);
+    if (code < 0) return fst_fail(error, FST_E_DEVICE, code, NULL, "%s: refused by the kernel (%d)", what, code);
+    return fst_fail(error, FST_E_DEVICE, code, NULL, "%s failed on %s: %s", what, gpu->label,
+                    gpu->calls->describe(code));
+}

@@ -1,0 +1,45 @@
+/* A model: what was opened or loaded, and who owns it. */
+#ifndef FST_MODEL_H
+#define FST_MODEL_H
+
+#include <stdatomic.h>
+
+#include "gpu.h"
+#include "header.h"
+#include "paths.h"
+
+/* A block of device memory. Freed with its last reference: the model's, or a DLPack tensor's. */
+typedef struct fst_block {
+    atomic_size_t  references;
+    const fst_gpu *gpu;
+    void          *data;
+    uint64_t       nbytes;
+} fst_block;
+
+void fst_block_hold(fst_block *block);
+void fst_block_drop(fst_block *block); /* NULL is allowed */
+
+typedef struct fst_model_tensor {
+    const fst_entry *entry;
+    uint32_t         file;
+    fst_dtype        dtype;
+    fst_block       *block;       /* NULL after fst_open */
+    uint64_t         block_offset;
+    uint64_t         nbytes;
+} fst_model_tensor;
+
+struct fst_model {
+    fst_paths         paths;
+    fst_header       *headers;    /* of each file */
+    size_t            count;
+    fst_model_tensor *tensors;
+    uint32_t         *names;      /* open-addressing hash table: 1 + index, 0 is free */
+    size_t            names_size; /* a power of two */
+    size_t            blocks_count;
+    fst_block       **blocks;
+    const fst_gpu    *gpu;        /* NULL after fst_open */
+    fst_stats         stats;
+    char              device_reason[256];
+};
+
+#endif

@@ -1,0 +1,76 @@
+/* The plan: tensor table and options in, list of reads, jobs and placements out. Pure: no I/O, no
+ * device; everything that a load does is decided here.
+ *
+ * A file's data is cut into chunks, each at most `chunk_bytes` and read in one go. A chunk holds
+ * pieces: parts of tensors, whole elements, in file order and without gaps. A piece goes
+ *   - straight to its place (PLACE): nothing to convert and large enough for a copy of its own, or
+ *   - through the staging slot and a kernel (CONVERT): casts, and small tensors that are gathered.
+ * Neighbouring pieces of one kind form a run: one copy (or, on the CPU, one read). */
+#ifndef FST_PLAN_H
+#define FST_PLAN_H
+
+#include "header.h"
+
+typedef struct fst_plan_options {
+    fst_dtype cast;
+    uint64_t  chunk_bytes;  /* of a slot */
+    uint64_t  place_bytes;  /* a kept piece of at least so many bytes gets a copy of its own */
+    uint64_t  block_bytes;  /* tensors share blocks of about this size; a larger one has its own */
+} fst_plan_options;
+
+#define FST_TENSOR_ALIGN 256u
+
+typedef struct fst_plan_tensor {
+    uint32_t  file, entry;  /* in headers[file].tensors */
+    fst_dtype dtype;        /* of the result */
+    uint64_t  nbytes;       /* of the result */
+    uint32_t  block;
+    uint64_t  block_offset; /* a multiple of FST_TENSOR_ALIGN */
+} fst_plan_tensor;
+
+typedef struct fst_plan_piece {
+    uint32_t tensor;
+    uint32_t chunk_offset;  /* where in the chunk */
+    uint32_t nbytes;        /* as stored: whole elements, at most a chunk */
+    uint64_t dst_offset;    /* bytes from the start of the result's data */
+    uint64_t count;         /* elements */
+} fst_plan_piece;
+
+typedef enum fst_run_kind { FST_RUN_PLACE, FST_RUN_CONVERT } fst_run_kind;
+
+typedef struct fst_plan_run {
+    fst_run_kind kind;
+    uint32_t first_piece, pieces; /* PLACE: exactly one piece */
+    uint32_t chunk_offset, nbytes;
+} fst_plan_run;
+
+typedef struct fst_plan_chunk {
+    uint32_t file;
+    uint64_t offset;        /* in the file, from its start */
+    uint32_t nbytes;
+    uint32_t first_run, runs;
+    uint32_t jobs_bytes;    /* room for the batch jobs of its CONVERT runs, 0 when there are none */
+} fst_plan_chunk;
+
+typedef struct fst_plan {
+    size_t tensors_count, pieces_count, runs_count, chunks_count, blocks_count;
+    fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out */
+    fst_plan_piece  *pieces;
+    fst_plan_run    *runs;
+    fst_plan_chunk  *chunks;   /* by file, then offset: the order of reading */
+    uint64_t        *blocks;   /* sizes */
+    uint64_t bytes_read;       /* of all chunks */
+    uint64_t bytes_out;        /* of all results, without padding */
+    uint64_t bytes_blocks;
+    uint64_t ignored;          /* tensors left out */
+    uint32_t max_jobs_bytes;
+} fst_plan;
+
+/* `skip`, when not NULL, has a byte for each tensor, file by file: non-zero leaves it out.
+ * FST_E_NO_CAST, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element). */
+fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
+                         const unsigned char *skip, const fst_plan_options *options, fst_plan *out,
+                         fst_error *error);
+void       fst_plan_free(fst_plan *plan);
+
+#endif
