@@ -19,8 +19,8 @@ static struct runtime {
     const char *name;
     const fst_gpu_module *module;
     int  count;
-    char why[192];                    /* why there are none */
-    char gpu_why[MAX_GPUS][128];      /* why that one does not work; "" when it does or was not tried */
+    char why[512];                    /* why there are none */
+    char gpu_why[MAX_GPUS][256];      /* why that one does not work; "" when it does or was not tried */
     fst_gpu *gpus[MAX_GPUS];          /* those that work */
 } runtimes[RUNTIMES] = {{.name = "hip"}, {.name = "cuda"}};
 
@@ -56,7 +56,7 @@ static void *open_module(const char *name, char *why, size_t size) {
         void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
         if (module) return module;
         message = dlerror();
-        snprintf(why, size, "its module does not load: %s", message ? message : path);
+        snprintf(why, size, "its module does not load: %s", message ? message : "no reason given");
     }
     return NULL;
 }

@@ -38,6 +38,7 @@ static int os_identify(int fd, fst_file_id *id, fst_file_type *type) {
     id->device = st.st_dev;
     id->inode = st.st_ino;
     id->size = (uint64_t)st.st_size;
+    id->links = st.st_nlink;
     id->mtime_ns = nanoseconds(st.st_mtim);
     id->ctime_ns = nanoseconds(st.st_ctim);
     *type = type_of(st.st_mode);

@@ -8,7 +8,7 @@
 #include <sys/types.h>
 
 typedef struct fst_file_id { /* what must be the same after a load as before it */
-    uint64_t device, inode, size;
+    uint64_t device, inode, size, links;
     int64_t  mtime_ns, ctime_ns;
 } fst_file_id;
 

@@ -27,6 +27,7 @@ typedef struct fst_engine_facts {
 fst_status fst_engine_take(const fst_gpu *gpu, const fst_engine_config *config, fst_engine **out,
                            fst_engine_facts *facts, fst_error *error);
 void       fst_engine_put(fst_engine *engine);
+void       fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts); /* as it is now */
 void       fst_engines_release(void); /* frees all idle ones */
 
 typedef struct fst_load_job {

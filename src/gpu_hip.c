@@ -1,0 +1,230 @@
+/* GPUs through HIP: AMD's own, or CUDA by way of kernels/cuda/hip. Built as a module with the kernels, and
+ * loaded when a device is looked for. */
+#include "gpu.h"
+
+#include <hip/hip_runtime.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+
+#ifdef __HIP_PLATFORM_AMD__
+#define RUNTIME "hip"
+#define DLPACK_TYPE 10 /* kDLROCM */
+#else
+#define RUNTIME "cuda"
+#define DLPACK_TYPE 2 /* kDLCUDA */
+#endif
+
+const fst_kernels *fst_kernels_gpu(void);
+
+static int enter(const fst_gpu *gpu, int *saved) {
+    int code = hipGetDevice(saved);
+    if (code || *saved == gpu->index) return code;
+    return hipSetDevice(gpu->index);
+}
+
+static void leave(const fst_gpu *gpu, int saved) {
+    if (saved != gpu->index) (void)hipSetDevice(saved);
+}
+
+static const char *describe(int code) { return hipGetErrorString((hipError_t)code); }
+
+static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_bytes) {
+    size_t unused, total;
+    (void)gpu;
+    int code = hipMemGetInfo(&unused, &total);
+    if (code == 0) *free_bytes = unused, *total_bytes = total;
+    return code;
+}
+
+/* ---- Blocks ----------------------------------------------------------------------------------- */
+
+/* A pool of our own where there are pools, and a stream to allocate on: neither allocating nor freeing waits
+ * for work of the caller's. What is freed goes back to the system with the next synchronisation, so that
+ * other allocators of the process can have it. */
+static struct pool {
+    hipMemPool_t pool;
+    hipStream_t  stream;
+} pools[64];
+static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int make_pool(int index, struct pool *pool) {
+    int supported = 0;
+    hipMemPoolProps properties;
+    if (hipDeviceGetAttribute(&supported, hipDeviceAttributeMemoryPoolsSupported, index) || !supported) return 0;
+    memset(&properties, 0, sizeof properties);
+    properties.allocType = hipMemAllocationTypePinned;
+    properties.location.type = hipMemLocationTypeDevice;
+    properties.location.id = index;
+    int code = hipStreamCreateWithFlags(&pool->stream, hipStreamNonBlocking);
+    if (!code) code = hipMemPoolCreate(&pool->pool, &properties);
+    return code;
+}
+
+static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
+    struct pool *pool = &pools[gpu->index];
+    *out = NULL;
+    pthread_mutex_lock(&pools_lock);
+    int code = pool->pool ? 0 : make_pool(gpu->index, pool);
+    pthread_mutex_unlock(&pools_lock);
+    if (!code && !pool->pool) return hipMalloc(out, size);
+    if (!code) code = hipMallocFromPoolAsync(out, size, pool->pool, pool->stream);
+    if (!code) code = hipStreamSynchronize(pool->stream); /* from here on it is there for every stream */
+    if (code) {
+        if (*out) (void)hipFreeAsync(*out, pool->stream);
+        *out = NULL;
+        (void)hipGetLastError(); /* leave no error behind for the caller's own checks */
+    }
+    return code;
+}
+
+static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
+    int saved;
+    (void)size;
+    if (enter(gpu, &saved)) return;
+    if (pools[gpu->index].pool)
+        (void)hipFreeAsync(block, NULL);
+    else
+        (void)hipFree(block);
+    leave(gpu, saved);
+}
+
+/* ---- Streams, events, copies -------------------------------------------------------------------- */
+
+static int pin(const fst_gpu *gpu, void *host, size_t size) {
+    (void)gpu;
+    int code = hipHostRegister(host, size, hipHostRegisterPortable);
+    if (code) (void)hipGetLastError();
+    return code;
+}
+
+static void unpin(const fst_gpu *gpu, void *host) {
+    (void)gpu;
+    (void)hipHostUnregister(host);
+}
+
+static int stream_new(const fst_gpu *gpu, fst_stream *out) {
+    (void)gpu;
+    return hipStreamCreateWithFlags((hipStream_t *)out, hipStreamNonBlocking);
+}
+
+static void stream_free(const fst_gpu *gpu, fst_stream stream) {
+    (void)gpu;
+    (void)hipStreamDestroy((hipStream_t)stream);
+}
+
+static int stream_wait(const fst_gpu *gpu, fst_stream stream) {
+    (void)gpu;
+    return hipStreamSynchronize((hipStream_t)stream);
+}
+
+/* Threads that wait for an event sleep: a dozen of them spinning would take the cores from the readers. */
+static int event_new(const fst_gpu *gpu, fst_event *out) {
+    (void)gpu;
+    return hipEventCreateWithFlags((hipEvent_t *)out, hipEventBlockingSync);
+}
+
+static void event_free(const fst_gpu *gpu, fst_event event) {
+    (void)gpu;
+    (void)hipEventDestroy((hipEvent_t)event);
+}
+
+static int event_record(const fst_gpu *gpu, fst_event event, fst_stream stream) {
+    (void)gpu;
+    return hipEventRecord((hipEvent_t)event, (hipStream_t)stream);
+}
+
+static int event_wait(const fst_gpu *gpu, fst_event event) {
+    (void)gpu;
+    return hipEventSynchronize((hipEvent_t)event);
+}
+
+static float event_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
+    float milliseconds;
+    (void)gpu;
+    if (hipEventElapsedTime(&milliseconds, (hipEvent_t)from, (hipEvent_t)to) == 0) return milliseconds;
+    (void)hipGetLastError(); /* not done yet is no error of the load's */
+    return -1;
+}
+
+static int to_device(const fst_gpu *gpu, fst_stream stream, void *device, const void *host, size_t size) {
+    (void)gpu;
+    return hipMemcpyAsync(device, host, size, hipMemcpyHostToDevice, (hipStream_t)stream);
+}
+
+static int to_host(const fst_gpu *gpu, fst_stream stream, void *host, const void *device, size_t size) {
+    (void)gpu;
+    return hipMemcpyAsync(host, device, size, hipMemcpyDeviceToHost, (hipStream_t)stream);
+}
+
+static const fst_gpu_calls calls = {
+    .enter = enter,
+    .leave = leave,
+    .describe = describe,
+    .memory = memory,
+    .alloc_block = alloc_block,
+    .free_block = free_block,
+    .pin = pin,
+    .unpin = unpin,
+    .stream_new = stream_new,
+    .stream_free = stream_free,
+    .stream_wait = stream_wait,
+    .event_new = event_new,
+    .event_free = event_free,
+    .event_record = event_record,
+    .event_wait = event_wait,
+    .event_elapsed = event_elapsed,
+    .to_device = to_device,
+    .to_host = to_host,
+};
+
+/* ---- Finding GPUs ------------------------------------------------------------------------------- */
+
+static int count_gpus(void) {
+    int count = 0, code = hipGetDeviceCount(&count);
+    if (code) (void)hipGetLastError();
+    return code ? -code : count;
+}
+
+/* One value there, through a kernel and back: a device that is listed need not work, nor hold our code. */
+static int try_it(const fst_gpu *gpu) {
+    const float one = 1;
+    uint16_t result = 0;
+    void *block = NULL;
+    fst_stream stream = NULL;
+    int code = alloc_block(gpu, 512, &block);
+    if (!code) code = stream_new(gpu, &stream);
+    if (!code) code = to_device(gpu, stream, block, &one, sizeof one);
+    if (!code) {
+        fst_cast_args args = {block, (unsigned char *)block + 256, 1, FST_F32, FST_BF16, 0};
+        code = gpu->kernels->cast(stream, &args);
+    }
+    if (!code) code = to_host(gpu, stream, &result, (unsigned char *)block + 256, sizeof result);
+    if (!code) code = stream_wait(gpu, stream);
+    if (!code && result != 0x3F80) code = hipErrorUnknown;
+    if (stream) stream_free(gpu, stream);
+    if (block) free_block(gpu, block, 512);
+    return code;
+}
+
+static int open_gpu(int index, fst_gpu *gpu) {
+    hipDeviceProp_t properties;
+    int saved, code = hipGetDeviceProperties(&properties, index);
+    if (code) return code;
+    gpu->calls = &calls;
+    gpu->kernels = fst_kernels_gpu();
+    gpu->dlpack_type = DLPACK_TYPE;
+    gpu->index = index;
+    snprintf(gpu->label, sizeof gpu->label, RUNTIME ":%d", index);
+    snprintf(gpu->name, sizeof gpu->name, "%.127s", properties.name);
+    code = enter(gpu, &saved);
+    if (code) return code;
+    code = try_it(gpu);
+    leave(gpu, saved);
+    if (code) (void)hipGetLastError();
+    return code < 0 ? (int)hipErrorUnknown : code;
+}
+
+const fst_gpu_module fst_gpu_module;
+__attribute__((visibility("default"))) const fst_gpu_module fst_gpu_module = {
+    .abi = FST_GPU_ABI, .runtime = RUNTIME, .count = count_gpus, .describe = describe, .open = open_gpu};
