@@ -128,7 +128,8 @@ static fst_status merge_pairs(const fst_model *model, pair *pairs, size_t *count
             fst_escape(key, sizeof key, last->key->data, last->key->length);
             fst_where where = {path, -1, -1};
             return fst_fail(error, FST_E_CONFLICT, 0, &where, "__metadata__ '%s' differs between %s and %s",
-                            key, tail(model->paths.files[last->file]), tail(model->paths.files[pairs[i].file]));
+                            key, tail(model->paths.files[last->file]),
+                            tail(model->paths.files[pairs[i].file]));
         }
     }
     qsort(pairs, kept, sizeof *pairs, compare_orders);
@@ -386,7 +387,7 @@ static fst_status save(const fst_model *model, const char *path, const fst_save_
     }
     fst_where where = {path, -1, -1};
     if (!model->gpu)
-        return fst_fail(error, FST_E_NO_DATA, 0, &where, "the model was opened, not loaded: no data to write");
+        return fst_fail(error, FST_E_NO_DATA, 0, &where, "the model was opened, not loaded: no data");
     text_buffer header = {0};
     uint64_t data_bytes = 0;
     fst_status status = make_header(model, path, &header, &data_bytes, error);

@@ -1,0 +1,163 @@
+#include <errno.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli.h"
+
+#define MAX_THREADS 1024
+#define MAX_DEVICE 65535
+
+/* Says what is wrong with the command line. */
+__attribute__((format(printf, 1, 2))) static int usage_wrong(const char *format, ...) {
+    char text[400];
+    va_list list;
+    va_start(list, format);
+    vsnprintf(text, sizeof text, format, list);
+    va_end(list);
+    report(NULL, FST_E_ARG, text);
+    return EXIT_USAGE;
+}
+
+/* ---- Options --------------------------------------------------------------------------------- */
+
+static int set_json(arguments *args, const char *value) {
+    (void)value;
+    args->json = 1;
+    return EXIT_OK;
+}
+
+static int set_help(arguments *args, const char *value) {
+    (void)value;
+    args->command = COMMAND_HELP;
+    return EXIT_OK;
+}
+
+static int set_output(arguments *args, const char *value) {
+    if (!*value) return usage_wrong("-o: the name of the file is empty");
+    args->output = value;
+    return EXIT_OK;
+}
+
+static int set_cast(arguments *args, const char *value) {
+    args->cast = fst_dtype_from_name(value);
+    if (args->cast == FST_NATIVE) return usage_wrong("--cast: there is no dtype '%s'; see fst --help", value);
+    return EXIT_OK;
+}
+
+/* A plain decimal number from `least` to `most`, or -1. */
+static long parse_number(const char *text, long least, long most) {
+    if (*text < '0' || *text > '9') return -1;
+    char *end;
+    errno = 0;
+    long number = strtol(text, &end, 10);
+    return errno || *end || number < least || number > most ? -1 : number;
+}
+
+static int set_device(arguments *args, const char *value) {
+    long number = parse_number(value, 0, MAX_DEVICE);
+    if (!strcmp(value, "auto")) args->device = FST_DEVICE_AUTO;
+    else if (!strcmp(value, "cpu")) args->device = FST_DEVICE_CPU;
+    else if (number >= 0) args->device = FST_DEVICE_GPU((int)number);
+    else return usage_wrong("--device: '%s' is neither auto, cpu nor the number of a GPU", value);
+    return EXIT_OK;
+}
+
+static int set_threads(arguments *args, const char *value) {
+    long number = parse_number(value, 1, MAX_THREADS);
+    if (number < 0) return usage_wrong("--threads: '%s' is not a number from 1 to %d", value, MAX_THREADS);
+    args->threads = (unsigned)number;
+    return EXIT_OK;
+}
+
+enum { FOR_INSPECT = 1 << COMMAND_INSPECT, FOR_LOAD = 1 << COMMAND_LOAD, FOR_CONVERT = 1 << COMMAND_CONVERT };
+
+typedef struct option_rule {
+    const char *name;
+    unsigned    commands;
+    int         has_value;
+    int (*set)(arguments *args, const char *value);
+} option_rule;
+
+static const option_rule rules[] = {
+    {"--help", FOR_INSPECT | FOR_LOAD | FOR_CONVERT, 0, set_help},
+    {"-h", FOR_INSPECT | FOR_LOAD | FOR_CONVERT, 0, set_help},
+    {"--json", FOR_INSPECT | FOR_LOAD | FOR_CONVERT, 0, set_json},
+    {"--cast", FOR_LOAD | FOR_CONVERT, 1, set_cast},
+    {"--device", FOR_LOAD | FOR_CONVERT, 1, set_device},
+    {"--threads", FOR_LOAD | FOR_CONVERT, 1, set_threads},
+    {"--output", FOR_CONVERT, 1, set_output},
+    {"-o", FOR_CONVERT, 1, set_output},
+};
+
+static const option_rule *find_rule(const arguments *args, const char *name, size_t length) {
+    for (size_t i = 0; i < sizeof rules / sizeof *rules; i++)
+        if (strlen(rules[i].name) == length && !memcmp(rules[i].name, name, length) &&
+            rules[i].commands & 1u << args->command)
+            return &rules[i];
+    return NULL;
+}
+
+/* Takes the option argv[*at], and argv[*at + 1] when that is its value. */
+static int parse_option(arguments *args, char **argv, int *at) {
+    const char *text = argv[*at], *equals = strchr(text, '=');
+    size_t length = equals && text[1] == '-' ? (size_t)(equals - text) : strlen(text);
+    const option_rule *rule = find_rule(args, text, length);
+    if (!rule) return usage_wrong("%s: there is no option %.*s; see fst --help", argv[1], (int)length, text);
+    const char *value = text[length] ? equals + 1 : NULL;
+    if (!rule->has_value && value) return usage_wrong("%s takes no value", rule->name);
+    if (rule->has_value && !value) value = argv[++*at];
+    if (rule->has_value && !value) return usage_wrong("%s needs a value", rule->name);
+    return rule->set(args, value);
+}
+
+/* ---- The whole line -------------------------------------------------------------------------- */
+
+static int parse_command(const char *name, arguments *args) {
+    static const struct { const char *name; command command; } commands[] = {
+        {"inspect", COMMAND_INSPECT}, {"load", COMMAND_LOAD},   {"convert", COMMAND_CONVERT},
+        {"--help", COMMAND_HELP},     {"-h", COMMAND_HELP},     {"help", COMMAND_HELP},
+        {"--version", COMMAND_VERSION},
+    };
+    if (!name) return usage_wrong("no command; see fst --help");
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (!strcmp(name, commands[i].name)) {
+            args->command = commands[i].command;
+            return EXIT_OK;
+        }
+    return usage_wrong("there is no command '%s'; see fst --help", name);
+}
+
+static int parse_rest(arguments *args, int argc, char **argv) {
+    int options = 1;
+    for (int i = 2; i < argc && args->command != COMMAND_HELP; i++) {
+        if (options && !strcmp(argv[i], "--")) {
+            options = 0;
+        } else if (options && argv[i][0] == '-' && argv[i][1]) {
+            int status = parse_option(args, argv, &i);
+            if (status) return status;
+        } else {
+            args->paths[args->paths_count++] = argv[i];
+        }
+    }
+    if (args->command == COMMAND_HELP) return EXIT_OK;
+    if (!args->paths_count) return usage_wrong("%s: no path is given; see fst --help", argv[1]);
+    if (args->command == COMMAND_CONVERT && !args->output)
+        return usage_wrong("convert: -o OUT.safetensors is missing");
+    return EXIT_OK;
+}
+
+int arguments_parse(int argc, char **argv, arguments *out) {
+    memset(out, 0, sizeof *out);
+    int status = parse_command(argc > 1 ? argv[1] : NULL, out);
+    if (status || out->command == COMMAND_HELP || out->command == COMMAND_VERSION) return status;
+    out->paths = must(calloc((size_t)argc, sizeof *out->paths));
+    status = parse_rest(out, argc, argv);
+    if (status) arguments_free(out);
+    return status;
+}
+
+void arguments_free(arguments *args) {
+    free(args->paths);
+    args->paths = NULL;
+}

@@ -1,0 +1,20 @@
+#include <signal.h>
+#include <stddef.h>
+
+#include "cli.h"
+
+static volatile int caught;
+
+static void catch_signal(int signal) { caught = signal; }
+
+void interrupt_install(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        struct sigaction old, action = {.sa_handler = catch_signal, .sa_flags = (int)SA_RESETHAND};
+        /* What is ignored stays so: nohup, and a shell's background jobs. */
+        if (!sigaction(signals[i], NULL, &old) && old.sa_handler != SIG_IGN)
+            sigaction(signals[i], &action, NULL);
+    }
+}
+
+const volatile int *interrupt_flag(void) { return &caught; }

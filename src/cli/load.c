@@ -1,0 +1,110 @@
+/* fst load and fst convert: the latter is a load whose result is written. */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "cli.h"
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+static int failed(const fst_error *error) {
+    report_error(error);
+    int signal = *interrupt_flag();
+    return error->status == FST_E_CANCELLED && signal ? EXIT_SIGNAL + signal : EXIT_WRONG;
+}
+
+static double rate(const fst_stats *stats) {
+    return stats->seconds > 0 ? (double)stats->bytes_read / stats->seconds / 1e9 : 0;
+}
+
+static void print_json(const arguments *args, const fst_model *model, const fst_stats *stats,
+                       double seconds_write, FILE *out) {
+    yyjson_mut_doc *doc = must(yyjson_mut_doc_new(NULL));
+    yyjson_mut_val *root = must(yyjson_mut_obj(doc));
+    yyjson_mut_doc_set_root(doc, root);
+    yyjson_mut_obj_add_uint(doc, root, "files", fst_model_file_count(model));
+    yyjson_mut_obj_add_uint(doc, root, "tensors", fst_model_count(model));
+    yyjson_mut_obj_add_uint(doc, root, "bytes_read", stats->bytes_read);
+    yyjson_mut_obj_add_uint(doc, root, "bytes_out", stats->bytes_out);
+    yyjson_mut_obj_add_real(doc, root, "seconds", stats->seconds);
+    if (args->output) yyjson_mut_obj_add_real(doc, root, "seconds_write", seconds_write);
+    yyjson_mut_obj_add_real(doc, root, "gb_per_s", rate(stats));
+    json_add_text(doc, root, "device", stats->device);
+    json_add_text(doc, root, "device_name", stats->device_name);
+    json_add_text(doc, root, "device_reason", stats->device_reason);
+    json_add_text(doc, root, "limit", stats->limit);
+    yyjson_mut_obj_add_uint(doc, root, "peak_device_bytes", stats->peak_device_bytes);
+    yyjson_mut_obj_add_uint(doc, root, "pinned_bytes", stats->pinned_bytes);
+    yyjson_mut_obj_add_uint(doc, root, "threads", stats->threads);
+    if (!yyjson_mut_obj_add_uint(doc, root, "tensors_ignored", stats->tensors_ignored)) must(NULL);
+    json_print(doc, out);
+}
+
+static void print_lines(const arguments *args, const fst_model *model, const fst_stats *stats,
+                        double seconds_write, FILE *out) {
+    char bytes[32], peak[32];
+    fprintf(out, "device   %s (%s): %s\n", stats->device, stats->device_name, stats->device_reason);
+    fprintf(out, "files    %zu\n", fst_model_file_count(model));
+    fprintf(out, "tensors  %zu", fst_model_count(model));
+    if (stats->tensors_ignored)
+        fprintf(out, ", %" PRIu64 " ignored: not in the index", stats->tensors_ignored);
+    format_bytes(bytes, stats->bytes_read);
+    fprintf(out, "\nread     %s in %.3f s: %.2f GB/s with %u threads, limited by: %s\n", bytes,
+            stats->seconds, rate(stats), stats->threads, stats->limit);
+    fprintf(out, "result   %s%s%s\n", format_bytes(bytes, stats->bytes_out), args->cast ? ", floats as " : "",
+            args->cast ? fst_dtype_name(args->cast) : "");
+    fprintf(out, "memory   %s on the device at the peak", format_bytes(peak, stats->peak_device_bytes));
+    fprintf(out, ", %s pinned\n", format_bytes(bytes, stats->pinned_bytes));
+    if (args->output) {
+        char *name = escaped(args->output, strlen(args->output));
+        fprintf(out, "written  %s in %.3f s\n", name, seconds_write);
+        free(name);
+    }
+}
+
+static fst_status load(const arguments *args, fst_model **model, fst_error *error) {
+    progress bar = progress_new("load");
+    fst_options options = FST_OPTIONS_INIT;
+    options.cast = args->cast;
+    options.device = args->device;
+    options.threads = args->threads;
+    options.progress = progress_tick;
+    options.progress_arg = &bar;
+    options.cancel = interrupt_flag();
+    fst_status status = fst_load(args->paths, &options, model, error);
+    progress_clear(&bar);
+    return status;
+}
+
+static fst_status save(const arguments *args, const fst_model *model, double *seconds, fst_error *error) {
+    progress bar = progress_new("write");
+    fst_save_options options = {sizeof options, progress_tick, &bar, interrupt_flag()};
+    double started = now();
+    fst_status status = fst_save(model, args->output, &options, error);
+    *seconds = now() - started;
+    progress_clear(&bar);
+    return status;
+}
+
+int run_load(const arguments *args, FILE *out) {
+    interrupt_install();
+    fst_model *model;
+    fst_error error;
+    if (load(args, &model, &error)) return failed(&error);
+    double seconds_write = 0;
+    if (args->output && save(args, model, &seconds_write, &error)) {
+        fst_model_free(model);
+        return failed(&error);
+    }
+    fst_stats stats = {.size = sizeof stats};
+    fst_model_stats(model, &stats);
+    if (args->json) print_json(args, model, &stats, seconds_write, out);
+    else print_lines(args, model, &stats, seconds_write, out);
+    fst_model_free(model);
+    return EXIT_OK;
+}
