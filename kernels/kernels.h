@@ -68,6 +68,12 @@ int fst_kernels_have(int src_dtype, int dst_dtype);
 /* The CPU's table, chosen once by what the processor has. */
 const fst_kernels *fst_kernels_cpu(void);
 
+/* The same for one level of x86-64 (2, 3, 4); NULL when the processor, or this build, lacks it. */
+const fst_kernels *fst_kernels_cpu_level(int level);
+
+/* The GPU's table: in the GPU module alone. */
+const fst_kernels *fst_kernels_gpu(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,232 @@
+// Casts between float types, and copies of any type from any alignment.
+#include "launch.h"
+#include "pack.h"
+
+namespace {
+
+#ifdef FST_CPU_LEVEL
+constexpr bool on_cpu = true;
+#else
+constexpr bool on_cpu = false;
+#endif
+
+constexpr int bytes_type = FST_T_U8; // stands for both types of a copy
+
+// Bytes of an element of a type whose elements are whole bytes.
+template <int type> struct size_of;
+template <> struct size_of<bytes_type> { static constexpr unsigned value = 1; };
+#define X(name, bits, ...) \
+    template <> struct size_of<FST_T_##name> { static constexpr unsigned value = bits / 8; };
+FST_FLOAT_LIST(X)
+#undef X
+
+// One contiguous range of elements. It is cut into slots that start where the destination is aligned to a
+// whole vector: 16 bytes on the wider side, so that neighbouring threads touch neighbouring 16 bytes there.
+template <int Src, int Dst> struct Range {
+    static constexpr unsigned src_size = size_of<Src>::value, dst_size = size_of<Dst>::value;
+    static constexpr unsigned wider = src_size > dst_size ? src_size : dst_size;
+    static constexpr uint64_t width = on_cpu ? 1u << 20 : 16 / wider;
+
+    const uint8_t *src;
+    uint8_t       *dst;
+    uint64_t       count;
+    uint64_t       limit;
+
+    // Elements of the first slot that lie before dst.
+    FST_INLINE unsigned skew() const {
+        return on_cpu ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(dst) / dst_size % width);
+    }
+    FST_INLINE uint64_t slots() const { return count / width + (count % width + skew() + width - 1) / width; }
+
+    FST_INLINE void slot(uint64_t index) const {
+        const uint64_t before = skew(), position = index * width;
+        const uint64_t begin = position > before ? position - before : 0;
+        const uint64_t rest = position + width - before;
+        const uint64_t end = rest < count ? rest : count;
+#ifndef FST_CPU_LEVEL
+        if (end - begin == width && vector(begin)) return;
+#endif
+        elements(begin, end);
+    }
+
+  private:
+    FST_INLINE uint64_t convert(uint64_t code) const {
+        if constexpr (Src == Dst) return code;
+        else return fst_convert(code, fst_float_of(Src), fst_float_of(Dst), limit);
+    }
+
+    // On a GPU the ragged ends; on the CPU everything: this loop is the one that is vectorised.
+    FST_INLINE void elements(uint64_t begin, uint64_t end) const {
+        const uint8_t *__restrict from = src;
+        uint8_t *__restrict to = dst;
+        if constexpr (on_cpu && Src == Dst) {
+            memcpy(to + begin, from + begin, end - begin);
+        } else {
+            FST_ROLLED
+            for (uint64_t i = begin; i < end; i++) {
+                const uint64_t code = convert(load_element<src_size>(from + i * src_size));
+                store_element<dst_size>(to + i * dst_size, static_cast<typename word_of<dst_size>::type>(code));
+            }
+        }
+    }
+
+#ifndef FST_CPU_LEVEL
+    FST_INLINE bool vector(uint64_t begin) const {
+        Vector<width * src_size> in;
+        Vector<width * dst_size> out = {};
+        if (!load_vector(src + begin * src_size, src, src + count * src_size, &in)) return false;
+        if constexpr (Src == Dst) {
+            out = in;
+        } else {
+            FST_UNROLLED
+            for (unsigned i = 0; i < width; i++) put<dst_size>(&out, i, convert(get<src_size>(in, i)));
+        }
+        store_aligned(dst + begin * dst_size, out);
+        return true;
+    }
+#endif
+};
+
+template <int Src, int Dst> struct Cast {
+    static constexpr unsigned threads = on_cpu ? 1 : 256;
+
+    uint64_t src, dst, count, limit;
+
+    FST_INLINE Range<Src, Dst> range() const {
+        return {global<const uint8_t>(src), global<uint8_t>(dst), count, limit};
+    }
+    FST_INLINE uint64_t blocks() const { return (range().slots() + threads - 1) / threads; }
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        const uint64_t index = block * threads + thread;
+        if (index < range().slots()) range().slot(index);
+    }
+};
+
+// A block is a tile of one job; on the CPU a whole job. `unit` is the bits of a copied element (a cast's
+// elements are its own unit, 8).
+template <int Src, int Dst> struct Batch {
+    using Part = Range<Src, Dst>;
+    static constexpr unsigned tile_slots = FST_BATCH_TILE / Part::width;
+    static constexpr unsigned threads = on_cpu ? 1 : tile_slots < 256 ? tile_slots : 256;
+
+    uint64_t jobs;
+    uint32_t jobs_count, unit;
+    uint64_t tiles, limit;
+
+    FST_INLINE uint64_t blocks() const { return on_cpu ? jobs_count : tiles; }
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        const fst_batch_job *list = global<const fst_batch_job>(jobs);
+        const fst_batch_job  job = list[on_cpu ? block : find(list, block)];
+        const Part range = {global<const uint8_t>(job.src), global<uint8_t>(job.dst), job.count * unit / 8, limit};
+        const uint64_t slots = range.slots();
+        if (on_cpu) {
+            for (uint64_t i = 0; i < slots; i++) range.slot(i);
+            return;
+        }
+        // The last tile also takes the slot that a destination between two vectors adds.
+        const uint64_t each = static_cast<uint64_t>(tile_slots) * unit / 8;
+        const uint64_t tile = block - job.first_tile;
+        const uint64_t begin = tile * each;
+        const uint64_t end = (tile + 1) * FST_BATCH_TILE < job.count ? begin + each : slots;
+        for (uint64_t i = begin + thread; i < end; i += threads) range.slot(i);
+    }
+
+  private:
+    // The last job whose first tile is not beyond `tile`: empty jobs share theirs with the next one.
+    FST_INLINE uint32_t find(const fst_batch_job *list, uint64_t tile) const {
+        uint32_t low = 0, high = jobs_count;
+        while (high - low > 1) {
+            const uint32_t middle = low + (high - low) / 2;
+            if (list[middle].first_tile <= tile) low = middle;
+            else high = middle;
+        }
+        return low;
+    }
+};
+
+typedef int cast_fn(fst_stream, const fst_cast_args *);
+typedef int batch_fn(fst_stream, const fst_batch_args *);
+
+struct Launchers {
+    cast_fn  *cast;
+    batch_fn *batch;
+};
+
+template <int Src, int Dst> uint64_t limit_of(unsigned flags) {
+    if constexpr (Src == Dst) return 0;
+    else return fst_limit(fst_float_of(Src), fst_float_of(Dst), !(flags & FST_K_NON_SATURATING));
+}
+
+template <int Src, int Dst> int cast(fst_stream stream, const fst_cast_args *args) {
+    const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
+    const Cast<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
+                                 unit % 8 ? args->count / 8 * unit + args->count % 8 * unit / 8 : args->count * (unit / 8),
+                                 limit_of<Src, Dst>(args->flags)};
+    return launch(stream, body, body.blocks());
+}
+
+template <int Src, int Dst> int batch(fst_stream stream, const fst_batch_args *args) {
+    const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
+    const Batch<Src, Dst> body = {reinterpret_cast<uint64_t>(args->jobs), args->jobs_count, unit, args->tiles,
+                                  limit_of<Src, Dst>(args->flags)};
+    return launch(stream, body, body.blocks());
+}
+
+template <int Src, int Dst> Launchers launchers() {
+    if constexpr (Src == Dst) return {nullptr, nullptr};
+    else return {cast<Src, Dst>, batch<Src, Dst>};
+}
+
+template <int Src> Launchers find_to(int dst) {
+    switch (dst) {
+#define X(name, ...) \
+    case FST_T_##name: return launchers<Src, FST_T_##name>();
+        FST_FLOAT_LIST(X)
+#undef X
+    default: return {nullptr, nullptr};
+    }
+}
+
+// The launchers of a pair; NULL where it does not exist.
+Launchers find(int src, int dst) {
+    if (src == dst && fst_type_bits(src)) return {cast<bytes_type, bytes_type>, batch<bytes_type, bytes_type>};
+    switch (src) {
+#define X(name, ...) \
+    case FST_T_##name: return find_to<FST_T_##name>(dst);
+        FST_FLOAT_LIST(X)
+#undef X
+    default: return {nullptr, nullptr};
+    }
+}
+
+// True when `count` elements of `type` fill whole bytes and end before the address space does.
+bool fits(int type, uint64_t address, uint64_t count) {
+    const unsigned bits = fst_type_bits(type);
+    if (count % 8 * bits % 8) return false;
+    uint64_t bytes, last;
+    return !__builtin_mul_overflow(count / 8, static_cast<uint64_t>(bits), &bytes) &&
+           !__builtin_add_overflow(bytes, count % 8 * bits / 8, &bytes) &&
+           !__builtin_add_overflow(address, bytes, &last);
+}
+
+} // namespace
+
+extern "C" int FST_SYMBOL(fst_cast)(fst_stream stream, const fst_cast_args *args) {
+    const Launchers pair = find(args->src_dtype, args->dst_dtype);
+    if (!pair.cast) return FST_K_NO_KERNEL;
+    const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
+    if (!fits(args->src_dtype, src, args->count) || !fits(args->dst_dtype, dst, args->count)) return FST_K_SIZE;
+    if (args->count == 0) return FST_K_OK;
+    if (!src || !dst) return FST_K_NULL;
+    const unsigned size = fst_type_bits(args->dst_dtype) / 8;
+    if (size > 1 && dst % size) return FST_K_ALIGN;
+    return pair.cast(stream, args);
+}
+
+extern "C" int FST_SYMBOL(fst_batch)(fst_stream stream, const fst_batch_args *args) {
+    const Launchers pair = find(args->src_dtype, args->dst_dtype);
+    if (!pair.batch) return FST_K_NO_KERNEL;
+    if (args->tiles == 0 || args->jobs_count == 0) return FST_K_OK;
+    if (!args->jobs) return FST_K_NULL;
+    return pair.batch(stream, args);
+}

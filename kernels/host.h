@@ -1,0 +1,31 @@
+// Runs a body on the CPU, in the thread that calls: its blocks one after the other, a block's threads as
+// a loop. FST_CPU_LEVEL (2, 3, 4) is the level of x86-64 that this file is compiled for.
+#ifndef FST_HOST_H
+#define FST_HOST_H
+
+#include "kernels.h"
+#include "numeric.h"
+
+#define FST_JOIN_(name, level) name##_v##level
+#define FST_JOIN(name, level) FST_JOIN_(name, level)
+#define FST_SYMBOL(name) FST_JOIN(name, FST_CPU_LEVEL)
+
+namespace {
+
+template <class Body> __attribute__((noinline)) void run(const Body &body, uint64_t blocks) {
+    for (uint64_t block = 0; block < blocks; block++)
+        for (unsigned thread = 0; thread < Body::threads; thread++) body(block, thread);
+}
+
+// The caller's rounding mode and flushing of subnormals must not show in the results.
+template <class Body> int launch(fst_stream, const Body &body, uint64_t blocks) {
+    constexpr unsigned plain = 0x1F80; // to nearest, subnormals kept, exceptions masked
+    const unsigned     saved = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(plain);
+    run(body, blocks);
+    __builtin_ia32_ldmxcsr(saved);
+    return FST_K_OK;
+}
+
+} // namespace
+#endif

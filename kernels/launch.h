@@ -1,0 +1,40 @@
+// Launches a body: a struct with members blocks and `void operator()(uint64_t block, unsigned thread) const`,
+// and a constant `threads`. On a GPU as a kernel, on the CPU as loops (host.h). Nothing here has external
+// linkage: each file is compiled for several targets that end up in one program.
+#ifndef FST_LAUNCH_H
+#define FST_LAUNCH_H
+
+#include "kernels.h"
+
+#ifdef FST_CPU_LEVEL
+#include "host.h"
+#else
+#include <hip/hip_runtime.h>
+
+#include "numeric.h"
+
+#define FST_SYMBOL(name) name##_gpu
+
+namespace {
+
+template <class Body> __global__ void __launch_bounds__(Body::threads) run(const Body body, uint64_t first) {
+    body(first + blockIdx.x, threadIdx.x);
+}
+
+// AMD counts the threads of a launch in 32 bits: more go in several launches.
+template <class Body> int launch(fst_stream stream, const Body &body, uint64_t blocks) {
+    constexpr uint64_t most = 0x80000000u / Body::threads;
+    for (uint64_t first = 0; first < blocks; first += most) {
+        const uint64_t n = blocks - first < most ? blocks - first : most;
+        void *args[] = {const_cast<Body *>(&body), &first};
+        const hipError_t error =
+            hipLaunchKernel(reinterpret_cast<const void *>(run<Body>), dim3(static_cast<unsigned>(n)),
+                            dim3(Body::threads), args, 0, static_cast<hipStream_t>(stream));
+        if (error != hipSuccess) return static_cast<int>(error);
+    }
+    return FST_K_OK;
+}
+
+} // namespace
+#endif
+#endif

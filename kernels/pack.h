@@ -1,0 +1,131 @@
+// Elements in and out of memory: one at a time at any alignment, or a vector of up to 16 bytes.
+#ifndef FST_PACK_H
+#define FST_PACK_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "numeric.h"
+
+namespace {
+
+template <unsigned bytes> struct word_of;
+template <> struct word_of<1> { using type = uint8_t; };
+template <> struct word_of<2> { using type = uint16_t; };
+template <> struct word_of<4> { using type = uint32_t; };
+template <> struct word_of<8> { using type = uint64_t; };
+
+// One element of `bytes` bytes at any address.
+template <unsigned bytes> FST_FN typename word_of<bytes>::type load_element(const uint8_t *from) {
+    typename word_of<bytes>::type word;
+    memcpy(&word, from, bytes);
+    return word;
+}
+
+template <unsigned bytes> FST_FN void store_element(uint8_t *to, typename word_of<bytes>::type word) {
+    *reinterpret_cast<typename word_of<bytes>::type *>(to) = word;
+}
+
+// An address as a pointer. AMD's compiler must be told that it is global memory, or it makes flat accesses.
+template <class T> FST_FN T *global(uint64_t address) {
+#ifdef __HIP_DEVICE_COMPILE__
+    return (T *)(T __attribute__((address_space(1))) *)address;
+#else
+    return reinterpret_cast<T *>(address);
+#endif
+}
+
+#ifndef FST_CPU_LEVEL
+
+// A vector as 32-bit words, in the order of memory. Fewer than 4 bytes are the low part of one word.
+template <unsigned bytes> struct Vector {
+    static constexpr unsigned words = bytes < 4 ? 1 : bytes / 4;
+    uint32_t word[words];
+};
+
+template <unsigned bytes> FST_FN Vector<bytes> load_aligned(const uint8_t *from) {
+    Vector<bytes> v;
+    if constexpr (bytes == 16) {
+        const uint4 q = *reinterpret_cast<const uint4 *>(from);
+        v.word[0] = q.x, v.word[1] = q.y, v.word[2] = q.z, v.word[3] = q.w;
+    } else if constexpr (bytes == 8) {
+        const uint2 q = *reinterpret_cast<const uint2 *>(from);
+        v.word[0] = q.x, v.word[1] = q.y;
+    } else {
+        v.word[0] = *reinterpret_cast<const typename word_of<bytes>::type *>(from);
+    }
+    return v;
+}
+
+template <unsigned bytes> FST_FN void store_aligned(uint8_t *to, const Vector<bytes> &v) {
+    if constexpr (bytes == 16) {
+        *reinterpret_cast<uint4 *>(to) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+    } else if constexpr (bytes == 8) {
+        *reinterpret_cast<uint2 *>(to) = make_uint2(v.word[0], v.word[1]);
+    } else {
+        *reinterpret_cast<typename word_of<bytes>::type *>(to) =
+            static_cast<typename word_of<bytes>::type>(v.word[0]);
+    }
+}
+
+// The 4 bytes that start `skip` (0 to 3) bytes into low:high.
+FST_FN uint32_t funnel(uint32_t low, uint32_t high, unsigned skip) {
+#ifdef __HIP_DEVICE_COMPILE__
+    return __builtin_amdgcn_alignbyte(high, low, skip);
+#else
+    return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> (8 * skip));
+#endif
+}
+
+// The vector at `from`, whatever its alignment, out of the two aligned vectors that it lies in. False, with
+// nothing read, when these are not inside [begin, end).
+template <unsigned bytes>
+FST_FN bool load_vector(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
+    const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % bytes);
+    if (skew == 0) {
+        *out = load_aligned<bytes>(from);
+        return true;
+    }
+    const uint8_t *low = from - skew;
+    if (low < begin || low + 2 * bytes > end) return false;
+    const Vector<bytes> a = load_aligned<bytes>(low), b = load_aligned<bytes>(low + bytes);
+    if constexpr (bytes < 4) {
+        out->word[0] = (a.word[0] | b.word[0] << (8 * bytes)) >> (8 * skew);
+    } else {
+        constexpr unsigned n = Vector<bytes>::words;
+        uint32_t all[2 * n];
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) all[i] = a.word[i], all[n + i] = b.word[i];
+        // Whole words first, by selects: an index known only at run time would put the array into memory.
+        FST_UNROLLED
+        for (unsigned step = n / 2; step > 0; step /= 2)
+            FST_UNROLLED
+            for (unsigned i = 0; i + step < 2 * n; i++) all[i] = skew & 4 * step ? all[i + step] : all[i];
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) out->word[i] = funnel(all[i], all[i + 1], skew % 4);
+    }
+    return true;
+}
+
+// The i-th element of a vector; i is known when it is compiled.
+template <unsigned element, unsigned bytes> FST_FN uint64_t get(const Vector<bytes> &v, unsigned i) {
+    if constexpr (element == 8) return static_cast<uint64_t>(v.word[2 * i + 1]) << 32 | v.word[2 * i];
+    if constexpr (element == 4) return v.word[i];
+    constexpr unsigned each = 4 / (element < 4 ? element : 4);
+    return v.word[i / each] >> (i % each * 8 * element) & ((1ull << (8 * element % 64)) - 1);
+}
+
+// Sets the i-th element of a vector that was all zero.
+template <unsigned element, unsigned bytes> FST_FN void put(Vector<bytes> *v, unsigned i, uint64_t code) {
+    if constexpr (element == 8) {
+        v->word[2 * i] = static_cast<uint32_t>(code);
+        v->word[2 * i + 1] = static_cast<uint32_t>(code >> 32);
+    } else {
+        constexpr unsigned each = 4 / element;
+        v->word[i / each] |= static_cast<uint32_t>(code) << (i % each * 8 * element);
+    }
+}
+
+#endif
+} // namespace
+#endif

@@ -1,0 +1,27 @@
+// The table of this target: every launcher that kernels.h knows.
+#include "launch.h"
+
+extern "C" {
+
+int FST_SYMBOL(fst_cast)(fst_stream stream, const fst_cast_args *args);
+int FST_SYMBOL(fst_batch)(fst_stream stream, const fst_batch_args *args);
+
+#if !defined(FST_CPU_LEVEL) && defined(__CUDACC__)
+#define FST_TARGET "cuda"
+#elif !defined(FST_CPU_LEVEL)
+#define FST_TARGET "hip"
+#elif FST_CPU_LEVEL == 2
+#define FST_TARGET "x86-64-v2"
+#elif FST_CPU_LEVEL == 3
+#define FST_TARGET "x86-64-v3"
+#else
+#define FST_TARGET "x86-64-v4"
+#endif
+
+const fst_kernels *FST_SYMBOL(fst_kernels)(void);
+const fst_kernels *FST_SYMBOL(fst_kernels)(void) {
+    static const fst_kernels table = {FST_SYMBOL(fst_cast), FST_SYMBOL(fst_batch), FST_TARGET};
+    return &table;
+}
+
+} // extern "C"
