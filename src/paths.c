@@ -302,6 +302,19 @@ static int compare_listed(const void *a, const void *b) {
     return order ? order : (x->file > y->file) - (x->file < y->file);
 }
 
+/* A name that two indexes list is in two files: a duplicate, whatever is in the headers. */
+static fst_status sort_listed(fst_paths *paths, fst_error *error) {
+    if (paths->listed_count) qsort(paths->listed, paths->listed_count, sizeof *paths->listed, compare_listed);
+    for (size_t i = 1; i < paths->listed_count; i++) {
+        const struct fst_listed *first = &paths->listed[i - 1], *second = first + 1;
+        if (strcmp(first->name, second->name)) continue;
+        fst_where where = {paths->files[second->file], (int)second->file, -1};
+        return fst_fail(error, FST_E_DUPLICATE, 0, &where, "tensor '%s' is also in %s, says another index",
+                        first->name, paths->files[first->file]);
+    }
+    return FST_OK;
+}
+
 static fst_status resolve(const char *const *list, fst_paths *paths, fst_error *error) {
     if (!list || !*list) return fst_fail(error, FST_E_ARG, 0, NULL, "no file is given");
     for (size_t i = 0; list[i]; i++) {
@@ -310,8 +323,7 @@ static fst_status resolve(const char *const *list, fst_paths *paths, fst_error *
     }
     if (!grow((void **)&paths->files, paths->count, sizeof(char *))) return no_memory(NULL, error);
     paths->files[paths->count] = NULL;
-    if (paths->listed_count) qsort(paths->listed, paths->listed_count, sizeof *paths->listed, compare_listed);
-    return FST_OK;
+    return sort_listed(paths, error);
 }
 
 fst_status fst_paths_resolve(const char *const *list, fst_paths *out, fst_error *error) {

@@ -323,7 +323,7 @@ static fst_status bounce_make(const writer *w, bounce *slot) {
 static void bounce_free(const fst_gpu *gpu, bounce *slot) {
     if (slot->filled) gpu->calls->event_free(gpu, slot->filled);
     if (slot->pinned) gpu->calls->unpin(gpu, slot->memory);
-    fst_os_calls.unmap(slot->memory, PIECE_BYTES);
+    if (slot->memory) fst_os_calls.unmap(slot->memory, PIECE_BYTES);
 }
 
 static fst_status write_from_device(writer *w) {
@@ -383,6 +383,9 @@ static fst_status save(const fst_model *model, const char *path, const fst_save_
     if (options) {
         if (options->size < sizeof options->size)
             return fst_fail(error, FST_E_ARG, 0, NULL, "fst_save_options.size is not set");
+        for (size_t i = sizeof *options; i < options->size; i++)
+            if (((const unsigned char *)options)[i])
+                return fst_fail(error, FST_E_ARG, 0, NULL, "the options are of a newer version of fst");
         memcpy(&w.options, options, options->size < sizeof w.options ? options->size : sizeof w.options);
     }
     fst_where where = {path, -1, -1};

@@ -82,7 +82,7 @@ void report(const char *path, fst_status status, const char *text) {
 void report_error(const fst_error *error) {
     char text[sizeof error->text + 40];
     if (error->offset >= 0)
-        snprintf(text, sizeof text, "%s, at byte %lld", error->text, (long long)error->offset);
+        snprintf(text, sizeof text, "%s (byte %lld)", error->text, (long long)error->offset);
     else
         snprintf(text, sizeof text, "%s", error->text);
     report(error->path, error->status, text);
@@ -99,7 +99,7 @@ void json_add_text(yyjson_mut_doc *doc, yyjson_mut_val *object, const char *key,
 
 void json_print(yyjson_mut_doc *doc, FILE *out) {
     size_t length;
-    char *text = must(yyjson_mut_write(doc, YYJSON_WRITE_PRETTY_TWO_SPACES, &length));
+    char *text = must(yyjson_mut_write(doc, YYJSON_WRITE_NOFLAG, &length));
     fwrite(text, 1, length, out);
     fputc('\n', out);
     free(text);
