@@ -1,5 +1,6 @@
 // Hands the C test cases to GoogleTest. A failing case leaves by longjmp: cases are C, so there are no
 // destructors to skip.
+#define GTEST_DONT_DEFINE_TEST 1 // TEST is the harness's
 #include <gtest/gtest.h>
 
 #include <ftw.h>

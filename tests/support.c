@@ -1,0 +1,415 @@
+#include "support.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "status.h"
+
+/* ---- Files ---- */
+
+void support_write(const char *path, const void *data, size_t size) {
+    FILE *file = fopen(path, "wb");
+    int good = file && fwrite(data, 1, size, file) == size;
+    if (!file || fclose(file) || !good) test_fail(__FILE__, __LINE__, "cannot write %s", path);
+}
+
+size_t support_checkpoint(const char *path, const char *metadata, const support_tensor *tensors, size_t count,
+                          size_t padding) {
+    size_t room = 256 + padding + (metadata ? strlen(metadata) : 0), at = 8, offset = 0;
+    for (size_t i = 0; i < count; i++) room += strlen(tensors[i].name) + strlen(tensors[i].shape) + 128;
+    size_t total = room;
+    for (size_t i = 0; i < count; i++) total += tensors[i].nbytes;
+    char *bytes = malloc(total);
+    if (!bytes) test_fail(__FILE__, __LINE__, "out of memory");
+    at += (size_t)sprintf(bytes + at, "{");
+    if (metadata) at += (size_t)sprintf(bytes + at, "\"__metadata__\":%s%s", metadata, count ? "," : "");
+    for (size_t i = 0; i < count; i++) {
+        at += (size_t)sprintf(bytes + at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
+                              i ? "," : "", tensors[i].name, tensors[i].dtype, tensors[i].shape, offset,
+                              offset + tensors[i].nbytes);
+        offset += tensors[i].nbytes;
+    }
+    at += (size_t)sprintf(bytes + at, "}");
+    memset(bytes + at, ' ', padding);
+    at += padding;
+    for (int i = 0; i < 8; i++) bytes[i] = (char)((at - 8) >> (8 * i));
+    size_t start = at;
+    for (size_t i = 0; i < count; i++) {
+        if (tensors[i].nbytes) memcpy(bytes + at, tensors[i].data, tensors[i].nbytes);
+        at += tensors[i].nbytes;
+    }
+    support_write(path, bytes, at);
+    free(bytes);
+    return start;
+}
+
+static uint64_t next_random(uint64_t *state) { /* splitmix64 */
+    uint64_t z = (*state += 0x9E3779B97F4A7C15u);
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+void support_random(void *data, size_t count, uint64_t seed) {
+    unsigned char *bytes = data;
+    for (size_t i = 0; i < count; i++) bytes[i] = (unsigned char)next_random(&seed);
+}
+
+/* ---- What is held ---- */
+
+static unsigned count_entries(const char *path) {
+    DIR *directory = opendir(path);
+    unsigned count = 0;
+    if (!directory) test_fail(__FILE__, __LINE__, "cannot list %s", path);
+    for (struct dirent *entry; (entry = readdir(directory));) count += entry->d_name[0] != '.';
+    closedir(directory);
+    return count;
+}
+
+unsigned support_open_descriptors(void) { return count_entries("/proc/self/fd"); }
+unsigned support_threads(void) { return count_entries("/proc/self/task"); }
+
+/* ---- A device that runs late ---- */
+
+typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_EVENT } op_kind;
+
+typedef struct op {
+    op_kind     kind;
+    struct op  *next;
+    void       *dst;
+    const void *src;
+    size_t      size;
+    fst_cast_args  cast;
+    fst_batch_args batch;
+    struct event  *event;
+} op;
+
+typedef struct stream {
+    struct stream *next;
+    op *first, **last;
+    long queued, run; /* operations so far */
+} stream;
+
+typedef struct event {
+    stream *stream;
+    long    at;       /* how many operations of the stream must have run */
+} event;
+
+static struct {
+    fake_gpu_options options;
+    pthread_mutex_t  lock;
+    uint64_t random;
+    int      calls, blocks, streams, events, pins;
+    uint64_t used, peak;
+    stream  *list;
+} fake = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* 1 when this call is the one that has to fail. The lock is held. */
+static int must_fail(void) { return ++fake.calls == fake.options.fail_at; }
+
+static void run_one(stream *s) {
+    op *o = s->first;
+    if (!o) return;
+    s->first = o->next;
+    if (!s->first) s->last = &s->first;
+    s->run++;
+    if (o->kind == OP_COPY) memcpy(o->dst, o->src, o->size);
+    if (o->kind == OP_CAST) fst_kernels_cpu()->cast(NULL, &o->cast);
+    if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
+    free(o);
+}
+
+/* Some of the work of some streams happens at any time. */
+static void run_some(void) {
+    for (stream *s = fake.list; s; s = s->next)
+        for (uint64_t n = next_random(&fake.random) % 4; n > 0 && next_random(&fake.random) % 3 == 0; n--) run_one(s);
+}
+
+static int enqueue(fst_stream to, const op *what) {
+    stream *s = to;
+    pthread_mutex_lock(&fake.lock);
+    int fails = must_fail();
+    op *o = fails ? NULL : malloc(sizeof *o);
+    if (o) {
+        *o = *what;
+        o->next = NULL;
+        *s->last = o;
+        s->last = &o->next;
+        s->queued++;
+        if (o->kind == OP_EVENT) o->event->stream = s, o->event->at = s->queued;
+        run_some();
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return o ? 0 : 719;
+}
+
+static int fake_enter(const fst_gpu *gpu, int *saved) {
+    (void)gpu;
+    *saved = 0;
+    return 0;
+}
+static void fake_leave(const fst_gpu *gpu, int saved) { (void)gpu, (void)saved; }
+static const char *fake_describe(int code) { return code == 719 ? "made to fail" : "error"; }
+
+static int fake_memory(const fst_gpu *gpu, uint64_t *unused, uint64_t *total) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    *total = fake.options.memory ? fake.options.memory : (uint64_t)1 << 40;
+    *unused = *total - fake.used;
+    pthread_mutex_unlock(&fake.lock);
+    return 0;
+}
+
+static int fake_alloc(const fst_gpu *gpu, uint64_t size, void **out) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    int refuse = must_fail() || (fake.options.memory && fake.used + size > fake.options.memory);
+    *out = refuse ? NULL : aligned_alloc(256, (size_t)(size + 255) / 256 * 256);
+    if (*out) {
+        memset(*out, 0xA5, (size_t)size);
+        fake.blocks++;
+        fake.used += size;
+        if (fake.used > fake.peak) fake.peak = fake.used;
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return *out ? 0 : FST_GPU_OUT_OF_MEMORY;
+}
+
+static void fake_free(const fst_gpu *gpu, void *block, uint64_t size) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    free(block);
+    fake.blocks--;
+    fake.used -= size;
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
+    (void)gpu, (void)memory, (void)size;
+    if (fake.options.refuse_to_pin) return 1;
+    fake.pins++;
+    return 0;
+}
+static void fake_unpin(const fst_gpu *gpu, void *memory) {
+    (void)gpu, (void)memory;
+    fake.pins--;
+}
+
+static int fake_stream_new(const fst_gpu *gpu, fst_stream *out) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    stream *s = must_fail() ? NULL : calloc(1, sizeof *s);
+    if (s) {
+        s->last = &s->first;
+        s->next = fake.list;
+        fake.list = s;
+        fake.streams++;
+    }
+    *out = s;
+    pthread_mutex_unlock(&fake.lock);
+    return s ? 0 : 719;
+}
+
+static void fake_stream_free(const fst_gpu *gpu, fst_stream which) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    for (stream **at = &fake.list; *at; at = &(*at)->next)
+        if (*at == which) {
+            stream *s = which;
+            *at = s->next;
+            while (s->first) run_one(s);
+            free(s);
+            fake.streams--;
+            break;
+        }
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static int fake_stream_wait(const fst_gpu *gpu, fst_stream which) {
+    stream *s = which;
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    int fails = must_fail();
+    while (s->first) run_one(s);
+    pthread_mutex_unlock(&fake.lock);
+    return fails ? 719 : 0;
+}
+
+static int fake_event_new(const fst_gpu *gpu, fst_event *out) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    *out = must_fail() ? NULL : calloc(1, sizeof(event));
+    if (*out) fake.events++;
+    pthread_mutex_unlock(&fake.lock);
+    return *out ? 0 : 719;
+}
+
+static void fake_event_free(const fst_gpu *gpu, fst_event which) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    fake.events--;
+    free(which);
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static int fake_event_record(const fst_gpu *gpu, fst_event which, fst_stream to) {
+    op o = {.kind = OP_EVENT, .event = which};
+    (void)gpu;
+    return enqueue(to, &o);
+}
+
+static int fake_event_wait(const fst_gpu *gpu, fst_event which) {
+    event *e = which;
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    int fails = must_fail();
+    while (e->stream && e->stream->run < e->at) run_one(e->stream);
+    pthread_mutex_unlock(&fake.lock);
+    return fails ? 719 : 0;
+}
+
+static float fake_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
+    (void)gpu, (void)from, (void)to;
+    return -1;
+}
+
+static int fake_copy(const fst_gpu *gpu, fst_stream to, void *dst, const void *src, size_t size) {
+    op o = {.kind = OP_COPY, .dst = dst, .src = src, .size = size};
+    (void)gpu;
+    return enqueue(to, &o);
+}
+
+static int fake_cast(fst_stream to, const fst_cast_args *args) {
+    op o = {.kind = OP_CAST, .cast = *args};
+    return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
+}
+
+static int fake_batch(fst_stream to, const fst_batch_args *args) {
+    op o = {.kind = OP_BATCH, .batch = *args};
+    return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
+}
+
+void fake_gpu_begin(const fake_gpu_options *options) {
+    static const fst_gpu_calls calls = {
+        fake_enter, fake_leave, fake_describe, fake_memory, fake_alloc, fake_free, fake_pin, fake_unpin,
+        fake_stream_new, fake_stream_free, fake_stream_wait, fake_event_new, fake_event_free, fake_event_record,
+        fake_event_wait, fake_elapsed, fake_copy, fake_copy};
+    static const fst_kernels kernels = {.cast = fake_cast, .batch = fake_batch, .target = "fake"};
+    static const fst_gpu gpu = {&calls, &kernels, 2, 0, 0, "fake:0", "a device of the tests"};
+    fst_release_cached();
+    fake.options = *options;
+    fake.random = options->seed;
+    fake.calls = 0;
+    fake.peak = fake.used;
+    fst_gpu_set_fake(&gpu);
+}
+
+void fake_gpu_end(void) {
+    fst_release_cached();
+    fst_gpu_set_fake(NULL);
+    fake.options = (fake_gpu_options){0};
+    if (fake.blocks || fake.streams || fake.events || fake.pins)
+        test_fail(__FILE__, __LINE__, "still held: %d blocks, %d streams, %d events, %d pinned ranges", fake.blocks,
+                  fake.streams, fake.events, fake.pins);
+}
+
+int fake_gpu_calls(void) { return fake.calls; }
+uint64_t fake_gpu_peak(void) { return fake.peak; }
+int fake_gpu_blocks(void) { return fake.blocks; }
+
+/* ---- System calls that fail ---- */
+
+static fst_os real;
+static struct {
+    fake_os_options options;
+    pthread_mutex_t lock;
+    int      calls, descriptors, mappings;
+    unsigned reads;
+    uint64_t bytes;
+} os = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static int os_fails(void) {
+    pthread_mutex_lock(&os.lock);
+    int fails = ++os.calls == os.options.fail_at;
+    pthread_mutex_unlock(&os.lock);
+    return fails;
+}
+
+static void os_count(int *which, int by) {
+    pthread_mutex_lock(&os.lock);
+    *which += by;
+    pthread_mutex_unlock(&os.lock);
+}
+
+static int os_open(const char *path) {
+    int fd = os_fails() ? -os.options.error : real.open_read(path);
+    if (fd >= 0) os_count(&os.descriptors, 1);
+    return fd;
+}
+
+static int os_close(int fd) {
+    os_count(&os.descriptors, -1);
+    return real.close(fd);
+}
+
+static int os_identify(int fd, fst_file_id *id, fst_file_type *type) {
+    return os_fails() ? -os.options.error : real.identify(fd, id, type);
+}
+
+static ssize_t os_pread(int fd, void *buffer, size_t size, uint64_t offset) {
+    pthread_mutex_lock(&os.lock);
+    int fails = ++os.calls == os.options.fail_at;
+    unsigned turn = ++os.reads;
+    void (*hook)(void) = os.bytes <= os.options.after && os.bytes + size > os.options.after ? os.options.hook : NULL;
+    os.bytes += size;
+    if (hook) os.options.hook = NULL;
+    pthread_mutex_unlock(&os.lock);
+    if (hook) hook();
+    if (fails) return -os.options.error;
+    if (os.options.short_reads) {
+        if (turn % 3 == 0) return -EINTR;
+        size_t most = 1 + turn * 977u % 4095;
+        if (size > most) size = most;
+    }
+    return real.pread(fd, buffer, size, offset);
+}
+
+static void *os_map(size_t size) {
+    void *memory = os_fails() ? NULL : real.map(size);
+    if (memory) os_count(&os.mappings, 1);
+    return memory;
+}
+
+static void os_unmap(void *memory, size_t size) {
+    os_count(&os.mappings, -1);
+    real.unmap(memory, size);
+}
+
+void fake_os_begin(const fake_os_options *options) {
+    fst_release_cached();
+    real = fst_os_calls;
+    os.options = *options;
+    os.calls = os.descriptors = os.mappings = 0;
+    os.reads = 0;
+    os.bytes = 0;
+    fst_os_calls.open_read = os_open;
+    fst_os_calls.close = os_close;
+    fst_os_calls.identify = os_identify;
+    fst_os_calls.pread = os_pread;
+    fst_os_calls.map = os_map;
+    fst_os_calls.unmap = os_unmap;
+}
+
+void fake_os_end(void) {
+    fst_release_cached();
+    fst_os_calls = real;
+    if (os.descriptors || os.mappings)
+        test_fail(__FILE__, __LINE__, "still held: %d descriptors, %d mappings", os.descriptors, os.mappings);
+}
+
+int fake_os_calls(void) { return os.calls; }

@@ -1,0 +1,65 @@
+/* What several test files need: checkpoints to load, devices and system calls that misbehave, counts. */
+#ifndef FST_TESTS_SUPPORT_H
+#define FST_TESTS_SUPPORT_H
+
+#include "gpu.h"
+#include "os.h"
+
+/* ---- Files ---- */
+
+void support_write(const char *path, const void *data, size_t size);
+
+typedef struct support_tensor {
+    const char *name, *dtype, *shape; /* shape as JSON: "[2,3]" */
+    const void *data;
+    size_t      nbytes;
+} support_tensor;
+
+/* A checkpoint with these tensors in this order. The header is padded with `padding` spaces, so that data
+ * starts where a test wants it. `metadata` is JSON or NULL. Returns where the data starts. */
+size_t support_checkpoint(const char *path, const char *metadata, const support_tensor *tensors, size_t count,
+                          size_t padding);
+
+/* `count` bytes that look random, by seed. */
+void support_random(void *data, size_t count, uint64_t seed);
+
+/* ---- What is held ---- */
+
+unsigned support_open_descriptors(void);
+unsigned support_threads(void);
+
+/* ---- A device that runs late ---- */
+
+/* GPU 0 of the tests: device memory is host memory, but streams are queues that run when somebody waits
+ * for them, or a bit, out of order with one another, by `seed`. What the pipeline does not wait for has
+ * not happened. It takes the place of GPU 0 until fake_gpu_end. */
+typedef struct fake_gpu_options {
+    uint64_t seed;
+    int      fail_at;       /* the so-manieth call that can fail does, from 1; 0: none */
+    int      refuse_to_pin;
+    uint64_t memory;        /* device memory in all; 0: no limit */
+} fake_gpu_options;
+
+void fake_gpu_begin(const fake_gpu_options *options);
+/* Takes it away; fails the case when anything is still held on it. */
+void fake_gpu_end(void);
+int  fake_gpu_calls(void);       /* that could fail, so far */
+uint64_t fake_gpu_peak(void);    /* most device memory at one time */
+int  fake_gpu_blocks(void);      /* blocks that are allocated now */
+
+/* ---- System calls that fail ---- */
+
+typedef struct fake_os_options {
+    int  fail_at;        /* the so-manieth call that can fail does, from 1; 0: none */
+    int  error;          /* with this errno (as a positive number) */
+    int  short_reads;    /* reads return at most 1 to 4095 bytes, and every third is -EINTR */
+    uint64_t after;      /* bytes read before `hook` is called, once, in a reader's thread */
+    void (*hook)(void);
+} fake_os_options;
+
+void fake_os_begin(const fake_os_options *options);
+/* The real calls again; fails the case when a descriptor or a mapping is still held. */
+void fake_os_end(void);
+int  fake_os_calls(void);
+
+#endif
