@@ -64,7 +64,7 @@ static void *open_module(const char *name, char *why, size_t size) {
 static void search_runtime(struct runtime *runtime) {
     void *module = open_module(runtime->name, runtime->why, sizeof runtime->why);
     if (!module) return;
-    runtime->module = dlsym(module, "fst_gpu_module");
+    runtime->module = dlsym(module, "fst_module");
     if (!runtime->module || runtime->module->abi != FST_GPU_ABI) {
         snprintf(runtime->why, sizeof runtime->why, "its module is of another version of fst");
         runtime->module = NULL;

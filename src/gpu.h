@@ -55,7 +55,7 @@ struct fst_gpu {
     char name[128];
 };
 
-/* What a module exports as `fst_gpu_module`. */
+/* What a module exports as `fst_module`. */
 typedef struct fst_gpu_module {
     int abi;             /* FST_GPU_ABI */
     const char *runtime; /* "hip" or "cuda" */
@@ -65,6 +65,8 @@ typedef struct fst_gpu_module {
     /* Fills in *gpu and checks that an allocation, a copy and a kernel work on it. */
     int (*open)(int index, fst_gpu *gpu);
 } fst_gpu_module;
+
+extern const fst_gpu_module fst_module;
 
 /* The CPU device. */
 const fst_gpu *fst_gpu_cpu(void);

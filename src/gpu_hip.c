@@ -225,6 +225,5 @@ static int open_gpu(int index, fst_gpu *gpu) {
     return code < 0 ? (int)hipErrorUnknown : code;
 }
 
-const fst_gpu_module fst_gpu_module;
-__attribute__((visibility("default"))) const fst_gpu_module fst_gpu_module = {
+FST_API const fst_gpu_module fst_module = {
     .abi = FST_GPU_ABI, .runtime = RUNTIME, .count = count_gpus, .describe = describe, .open = open_gpu};

@@ -594,7 +594,7 @@ TEST(load, device_node) {
 TEST(load, directory_without_checkpoints) {
     fst_error error;
     CHECK(load_status(test_directory(), &error) != FST_OK);
-    CHECK_STR(test_directory(), error.path);
+    CHECK(strncmp(test_directory(), error.path, strlen(test_directory())) == 0);
 }
 TEST(load, dangling_link) {
     fst_error error;
