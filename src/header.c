@@ -61,6 +61,7 @@ void fst_header_free(fst_header *header) {
 
 typedef struct row { /* a tensor on its way to an entry; positions are in the JSON */
     fst_entry entry;
+    uint64_t  elements;
     uint32_t  name_at, begin_at, end_at;
 } row;
 
@@ -70,7 +71,9 @@ typedef struct reader {
     row        *rows;
     fst_where   where;
     fst_error  *error;
-    char        label[160]; /* the name of the tensor at hand, for texts */
+    const char *name;       /* of the tensor at hand */
+    size_t      name_length;
+    char        label[160]; /* the same for texts: escaped, cut */
 } reader;
 
 static const fst_where *where_at(reader *r, uint64_t position) {
@@ -89,9 +92,12 @@ static uint64_t value_position(const reader *r, yyjson_val *key, yyjson_val *val
     return key_position(r, key);
 }
 
-static const char *label(reader *r, const char *name, size_t length) {
-    return fst_escape(r->label, sizeof r->label, name, length);
+static void turn_to(reader *r, const char *name, size_t length) {
+    r->name = name;
+    r->name_length = length;
 }
+
+static const char *label(reader *r) { return fst_escape(r->label, sizeof r->label, r->name, r->name_length); }
 
 static fst_status out_of_memory(reader *r) {
     r->where.offset = -1;
@@ -234,12 +240,12 @@ static int group_texts(const text *in, text *out, size_t count) {
 static fst_status check_ignored(reader *r, yyjson_val *key, yyjson_val *value, int level) {
     if (yyjson_is_raw(value) && !is_in_range(yyjson_get_raw(value), yyjson_get_len(value))) {
         return fst_fail(r->error, FST_E_JSON, 0, where_at(r, value_position(r, key, value)),
-                        "tensor \"%s\": a number is out of a double's range", r->label);
+                        "tensor \"%s\": a number is out of a double's range", label(r));
     }
     if (!yyjson_is_ctn(value)) return FST_OK;
     if (level > LEVELS_MAX) {
         return fst_fail(r->error, FST_E_JSON, 0, where_at(r, key_position(r, key)),
-                        "tensor \"%s\": the header is nested more than %d levels deep here", r->label,
+                        "tensor \"%s\": the header is nested more than %d levels deep here", label(r),
                         LEVELS_MAX);
     }
     fst_status  status = FST_OK;
@@ -269,7 +275,7 @@ typedef struct field {
 
 static fst_status wrong_kind(reader *r, const field *f, const char *name, const char *wanted) {
     return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, value_position(r, f->key, f->value)),
-                    "tensor \"%s\": `%s` is %s; it must be %s", r->label, name, kind(f->value), wanted);
+                    "tensor \"%s\": `%s` is %s; it must be %s", label(r), name, kind(f->value), wanted);
 }
 
 static fst_status read_number(reader *r, const field *f, const char *name, yyjson_val *value,
@@ -278,7 +284,7 @@ static fst_status read_number(reader *r, const field *f, const char *name, yyjso
     char shown[32] = "";
     if (yyjson_is_raw(value)) fst_escape(shown, sizeof shown, yyjson_get_raw(value), yyjson_get_len(value));
     return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, value_position(r, f->key, value)),
-                    "tensor \"%s\": `%s` holds %s%s%s; it must hold plain integers, 0 to 2^64 - 1", r->label,
+                    "tensor \"%s\": `%s` holds %s%s%s; it must hold plain integers, 0 to 2^64 - 1", label(r),
                     name, kind(value), *shown ? ", " : "", shown);
 }
 
@@ -295,7 +301,7 @@ static fst_status find_fields(reader *r, yyjson_val *name, yyjson_val *tensor, f
             if (status) return status;
         } else if (fields[which].key) {
             return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, key_position(r, key)),
-                            "tensor \"%s\": `%s` is there twice", r->label, field_names[which]);
+                            "tensor \"%s\": `%s` is there twice", label(r), field_names[which]);
         } else {
             fields[which] = (field){key, value};
         }
@@ -303,7 +309,7 @@ static fst_status find_fields(reader *r, yyjson_val *name, yyjson_val *tensor, f
     for (int i = 0; i < FIELDS; i++) {
         if (fields[i].key) continue;
         return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, key_position(r, name)),
-                        "tensor \"%s\" has no `%s`", r->label, field_names[i]);
+                        "tensor \"%s\" has no `%s`", label(r), field_names[i]);
     }
     return FST_OK;
 }
@@ -315,13 +321,13 @@ static fst_status read_dtype(reader *r, const field *f, fst_entry *entry) {
     if (entry->dtype != FST_NATIVE) return FST_OK;
     char shown[64];
     return fst_fail(r->error, FST_E_DTYPE, 0, where_at(r, key_position(r, f->value)),
-                    "tensor \"%s\": dtype \"%s\" is none of safetensors 0.8", r->label,
+                    "tensor \"%s\": dtype \"%s\" is none of safetensors 0.8", label(r),
                     fst_escape(shown, sizeof shown, name, yyjson_get_len(f->value)));
 }
 
 /* The shape, and the number of elements. Zeros are left out of the overflow check: a product that
  * overflows in some order is refused in every order. */
-static fst_status read_shape(reader *r, const field *f, fst_entry *entry, uint64_t *elements) {
+static fst_status read_shape(reader *r, const field *f, row *out) {
     if (!yyjson_is_arr(f->value)) return wrong_kind(r, f, "shape", "an array of integers");
     size_t      ndim = yyjson_arr_size(f->value), i, max;
     uint64_t    shape[FST_MAX_DIMS], product = 1;
@@ -330,7 +336,7 @@ static fst_status read_shape(reader *r, const field *f, fst_entry *entry, uint64
     yyjson_arr_foreach(f->value, i, max, value) {
         if (i == FST_MAX_DIMS) {
             return fst_fail(r->error, FST_E_SHAPE, 0, where_at(r, value_position(r, f->key, value)),
-                            "tensor \"%s\" has %zu dimensions; at most %d are supported", r->label, ndim,
+                            "tensor \"%s\" has %zu dimensions; at most %d are supported", label(r), ndim,
                             FST_MAX_DIMS);
         }
         fst_status status = read_number(r, f, "shape", value, &shape[i]);
@@ -338,15 +344,15 @@ static fst_status read_shape(reader *r, const field *f, fst_entry *entry, uint64
         empty |= shape[i] == 0;
         if (shape[i] && __builtin_mul_overflow(product, shape[i], &product)) {
             return fst_fail(r->error, FST_E_SHAPE, 0, where_at(r, value_position(r, f->key, value)),
-                            "tensor \"%s\": the product of its extents is over 2^64 - 1", r->label);
+                            "tensor \"%s\": the product of its extents is over 2^64 - 1", label(r));
         }
     }
     uint64_t *copy = allocate(r->header, ndim * sizeof *copy);
     if (!copy) return out_of_memory(r);
     if (ndim) memcpy(copy, shape, ndim * sizeof *copy);
-    entry->shape = copy;
-    entry->ndim = (uint32_t)ndim;
-    *elements = empty ? 0 : product;
+    out->entry.shape = copy;
+    out->entry.ndim = (uint32_t)ndim;
+    out->elements = empty ? 0 : product;
     return FST_OK;
 }
 
@@ -355,7 +361,7 @@ static fst_status read_offsets(reader *r, const field *f, row *out) {
     if (yyjson_arr_size(f->value) != 2) {
         return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, key_position(r, f->key)),
                         "tensor \"%s\": `data_offsets` holds %zu values; it must hold two, begin and end",
-                        r->label, yyjson_arr_size(f->value));
+                        label(r), yyjson_arr_size(f->value));
     }
     yyjson_val *begin = yyjson_arr_get_first(f->value), *end = yyjson_arr_get_last(f->value);
     fst_status  status = read_number(r, f, "data_offsets", begin, &out->entry.begin);
@@ -363,54 +369,28 @@ static fst_status read_offsets(reader *r, const field *f, row *out) {
     if (status) return status;
     out->begin_at = (uint32_t)value_position(r, f->key, begin);
     out->end_at = (uint32_t)value_position(r, f->key, end);
-    if (out->entry.end >= out->entry.begin) return FST_OK;
-    return fst_fail(r->error, FST_E_OFFSETS, 0, where_at(r, out->end_at),
-                    "tensor \"%s\": its data ends at %llu, before it begins at %llu", r->label,
-                    (unsigned long long)out->entry.end, (unsigned long long)out->entry.begin);
-}
-
-static fst_status check_size(reader *r, const row *in, uint64_t elements) {
-    const fst_entry   *entry = &in->entry;
-    unsigned           bits = fst_dtype_bits(entry->dtype);
-    uint64_t           all_bits;
-    unsigned long long has = entry->end - entry->begin, count = elements;
-    if (__builtin_mul_overflow(elements, bits, &all_bits)) {
-        return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
-                        "tensor \"%s\": %llu elements of %s are more than 2^64 - 1 bits", r->label, count,
-                        fst_dtype_name(entry->dtype));
-    }
-    if (all_bits % 8) {
-        return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
-                        "tensor \"%s\": %llu elements of %s, %u bits each, do not fill whole bytes", r->label,
-                        count, fst_dtype_name(entry->dtype), bits);
-    }
-    if (all_bits / 8 == has) return FST_OK;
-    return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
-                    "tensor \"%s\": %llu elements of %s take %llu bytes, but its offsets hold %llu", r->label,
-                    count, fst_dtype_name(entry->dtype), (unsigned long long)(all_bits / 8), has);
+    return FST_OK;
 }
 
 static fst_status read_tensor(reader *r, yyjson_val *key, yyjson_val *value, row *out) {
     const char *name = yyjson_get_str(key);
     size_t      length = yyjson_get_len(key);
     field       fields[FIELDS] = {{NULL, NULL}};
-    uint64_t    elements = 0;
-    label(r, name, length);
+    turn_to(r, name, length);
     out->name_at = (uint32_t)key_position(r, key);
     if (memchr(name, 0, length)) {
         return fst_fail(r->error, FST_E_NAME, 0, where_at(r, out->name_at),
-                        "tensor \"%s\": a name may not hold a NUL", r->label);
+                        "tensor \"%s\": a name may not hold a NUL", label(r));
     }
     if (!yyjson_is_obj(value)) {
         return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, value_position(r, key, value)),
                         "tensor \"%s\" is %s; it must be an object with dtype, shape and data_offsets",
-                        r->label, kind(value));
+                        label(r), kind(value));
     }
     fst_status status = find_fields(r, key, value, fields);
     if (!status) status = read_dtype(r, &fields[DTYPE], &out->entry);
-    if (!status) status = read_shape(r, &fields[SHAPE], &out->entry, &elements);
+    if (!status) status = read_shape(r, &fields[SHAPE], out);
     if (!status) status = read_offsets(r, &fields[OFFSETS], out);
-    if (!status) status = check_size(r, out, elements);
     if (status) return status;
     out->entry.name = copy_text(r->header, name, length);
     out->entry.name_length = (uint32_t)length;
@@ -467,9 +447,9 @@ static fst_status read_metadata(reader *r, yyjson_val *key, yyjson_val *value) {
     yyjson_val *inner_key, *inner;
     yyjson_obj_foreach(value, i, max, inner_key, inner) {
         if (!yyjson_is_str(inner)) {
-            label(r, yyjson_get_str(inner_key), yyjson_get_len(inner_key));
+            turn_to(r, yyjson_get_str(inner_key), yyjson_get_len(inner_key));
             return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, value_position(r, inner_key, inner)),
-                            "`__metadata__`: the value of \"%s\" is %s; it must be a string", r->label,
+                            "`__metadata__`: the value of \"%s\" is %s; it must be a string", label(r),
                             kind(inner));
         }
         yyjson_val *both[2] = {inner_key, inner};
@@ -505,13 +485,41 @@ static fst_status check_names(reader *r) {
     fst_status status = grouped_all ? FST_OK : out_of_memory(r);
     if (again) {
         const row *second = &r->rows[again->index];
+        turn_to(r, again->data, again->length);
         status = fst_fail(r->error, FST_E_DUPLICATE, 0, where_at(r, second->name_at),
-                          "tensor \"%s\" is there twice, first at byte %llu",
-                          label(r, again->data, again->length),
+                          "tensor \"%s\" is there twice, first at byte %llu", label(r),
                           8 + (unsigned long long)r->rows[before->index].name_at);
     }
     free(texts);
     return status;
+}
+
+/* One tensor's elements and its range say the same. */
+static fst_status check_size(reader *r, const row *in) {
+    const fst_entry   *entry = &in->entry;
+    const char        *dtype = fst_dtype_name(entry->dtype);
+    unsigned           bits = fst_dtype_bits(entry->dtype);
+    unsigned long long all_bits, count = in->elements, begin = entry->begin, end = entry->end;
+    turn_to(r, entry->name, entry->name_length);
+    if (end < begin) {
+        return fst_fail(r->error, FST_E_OFFSETS, 0, where_at(r, in->end_at),
+                        "tensor \"%s\": its data ends at %llu, before it begins at %llu", label(r), end,
+                        begin);
+    }
+    if (__builtin_mul_overflow(count, bits, &all_bits)) {
+        return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
+                        "tensor \"%s\": %llu elements of %s are more than 2^64 - 1 bits", label(r),
+                        count, dtype);
+    }
+    if (all_bits % 8) {
+        return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
+                        "tensor \"%s\": %llu elements of %s, %u bits each, do not fill whole bytes", label(r),
+                        count, dtype, bits);
+    }
+    if (all_bits / 8 == end - begin) return FST_OK;
+    return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
+                    "tensor \"%s\": %llu elements of %s take %llu bytes, but its offsets hold %llu", label(r),
+                    count, dtype, all_bits / 8, end - begin);
 }
 
 static int compare_rows(const void *left, const void *right) {
@@ -538,9 +546,10 @@ static fst_status sort_rows(reader *r, const row **order) {
 
 static fst_status wrong_begin(reader *r, const row *in, uint64_t covered) {
     const fst_entry *entry = &in->entry;
+    turn_to(r, entry->name, entry->name_length);
     return fst_fail(r->error, FST_E_OFFSETS, 0, where_at(r, in->begin_at),
                     "tensor \"%s\": its data begins at %llu, %s that before it, which ends at %llu",
-                    label(r, entry->name, entry->name_length), (unsigned long long)entry->begin,
+                    label(r), (unsigned long long)entry->begin,
                     entry->begin < covered ? "inside" : "leaving a hole after", (unsigned long long)covered);
 }
 
@@ -553,10 +562,11 @@ static fst_status check_cover(reader *r, const row *const *order) {
         const fst_entry *entry = &order[i]->entry;
         if (entry->begin != covered) return wrong_begin(r, order[i], covered);
         if (entry->end > data) {
+            turn_to(r, entry->name, entry->name_length);
             return fst_fail(r->error, FST_E_OFFSETS, 0, where_at(r, order[i]->end_at),
                             "tensor \"%s\": its data ends at %llu, but the file holds %llu bytes of data: it "
                             "is cut short, or not the file that was written; fetch it again",
-                            label(r, entry->name, entry->name_length), (unsigned long long)entry->end, data);
+                            label(r), (unsigned long long)entry->end, data);
         }
         covered = entry->end;
     }
@@ -567,7 +577,8 @@ static fst_status check_cover(reader *r, const row *const *order) {
 }
 
 static fst_status arrange(reader *r) {
-    fst_status  status = check_names(r);
+    fst_status status = check_names(r);
+    for (size_t i = 0; !status && i < r->header->count; i++) status = check_size(r, &r->rows[i]);
     const row **order = malloc((r->header->count + 1) * sizeof *order);
     if (!status && !order) status = out_of_memory(r);
     if (!status) status = sort_rows(r, order);

@@ -22,15 +22,41 @@ import tempfile
 import safetensors
 from safetensors import safe_open
 
-BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
-        "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32,
-        "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}
-NUMBERS = ["0", "1", "2", "3", "2.0", "2e0", "2E+0", "-0", "-1", "0.0", "1e-0", "01", "+1", "1.", ".5", "-", "0x2", "1e",
-           "18446744073709551615", "18446744073709551616", "9223372036854775808", "99999999999999999999999",
-           '"1"', "true", "null", "[1]", "{}", "NaN", "Infinity", "1_0", ""]
-TOKENS = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"null", b"true", b"0", b"-", b".", b"e9", b" ", b"\n", b"\0",
-          b"\x0c", b"\xc2\xa0", b"\xef\xbb\xbf", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\\u0000",
-          b"\\ud800", b"\\udc00", b"\\ud83d\\ude00", b"dtype", b"__metadata__", b"/**/", b"//", b"'", b"\x7f", b"\x1f"]
+BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64
+}
+NUMBERS = [
+    "0", "1", "2", "3", "2.0", "2e0", "2E+0", "-0", "-1", "0.0", "1e-0", "01", "+1", "1.", ".5", "-", "0x2",
+    "1e", "18446744073709551615", "18446744073709551616", "9223372036854775808", "99999999999999999999999",
+    '"1"', "true", "null", "[1]", "{}", "NaN", "Infinity", "1_0", ""
+]
+TOKENS = [
+    b"{", b"}", b"[", b"]", b",", b":", b'"', b"\\", b"null", b"true", b"0", b"-", b".", b"e9", b" ", b"\n",
+    b"\0", b"\x0c", b"\xc2\xa0", b"\xef\xbb\xbf", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80",
+    b"\\u0000", b"\\ud800", b"\\udc00", b"\\ud83d\\ude00", b"dtype", b"__metadata__", b"/**/", b"//", b"'",
+    b"\x7f", b"\x1f"
+]
 
 
 class Raw(bytes):
@@ -103,8 +129,10 @@ class Maker:
         rng = self.rng
         digits = str(rng.randint(1, 9)) + "".join(rng.choice("0123456789") for _ in range(rng.randint(0, 24)))
         if self.chance(0.4):
-            digits = rng.choice(["17976931348623157", "17976931348623158", "17976931348623159", "18446744073709551615",
-                                 "18446744073709551616", "1844674407370955161", "0"]) + rng.choice(["", "0", "5", "81"])
+            digits = rng.choice([
+                "17976931348623157", "17976931348623158", "17976931348623159", "18446744073709551615",
+                "18446744073709551616", "1844674407370955161", "0"
+            ]) + rng.choice(["", "0", "5", "81"])
             digits = digits.lstrip("0") or "0"
         zeros = "0" * rng.choice([0, 0, 0, 1, 280, 292, 300]) if digits != "0" else ""
         fraction = ""
@@ -116,7 +144,8 @@ class Maker:
         if self.chance(0.7):
             size = len(digits) + len(zeros)
             power = rng.choice([309 - size, 308 - size, 310 - size, 308, 0, 2**31 - 1, 2**31, 10**20, 400])
-            exponent = rng.choice("eE") + rng.choice(["", "+", "-", ""]) + str(abs(power)).zfill(rng.choice([1, 5]))
+            exponent = rng.choice("eE") + rng.choice(["", "+", "-", ""]) + str(abs(power)).zfill(
+                rng.choice([1, 5]))
         return Raw((rng.choice(["", "-"]) + digits + zeros + fraction + exponent).encode())
 
     def ignored(self, depth=0):
@@ -137,7 +166,8 @@ class Maker:
         if kind < 0.8 and depth < 4:
             return [self.ignored(depth + 1) for _ in range(rng.randint(0, 3))]
         if depth < 4:
-            return Object((rng.choice(["a", "dtype", "b"]), self.ignored(depth + 1)) for _ in range(rng.randint(0, 3)))
+            return Object(
+                (rng.choice(["a", "dtype", "b"]), self.ignored(depth + 1)) for _ in range(rng.randint(0, 3)))
         return "x"
 
     def metadata(self):
@@ -198,13 +228,21 @@ class Maker:
         elif kind == 1 and isinstance(t["data_offsets"], list) and t["data_offsets"]:
             t["data_offsets"][rng.randrange(len(t["data_offsets"]))] = self.bad_number()
         elif kind == 2 and isinstance(t["data_offsets"], list):
-            t["data_offsets"] = rng.choice([t["data_offsets"][::-1], t["data_offsets"][:1], t["data_offsets"] + [0], [],
-                                            None, Object(), "0", [t["data_offsets"]]])
+            t["data_offsets"] = rng.choice([
+                t["data_offsets"][::-1], t["data_offsets"][:1], t["data_offsets"] + [0], [], None,
+                Object(), "0", [t["data_offsets"]]
+            ])
         elif kind == 3:
-            t["data_offsets"] = [v + rng.choice([-1, 0, 1]) if isinstance(v, int) else v for v in t["data_offsets"] or []]
+            t["data_offsets"] = [
+                v + rng.choice([-1, 0, 1]) if isinstance(v, int) else v for v in t["data_offsets"] or []
+            ]
         elif kind == 4:
-            t["dtype"] = rng.choice(["u8", "F8_E4M3FN", "F128", "", "U8 ", None, 1, [], ["U8"], Object(),
-                                     Object([("U8", 1)]), Object([("U8", None), ("I8", None)]), "C128", "F6", "U8\0"])
+            t["dtype"] = rng.choice([
+                "u8", "F8_E4M3FN", "F128", "", "U8 ", None, 1, [], ["U8"],
+                Object(),
+                Object([("U8", 1)]),
+                Object([("U8", None), ("I8", None)]), "C128", "F6", "U8\0"
+            ])
         elif kind == 5:
             t["dtype"] = Object([(t["dtype"], None)]) if isinstance(t["dtype"], str) else None
         elif kind == 6:
@@ -212,7 +250,8 @@ class Maker:
             t["shape"] = ones + t["shape"] if isinstance(t["shape"], list) else ones
         elif kind == 7:
             t["shape"] = rng.choice([[2**40, 2**40, 0], [0, 2**40, 2**40], [2**40, 0, 2**40], [2**32, 2**32],
-                                     [2**61], [0, 2**64 - 1, 2], [2**64 - 1, 0], [2**63, 2, 0], None, Object(), 3, "3", [[3]]])
+                                     [2**61], [0, 2**64 - 1, 2], [2**64 - 1, 0], [2**63, 2, 0], None,
+                                     Object(), 3, "3", [[3]]])
             if self.chance(0.8):
                 t["data_offsets"] = [t["data_offsets"][0] if t["data_offsets"] else 0] * 2
                 tensors[:] = [t]
@@ -235,7 +274,8 @@ class Maker:
         elif kind == 14:
             t["ignored"] = Raw(b'"' + rng.choice(TOKENS) + b'"')
         else:
-            t["shape"] = (t["shape"] or []) + [rng.choice([0, 1, 2, 7])] if isinstance(t["shape"], list) else []
+            t["shape"] = (t["shape"] or []) + [rng.choice([0, 1, 2, 7])] if isinstance(t["shape"],
+                                                                                       list) else []
 
     def record(self, t):
         """The value of one tensor."""
@@ -243,8 +283,15 @@ class Maker:
         fields = ["dtype", "shape", "data_offsets"]
         if form:
             as_list = [t[f] for f in fields]
-            return {"list": as_list, "list+": as_list + [0], "list-": as_list[:2], "null": None, "string": "U8",
-                    "number": 1, "empty": Object()}[form]
+            return {
+                "list": as_list,
+                "list+": as_list + [0],
+                "list-": as_list[:2],
+                "null": None,
+                "string": "U8",
+                "number": 1,
+                "empty": Object()
+            }[form]
         pairs = Object((f, t[f]) for f in fields if f != t.get("drop"))
         if t.get("twice"):
             pairs.append((t["twice"], t.get(t["twice"])))
@@ -252,7 +299,8 @@ class Maker:
         if "ignored" in t:
             pairs.append(("ignored", t["ignored"]))
         while self.chance(0.15):
-            pairs.append((self.rng.choice(["x", "", "Dtype", "shape ", "data_offset", "__metadata__"]), self.ignored()))
+            pairs.append((self.rng.choice(["x", "", "Dtype", "shape ", "data_offset",
+                                           "__metadata__"]), self.ignored()))
         if self.chance(0.3):
             self.rng.shuffle(pairs)
         return pairs
@@ -292,10 +340,13 @@ class Maker:
         if faults == "value":
             for _ in range(rng.choice([1, 1, 1, 2, 3])):
                 self.fault(tensors)
-            if self.chance(0.8):  # keep the file as long as the offsets say: other rules than its length decide
-                ends = [t["data_offsets"][1] for t in tensors
-                        if isinstance(t["data_offsets"], list) and len(t["data_offsets"]) == 2
-                        and isinstance(t["data_offsets"][1], int) and 0 <= t["data_offsets"][1] < 10**5]
+            if self.chance(
+                    0.8):  # keep the file as long as the offsets say: other rules than its length decide
+                ends = [
+                    t["data_offsets"][1] for t in tensors
+                    if isinstance(t["data_offsets"], list) and len(t["data_offsets"]) == 2
+                    and isinstance(t["data_offsets"][1], int) and 0 <= t["data_offsets"][1] < 10**5
+                ]
                 size = max(ends, default=0)
         if self.chance(0.5):
             rng.shuffle(tensors)
@@ -305,7 +356,10 @@ class Maker:
             if faults == "value" and self.chance(0.15):
                 root.insert(rng.randint(0, len(root)), ("__metadata__", rng.choice([None, Object()])))
             if faults == "value" and self.chance(0.15):
-                root.append(("__metadata__", rng.choice([[], "", 1, Object([("a", 1)]), Object([("a", None)]), True])))
+                root.append(
+                    ("__metadata__", rng.choice([[], "", 1,
+                                                 Object([("a", 1)]),
+                                                 Object([("a", None)]), True])))
         text = self.space() + self.emit(root) + self.space() + b" " * rng.choice([0, 0, 0, 1, 7])
         if faults == "text":
             for _ in range(rng.choice([1, 1, 2, 3])):
@@ -362,8 +416,12 @@ def purposes(case):
     return found
 
 
-CERTAIN = {"header too small": "FST_E_TRUNCATED", "header too large": "FST_E_HEADER_SIZE",
-           "invalid header length": "FST_E_TRUNCATED", "invalid UTF-8": "FST_E_UTF8"}
+CERTAIN = {
+    "header too small": "FST_E_TRUNCATED",
+    "header too large": "FST_E_HEADER_SIZE",
+    "invalid header length": "FST_E_TRUNCATED",
+    "invalid UTF-8": "FST_E_UTF8"
+}
 
 
 def reference(case, path):
@@ -447,7 +505,8 @@ def main():
         run = subprocess.run([args.verdict, path], stdout=subprocess.PIPE, text=True, check=False)
         lines = run.stdout.splitlines()
         if run.returncode or len(lines) != len(cases):
-            print("header_verdict ended with %d after %d of %d cases" % (run.returncode, len(lines), len(cases)))
+            print("header_verdict ended with %d after %d of %d cases" %
+                  (run.returncode, len(lines), len(cases)))
             print("the case:", cases[min(len(lines), len(cases) - 1)])
             return 1
         for i, (case, line) in enumerate(zip(cases, lines)):
@@ -455,7 +514,8 @@ def main():
             if problem:
                 wrong += 1
                 if wrong <= 20:
-                    print("seed %d case %d: %s\n  ours: %s\n  file: %r" % (args.seed, i, problem, line, case[:3000]))
+                    print("seed %d case %d: %s\n  ours: %s\n  file: %r" %
+                          (args.seed, i, problem, line, case[:3000]))
     for what, count in sorted(counts.items()):
         print("%7d  %s" % (count, what))
     print("%d cases, %d differences" % (len(cases), wrong))
