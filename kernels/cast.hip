@@ -4,10 +4,10 @@
 
 namespace {
 
-#ifdef FST_CPU_LEVEL
-constexpr bool on_cpu = true;
+#ifdef FST_BY_ELEMENT
+constexpr bool by_element = true;
 #else
-constexpr bool on_cpu = false;
+constexpr bool by_element = false;
 #endif
 
 constexpr int bytes_type = FST_T_U8; // stands for both types of a copy
@@ -25,7 +25,7 @@ FST_FLOAT_LIST(X)
 template <int Src, int Dst> struct Range {
     static constexpr unsigned src_size = size_of<Src>::value, dst_size = size_of<Dst>::value;
     static constexpr unsigned wider = src_size > dst_size ? src_size : dst_size;
-    static constexpr uint64_t width = on_cpu ? 1u << 20 : 16 / wider;
+    static constexpr uint64_t width = by_element ? 1u << 20 : 16 / wider;
 
     const uint8_t *src;
     uint8_t       *dst;
@@ -34,7 +34,7 @@ template <int Src, int Dst> struct Range {
 
     // Elements of the first slot that lie before dst.
     FST_INLINE unsigned skew() const {
-        return on_cpu ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(dst) / dst_size % width);
+        return by_element ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(dst) / dst_size % width);
     }
     FST_INLINE uint64_t slots() const { return count / width + (count % width + skew() + width - 1) / width; }
 
@@ -43,7 +43,7 @@ template <int Src, int Dst> struct Range {
         const uint64_t begin = position > before ? position - before : 0;
         const uint64_t rest = position + width - before;
         const uint64_t end = rest < count ? rest : count;
-#ifndef FST_CPU_LEVEL
+#ifndef FST_BY_ELEMENT
         if (end - begin == width && vector(begin)) return;
 #endif
         elements(begin, end);
@@ -55,11 +55,11 @@ template <int Src, int Dst> struct Range {
         else return fst_convert(code, fst_float_of(Src), fst_float_of(Dst), limit);
     }
 
-    // On a GPU the ragged ends; on the CPU everything: this loop is the one that is vectorised.
+    // By vectors, only the ragged ends; by element (on the CPU) everything: this is the loop that is vectorised.
     FST_INLINE void elements(uint64_t begin, uint64_t end) const {
         const uint8_t *__restrict from = src;
         uint8_t *__restrict to = dst;
-        if constexpr (on_cpu && Src == Dst) {
+        if constexpr (by_element && Src == Dst) {
             memcpy(to + begin, from + begin, end - begin);
         } else {
             FST_ROLLED
@@ -70,7 +70,7 @@ template <int Src, int Dst> struct Range {
         }
     }
 
-#ifndef FST_CPU_LEVEL
+#ifndef FST_BY_ELEMENT
     FST_INLINE bool vector(uint64_t begin) const {
         Vector<width * src_size> in;
         Vector<width * dst_size> out = {};
@@ -88,7 +88,7 @@ template <int Src, int Dst> struct Range {
 };
 
 template <int Src, int Dst> struct Cast {
-    static constexpr unsigned threads = on_cpu ? 1 : 256;
+    static constexpr unsigned threads = by_element ? 1 : 256;
 
     uint64_t src, dst, count, limit;
 
@@ -102,24 +102,24 @@ template <int Src, int Dst> struct Cast {
     }
 };
 
-// A block is a tile of one job; on the CPU a whole job. `unit` is the bits of a copied element (a cast's
+// A block is a tile of one job; by element a whole job. `unit` is the bits of a copied element (a cast's
 // elements are its own unit, 8).
 template <int Src, int Dst> struct Batch {
     using Part = Range<Src, Dst>;
     static constexpr unsigned tile_slots = FST_BATCH_TILE / Part::width;
-    static constexpr unsigned threads = on_cpu ? 1 : tile_slots < 256 ? tile_slots : 256;
+    static constexpr unsigned threads = by_element ? 1 : tile_slots < 256 ? tile_slots : 256;
 
     uint64_t jobs;
     uint32_t jobs_count, unit;
     uint64_t tiles, limit;
 
-    FST_INLINE uint64_t blocks() const { return on_cpu ? jobs_count : tiles; }
+    FST_INLINE uint64_t blocks() const { return by_element ? jobs_count : tiles; }
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
         const fst_batch_job *list = global<const fst_batch_job>(jobs);
-        const fst_batch_job  job = list[on_cpu ? block : find(list, block)];
+        const fst_batch_job  job = list[by_element ? block : find(list, block)];
         const Part range = {global<const uint8_t>(job.src), global<uint8_t>(job.dst), job.count * unit / 8, limit};
         const uint64_t slots = range.slots();
-        if (on_cpu) {
+        if (by_element) {
             for (uint64_t i = 0; i < slots; i++) range.slot(i);
             return;
         }

@@ -6,6 +6,17 @@
 #include "kernels.h"
 #include "numeric.h"
 
+// Bodies take whole ranges by element, which compilers vectorise. Tests also want them in a GPU's shape, by
+// vectors of 16 bytes with ragged ends: FST_DEVICE_SHAPE.
+#ifndef FST_DEVICE_SHAPE
+#define FST_BY_ELEMENT
+#else
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+#endif
+
 #define FST_JOIN_(name, level) name##_v##level
 #define FST_JOIN(name, level) FST_JOIN_(name, level)
 #define FST_SYMBOL(name) FST_JOIN(name, FST_CPU_LEVEL)

@@ -35,7 +35,7 @@ template <class T> FST_FN T *global(uint64_t address) {
 #endif
 }
 
-#ifndef FST_CPU_LEVEL
+#ifndef FST_BY_ELEMENT
 
 // A vector as 32-bit words, in the order of memory. Fewer than 4 bytes are the low part of one word.
 template <unsigned bytes> struct Vector {

@@ -10,6 +10,8 @@ int FST_SYMBOL(fst_batch)(fst_stream stream, const fst_batch_args *args);
 #define FST_TARGET "cuda"
 #elif !defined(FST_CPU_LEVEL)
 #define FST_TARGET "hip"
+#elif defined(FST_DEVICE_SHAPE)
+#define FST_TARGET "device-shape"
 #elif FST_CPU_LEVEL == 2
 #define FST_TARGET "x86-64-v2"
 #elif FST_CPU_LEVEL == 3

@@ -19,6 +19,7 @@ typedef struct cudaMemPoolProps        hipMemPoolProps;
 #define hipErrorInvalidValue        cudaErrorInvalidValue
 #define hipErrorOutOfMemory         cudaErrorMemoryAllocation
 #define hipErrorNotReady            cudaErrorNotReady
+#define hipErrorUnknown             cudaErrorUnknown
 #define hipErrorNoDevice            cudaErrorNoDevice
 #define hipErrorInvalidDevice       cudaErrorInvalidDevice
 #define hipErrorInsufficientDriver  cudaErrorInsufficientDriver

@@ -1,0 +1,39 @@
+/* Kernels under test: every copy of them that this machine can run, and buffers on its device. */
+#ifndef FST_TESTS_KERNELS_RIG_H
+#define FST_TESTS_KERNELS_RIG_H
+
+#include "gpu.h"
+#include "numeric.h"
+
+#define RIG_GUARD 64u /* bytes on both sides of a result that must stay as they were */
+
+typedef struct test_rig {
+    fst_gpu    gpu;        /* a copy: the CPU's with the kernels of one level, or a GPU's */
+    fst_stream stream;
+    uint8_t   *src, *dst;  /* `capacity` bytes each, on the device; 256-byte aligned */
+    uint8_t   *host;       /* as many for what comes back */
+    size_t     capacity;
+    int        saved;
+} test_rig;
+
+/* The i-th: the CPU's levels, the device's shape run on the CPU, and the GPU that FST_TEST_DEVICE names, or
+ * the first one when there is any. 0 past the end. rig_close after 1. */
+int  rig_open(test_rig *rig, size_t i, size_t capacity);
+void rig_close(test_rig *rig);
+
+#define EACH_RIG(rig, capacity) for (size_t rig_i = 0; rig_open(rig, rig_i, capacity); rig_i++, rig_close(rig))
+
+void rig_upload(test_rig *rig, void *device, const void *host, size_t size);
+
+/* Casts `count` elements at src + src_skew to dst + RIG_GUARD + dst_skew, and checks that nothing around the
+ * result changed. The result, valid until the next call. */
+const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t src_skew, size_t dst_skew,
+                        uint64_t count);
+
+/* Puts the first `size` bytes of dst into rig->host. */
+void rig_download(test_rig *rig, size_t size);
+
+const char *rig_dtype_name(int dtype);
+extern const int rig_floats[8];
+
+#endif
