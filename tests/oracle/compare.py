@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Compares what `fst convert` writes, bit for bit, with the reference reader's tensors (PyPI's safetensors),
+cast by ml_dtypes and NumPy.
+
+    compare.py --fst build/bin/fst [--device cpu] [--cast bf16 ...] PATH...
+    compare.py --fst build/bin/fst --mixed 20e6      a generated checkpoint of so many bytes instead of PATH
+
+PATH is a .safetensors file. Without --cast: as stored, and every target that has kernels.
+"""
+import argparse
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import warnings
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+# dtype: (type, NaN code, largest finite number where casts saturate)
+FLOATS = {
+    "F64": (np.float64, 0x7FF8000000000000, None),
+    "F32": (np.float32, 0x7FC00000, None),
+    "F16": (np.float16, 0x7E00, None),
+    "BF16": (ml_dtypes.bfloat16, 0x7FC0, None),
+    "F8_E4M3": (ml_dtypes.float8_e4m3fn, 0x7F, 448.0),
+    "F8_E5M2": (ml_dtypes.float8_e5m2, 0x7E, 57344.0),
+    "F8_E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, 0x80, 240.0),
+    "F8_E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, 0x80, 57344.0),
+}
+STEP = 1 << 22  # elements that are cast at a time
+
+
+def odd(values):
+    """F64 -> F32 rounded to odd: casting the result on, to nearest, rounds once in effect."""
+    near = values.astype(np.float32)
+    toward = np.where(np.abs(near.astype(np.float64)) > np.abs(values), np.nextafter(near, np.float32(0)), near)
+    inexact = np.isfinite(values) & (toward.astype(np.float64) != values)
+    return (toward.view(np.uint32) | inexact.astype(np.uint32)).view(np.float32)
+
+
+def cast(data, src, dst):
+    """The bytes of dst that the rules of docs/design.md give for the bytes of src."""
+    if src == dst or src not in FLOATS:
+        return data
+    dst_type, nan, largest = FLOATS[dst]
+    bits = np.dtype(f"u{np.dtype(dst_type).itemsize}")
+    source = np.frombuffer(data, FLOATS[src][0])
+    result = np.empty(source.size, bits)
+    for at in range(0, source.size, STEP):
+        values = source[at:at + STEP]
+        negative, is_nan = np.signbit(values), np.isnan(values)
+        if src in ("F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+            negative = values.view(np.uint8) >= 0x80  # their one NaN has the sign bit set
+        if src == "F64" and bits.itemsize < 4 and dst != "F16":
+            values = odd(values)
+        elif bits.itemsize == 1 and src != "F32":
+            values = values.astype(np.float32)
+        if largest:
+            values = np.clip(values, np.float32(-largest), np.float32(largest))
+        codes = values.astype(dst_type).view(bits).copy()
+        signed = np.where(negative[is_nan], bits.type(1 << (8 * bits.itemsize - 1)), bits.type(0))
+        codes[is_nan] = signed | bits.type(nan)
+        result[at:at + STEP] = codes
+    return result.tobytes()
+
+
+def read(path):
+    """What the reference says is in a file, in the order of the data, and its metadata."""
+    with open(path, "rb") as file:
+        raw = file.read()
+    tensors = safetensors.deserialize(raw)
+    with safetensors.safe_open(path, "np") as file:
+        names, metadata = file.offset_keys(), file.metadata()
+    order = {name: i for i, name in enumerate(names)}
+    return sorted(tensors, key=lambda item: order[item[0]]), metadata or {}
+
+
+def differences(inputs, output, target):
+    """Lines about what is wrong with the output."""
+    want, metadata = [], {}
+    for tensors, more in inputs:
+        want += tensors
+        metadata.update(more)
+    got, got_metadata = read(output)
+    with open(output, "rb") as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+    if start % 4096:
+        yield f"data starts at {start}"
+    if metadata != got_metadata:
+        yield f"metadata {got_metadata} instead of {metadata}"
+    # Tensors of no bytes may stand anywhere among their neighbours.
+    if [n for n, t in want if t["data"]] != [n for n, t in got if t["data"]]:
+        yield "the order is not that of the inputs"
+    found = dict(got)
+    if sorted(found) != sorted(name for name, _ in want):
+        yield "the names are not those of the inputs"
+        return
+    for name, tensor in want:
+        src = tensor["dtype"]
+        dst = target if target and src in FLOATS else src
+        other = found[name]
+        if (other["dtype"], other["shape"]) != (dst, tensor["shape"]):
+            yield f"{name}: {other['dtype']} {other['shape']} instead of {dst} {tensor['shape']}"
+        expected = cast(tensor["data"], src, dst)
+        if expected != other["data"]:
+            a, b = (np.frombuffer(x, np.uint8) for x in (expected, other["data"]))
+            at = int(np.flatnonzero(a != b)[0]) if a.size == b.size else -1
+            yield f"{name}: {src} to {dst}: byte {at} of {a.size} differs"
+
+
+def check(args, paths, targets, folder):
+    inputs, failed = [read(path) for path in paths], 0
+    output = os.path.join(folder, "out.safetensors")
+    for target in targets:
+        flags = ["--cast", target.lower()] if target else []
+        subprocess.run([args.fst, "convert", "--device", args.device, *flags, "-o", output, *paths], check=True,
+                       stdout=subprocess.DEVNULL)
+        lines = list(differences(inputs, output, target))
+        print(f"{target or 'as stored'}: {sum(len(i[0]) for i in inputs)} tensors, "
+              f"{os.path.getsize(output)} bytes: {'DIFFERENT' if lines else 'equal'}")
+        for line in lines[:20]:
+            print("   ", line)
+        failed |= bool(lines)
+    return failed
+
+
+def generate(path, nbytes, *flags):
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "checkpoint.py")
+    subprocess.run([sys.executable, script, "mixed", path, "--bytes", str(nbytes), "--odd-header", *flags],
+                   check=True)
+    return [path]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fst", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cast", action="append", choices=[f.lower() for f in FLOATS] + ["none"])
+    parser.add_argument("--mixed", type=float)
+    parser.add_argument("paths", nargs="*")
+    args = parser.parse_args()
+    np.seterr(all="ignore")
+    warnings.simplefilter("ignore")
+    targets = [None if c == "none" else c.upper() for c in args.cast or ["none", *map(str.lower, FLOATS)]]
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.mixed:
+            return check(args, args.paths, targets, folder)
+        # F4 and F6 have no casts: they are in the checkpoint that is converted as stored.
+        everything = generate(os.path.join(folder, "all.safetensors"), args.mixed)
+        failed = check(args, everything, [None], folder) if None in targets else 0
+        castable = generate(os.path.join(folder, "castable.safetensors"), args.mixed, "--castable")
+        return failed | check(args, castable, [t for t in targets if t], folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
