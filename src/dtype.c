@@ -9,12 +9,13 @@
 
 typedef struct dtype_facts {
     const char   *name;
+    unsigned char length; /* of the name */
     unsigned char bits;
     unsigned char dlpack_code;
 } dtype_facts;
 
-#define FACTS(name, bits, code) {#name, bits, code},
-static const dtype_facts facts[FST_DTYPE_COUNT] = {{"NATIVE", 0, 0}, FST_DTYPE_LIST(FACTS)};
+#define FACTS(name, bits, code) {#name, sizeof #name - 1, bits, code},
+static const dtype_facts facts[FST_DTYPE_COUNT] = {{"NATIVE", 6, 0, 0}, FST_DTYPE_LIST(FACTS)};
 
 /* The list and the enum of fst.h are in one order. */
 #define ORDER(name, bits, code) ORDER_##name,
@@ -42,7 +43,7 @@ fst_dtype fst_dtype_from_name(const char *name) {
 
 fst_dtype fst_dtype_parse(const char *name, size_t length) {
     for (int i = FST_NATIVE + 1; i < FST_DTYPE_COUNT; i++) {
-        if (strlen(facts[i].name) == length && memcmp(name, facts[i].name, length) == 0) return (fst_dtype)i;
+        if (facts[i].length == length && memcmp(name, facts[i].name, length) == 0) return (fst_dtype)i;
     }
     return FST_NATIVE;
 }

@@ -184,31 +184,36 @@ static int is_in_range(const char *text, size_t length) {
 
 typedef struct text {
     const char *data;
+    uint64_t    hash;
     uint32_t    length;
     uint32_t    index; /* order in the file */
 } text;
 
-static uint64_t hash_text(const text *each) {
+static uint64_t hash_bytes(const char *data, size_t length) {
     const uint64_t factor = 0x9E3779B97F4A7C15u;
-    uint64_t       hash = each->length * factor, word;
-    size_t         i = 0;
-    for (; i + 8 <= each->length; i += 8) {
-        memcpy(&word, each->data + i, 8);
+    uint64_t       hash = length * factor, word;
+    for (; length >= 8; data += 8, length -= 8) {
+        memcpy(&word, data, 8);
         hash = (hash ^ word) * factor;
         hash ^= hash >> 32;
     }
     word = 0;
-    memcpy(&word, each->data + i, each->length - i);
+    memcpy(&word, data, length);
     hash = (hash ^ word) * factor;
     return hash ^ hash >> 32;
 }
 
+static text make_text(const char *data, size_t length, size_t index) {
+    return (text){data, hash_bytes(data, length), (uint32_t)length, (uint32_t)index};
+}
+
 static int same_text(const text *a, const text *b) {
-    return a->length == b->length && memcmp(a->data, b->data, a->length) == 0;
+    return a->hash == b->hash && a->length == b->length && memcmp(a->data, b->data, a->length) == 0;
 }
 
 static int compare_texts(const void *left, const void *right) {
     const text *a = left, *b = right;
+    if (a->hash != b->hash) return a->hash < b->hash ? -1 : 1;
     if (a->length != b->length) return a->length < b->length ? -1 : 1;
     int order = memcmp(a->data, b->data, a->length);
     return order ? order : a->index < b->index ? -1 : a->index > b->index;
@@ -221,13 +226,13 @@ static int group_texts(const text *in, text *out, size_t count) {
     while (buckets < count) buckets *= 2;
     uint32_t *ends = calloc(buckets, sizeof *ends);
     if (!ends) return 0;
-    for (size_t i = 0; i < count; i++) ends[hash_text(&in[i]) & (buckets - 1)]++;
+    for (size_t i = 0; i < count; i++) ends[in[i].hash & (buckets - 1)]++;
     uint32_t total = 0;
     for (size_t i = 0; i < buckets; i++) {
         total += ends[i];
         ends[i] = total - ends[i];
     }
-    for (size_t i = 0; i < count; i++) out[ends[hash_text(&in[i]) & (buckets - 1)]++] = in[i];
+    for (size_t i = 0; i < count; i++) out[ends[in[i].hash & (buckets - 1)]++] = in[i];
     for (size_t i = 0, begin = 0; i < buckets; begin = ends[i++]) {
         if (ends[i] - begin > 1) qsort(out + begin, ends[i] - begin, sizeof *out, compare_texts);
     }
@@ -273,6 +278,12 @@ typedef struct field {
     yyjson_val *key, *value;
 } field;
 
+static int field_of(yyjson_val *key) {
+    if (yyjson_equals_strn(key, "dtype", 5)) return DTYPE;
+    if (yyjson_equals_strn(key, "shape", 5)) return SHAPE;
+    return yyjson_equals_strn(key, "data_offsets", 12) ? OFFSETS : FIELDS;
+}
+
 static fst_status wrong_kind(reader *r, const field *f, const char *name, const char *wanted) {
     return fst_fail(r->error, FST_E_HEADER, 0, where_at(r, value_position(r, f->key, f->value)),
                     "tensor \"%s\": `%s` is %s; it must be %s", label(r), name, kind(f->value), wanted);
@@ -294,8 +305,7 @@ static fst_status find_fields(reader *r, yyjson_val *name, yyjson_val *tensor, f
     yyjson_val     *key;
     while ((key = yyjson_obj_iter_next(&iter))) {
         yyjson_val *value = yyjson_obj_iter_get_val(key);
-        int         which = 0;
-        while (which < FIELDS && !yyjson_equals_str(key, field_names[which])) which++;
+        int         which = field_of(key);
         if (which == FIELDS) {
             fst_status status = check_ignored(r, key, value, 3);
             if (status) return status;
@@ -425,7 +435,7 @@ static fst_status merge_repeated(reader *r) {
     text *grouped = texts + count;
     for (size_t i = 0; i < count; i++) {
         const fst_string *key = &header->metadata[2 * i];
-        texts[i] = (text){key->data, (uint32_t)key->length, (uint32_t)i};
+        texts[i] = make_text(key->data, key->length, i);
     }
     int grouped_all = group_texts(texts, grouped, count);
     if (grouped_all) header->metadata_count = drop_repeated(header->metadata, grouped, count);
@@ -473,7 +483,7 @@ static fst_status check_names(reader *r) {
     if (!texts) return out_of_memory(r);
     text *grouped = texts + count;
     for (size_t i = 0; i < count; i++) {
-        texts[i] = (text){r->rows[i].entry.name, r->rows[i].entry.name_length, (uint32_t)i};
+        texts[i] = make_text(r->rows[i].entry.name, r->rows[i].entry.name_length, i);
     }
     const text *again = NULL, *before = NULL;
     int         grouped_all = group_texts(texts, grouped, count);
@@ -601,7 +611,7 @@ static fst_status read_root(reader *r, yyjson_val *root) {
     fst_status      status = FST_OK;
     while (!status && (key = yyjson_obj_iter_next(&iter))) {
         yyjson_val *value = yyjson_obj_iter_get_val(key);
-        if (!yyjson_equals_str(key, "__metadata__")) {
+        if (!yyjson_equals_strn(key, "__metadata__", 12)) {
             status = read_tensor(r, key, value, &r->rows[r->header->count]);
             r->header->count++;
         } else if (metadata_key) {
