@@ -166,7 +166,8 @@ def write_shards(args, tensors):
     total = sum(t[3] for t in tensors)
     shards, done = [[] for _ in range(args.files)], 0
     for tensor in tensors:
-        shards[min(args.files - 1, done * args.files // max(total, 1))].append(tensor)
+        middle = done + tensor[3] // 2
+        shards[min(args.files - 1, middle * args.files // max(total, 1))].append(tensor)
         done += tensor[3]
     weight_map = {}
     for i, shard in enumerate(shards):
