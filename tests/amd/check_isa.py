@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Checks the machine code of AMD kernels, without an AMD GPU.
+
+    check_isa.py [--run COMMAND] [--arch gfx942]... [--sizes] FILE...
+
+A FILE is a library that hipcc linked, with code for several processors in it, or one bare code object. What is
+checked, for every kernel that the file holds: no scratch memory, no spilled registers, no accumulation registers
+(spills go there too), no flat accesses, no calls, no traps; registers and shared memory leave room for 4 waves a
+SIMD; streaming kernels load and store 16 bytes at a time on their wider side. The names of the kernels come from
+the code object. One that RULES does not know is a fault, and so is code that belongs to no kernel.
+
+The LLVM tools llvm-readelf, llvm-objdump and llvm-cxxfilt are called behind COMMAND (scripts/amd-root, say).
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import tempfile
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+WAVES = 4  # a SIMD at least
+
+# Per SIMD: vector registers of a lane, in what units a wave gets them, waves; bytes of shared memory of the four
+# SIMDs (a gfx9 compute unit, a gfx11 or gfx12 work-group processor). AMD's "Instruction Set Architecture" guides.
+Processor = collections.namedtuple("Processor", "registers unit waves shared")
+PROCESSORS = {
+    "gfx90a": Processor(512, 8, 8, 65536),
+    "gfx942": Processor(512, 8, 8, 65536),
+    "gfx950": Processor(512, 8, 8, 163840),
+    "gfx1100": Processor(1536, 24, 16, 131072),
+    "gfx1201": Processor(1536, 24, 16, 131072),
+}
+
+WIDE = {"load": re.compile(r"\bglobal_load_(dwordx4|b128)\b"), "store": re.compile(r"\bglobal_store_(dwordx4|b128)\b")}
+BANNED = [(re.compile(r"\bflat_(load|store|atomic)\w*"), "flat access"),
+          (re.compile(r"\bscratch_(load|store)\w*|\bbuffer_(load|store)\w*"), "scratch access"),
+          (re.compile(r"\bv_accvgpr_\w+"), "accumulation register"),
+          (re.compile(r"\bs_swappc_b64|\bs_call_b64"), "call"),
+          (re.compile(r"\bs_trap\b"), "trap")]
+
+
+def dtype_sizes():
+    """Bytes of an element by the number that kernels have for its type: its place in kernels/dtype_list.h."""
+    entries = re.findall(r"^    X\(\w+, (\d+), \d+\)", (REPO / "kernels/dtype_list.h").read_text(), re.M)
+    return {number: int(bits) / 8 for number, bits in enumerate(entries, 1)}
+
+
+SIZES = dtype_sizes()
+
+
+def wider_side(source, target):
+    """Which accesses of a cast are 16 bytes."""
+    a, b = SIZES[int(source)], SIZES[int(target)]
+    return [side for side, wide in (("load", a >= b), ("store", b >= a)) if wide]
+
+
+# What a kernel's body (the type that launch.h's `run` is given) must have. A new one needs a line here.
+RULES = [(re.compile(r"(?:Cast|Batch)<(\d+), (\d+)>"), wider_side)]
+BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
+FOREIGN = re.compile(r"^\S*( |\b)(rocprim|hipcub)::")  # listed, not judged
+
+Kernel = collections.namedtuple("Kernel", "name meta code")
+Verdict = collections.namedtuple("Verdict", "name faults waves registers")
+
+
+class Tools:
+    def __init__(self, command):
+        self.command = shlex.split(command)
+
+    def __call__(self, tool, *args, **more):
+        return subprocess.run([*self.command, tool, *args], check=True, stdout=subprocess.PIPE, text=True, **more).stdout
+
+
+def code_objects(path):
+    """(processor, bytes) of each code object in a file; no processor for a bare one, which knows its own."""
+    data = path.read_bytes()
+    if data[:4] == b"\x7fELF" and struct.unpack_from("<H", data, 18)[0] == 224:  # EM_AMDGPU
+        return [(None, data)]
+    found, magic = [], b"__CLANG_OFFLOAD_BUNDLE__"
+    start = data.find(magic)
+    while start >= 0:
+        at = start + len(magic)
+        (count,) = struct.unpack_from("<Q", data, at)
+        at += 8
+        for _ in range(count):
+            offset, size, length = struct.unpack_from("<3Q", data, at)
+            target = data[at + 24:at + 24 + length].decode()
+            at += 24 + length
+            if size and "amdgcn" in target:
+                found.append((target.split("--")[-1].split(":")[0], data[start + offset:start + offset + size]))
+        start = data.find(magic, at)
+    if b"CCOB" in data and not found:
+        raise SystemExit(f"{path}: its code objects are compressed: build without --offload-compress")
+    return found
+
+
+def metadata(notes):
+    """The processor, and the fields of each kernel that are numbers or names."""
+    target = re.search(r"^amdhsa.target: +'?\S*?(gfx\w+)", notes, re.M)
+    kernels = []
+    for block in re.split(r"^  - (?=\.)", notes, flags=re.M)[1:]:
+        fields = dict(re.findall(r"^ {0,4}\.(\w+): +'?([^\s']+)'?$", block, re.M))
+        if "symbol" in fields:
+            kernels.append({key: int(value) if value.isdigit() else value for key, value in fields.items()})
+    return target and target[1], kernels
+
+
+def functions(assembly):
+    """Instructions by the function that they are in. What lies before the first, if only padding, is none.
+
+    Zeros are shown as "...".
+    """
+    found, current = {}, None
+    for line in assembly.splitlines():
+        label = re.match(r"^[0-9a-f]+ <(.+)>:$", line)
+        if label:
+            current = found.setdefault(label[1], [])
+        elif current is not None and line.startswith("\t"):
+            current.append(line.split("//")[0].strip())
+    return {name: code for name, code in found.items()
+            if name != ".text" or any(c.split()[0] not in ("s_nop", "s_code_end", "...") for c in code)}
+
+
+def waves(processor, meta):
+    """Waves that a SIMD can hold, of 4 SIMDs that share their memory."""
+    p, lanes = PROCESSORS[processor], meta["wavefront_size"]
+    registers, unit = (p.registers // 2, p.unit // 2) if lanes == 64 and processor > "gfx1" and p.waves == 16 else p[:2]
+    used = max(meta["vgpr_count"], 1)
+    possible = min(p.waves, registers // (-(-used // unit) * unit))
+    if meta["group_segment_fixed_size"]:
+        group = -(-meta["max_flat_workgroup_size"] // lanes)
+        possible = min(possible, p.shared // meta["group_segment_fixed_size"] * group // 4)
+    return possible
+
+
+def resource_faults(processor, meta):
+    for field, what in (("private_segment_fixed_size", "bytes of scratch"), ("vgpr_spill_count", "spilled VGPRs"),
+                        ("sgpr_spill_count", "spilled SGPRs"), ("agpr_count", "accumulation registers")):
+        if meta.get(field, 0):
+            yield f"{meta[field]} {what}"
+    if meta.get("uses_dynamic_stack") == "true":
+        yield "a stack that grows"
+    fits = waves(processor, meta)
+    if fits < WAVES:
+        yield f"room for {fits} waves a SIMD ({meta['vgpr_count']} VGPRs, {meta['group_segment_fixed_size']} bytes shared)"
+
+
+def code_faults(code, sides):
+    text = "\n".join(code)
+    for pattern, what in BANNED:
+        hits = pattern.findall(text)
+        if hits:
+            first = next(line for line in code if pattern.search(line))
+            yield f"{what}, {len(hits)} times ({first})"
+    for side in sides:
+        if not WIDE[side].search(text):
+            yield f"no 16-byte {side}"
+
+
+def judge(processor, kernel):
+    faults = list(resource_faults(processor, kernel.meta))
+    body = BODY.match(kernel.name)
+    rule = next(((sides, m) for pattern, sides in RULES if (m := pattern.fullmatch(body[1] if body else ""))), None)
+    if rule is None:
+        faults.append("unknown kernel: give it a line in RULES of check_isa.py")
+    sides = rule[0](*rule[1].groups()) if rule else []
+    faults += code_faults(kernel.code, sides)
+    return Verdict(kernel.name, faults, waves(processor, kernel.meta), kernel.meta["vgpr_count"])
+
+
+def examine(tools, processor, path):
+    """(processor, verdicts on our kernels, names of others, faults of the whole) of one bare code object."""
+    where = path.relative_to(REPO) if path.is_relative_to(REPO) else path
+    target, metas = metadata(tools("llvm-readelf", "--notes", str(where)))
+    if processor and target != processor:
+        return processor, [], [], [f"the bundle says {processor}, its code object {target}"]
+    if target not in PROCESSORS:
+        return target, [], [], [f"unknown processor {target}: give it a line in PROCESSORS"]
+    code = functions(tools("llvm-objdump", "-d", "--no-show-raw-insn", str(where)))
+    symbols = set(re.findall(r"(\S+)\.kd$", tools("llvm-readelf", "-sW", str(where)), re.M))
+    named = {meta["name"] for meta in metas}
+    faults = [f"{name}: in the {a}, not in the {b}" for a, x, b, y in
+              (("symbols", symbols, "metadata", named), ("metadata", named, "symbols", symbols),
+               ("code", set(code), "metadata", named), ("metadata", named, "code", set(code))) for name in sorted(x - y)]
+    names = dict(zip(named, tools("llvm-cxxfilt", input="\n".join(named) + "\n").splitlines())) if named else {}
+    kernels = [Kernel(names[m["name"]], m, code.get(m["name"], [])) for m in metas]
+    ours = [judge(target, k) for k in kernels if not FOREIGN.match(k.name)]
+    return target, ours, [k.name for k in kernels if FOREIGN.match(k.name)], faults
+
+
+def short(name):
+    body = BODY.match(name)
+    return body[1] if body else name
+
+
+def check(tools, files, archs, folder):
+    """Faults of all files; prints what was examined."""
+    faults, kernels_of, others = [], collections.defaultdict(set), set()
+    lowest, most, objects = {}, {}, collections.Counter()
+    for file in files:
+        for number, (processor, data) in enumerate(code_objects(file)):
+            path = folder / f"{file.name}.{number}.co"
+            path.write_bytes(data)
+            processor, ours, foreign, whole = examine(tools, processor, path)
+            objects[processor] += 1
+            faults += [f"{processor}: {fault}" for fault in whole]
+            faults += [f"{processor}: {short(v.name)}: {fault}" for v in ours for fault in v.faults]
+            others |= {f"{processor}: {name}" for name in foreign}
+            for v in ours:
+                if v.name in kernels_of[processor]:
+                    faults.append(f"{processor}: {short(v.name)}: twice, so one of them is unnamed")
+                kernels_of[processor].add(v.name)
+                lowest[processor] = min(lowest.get(processor, (99, "")), (v.waves, short(v.name)))
+                most[processor] = max(most.get(processor, (0, "")), (v.registers, short(v.name)))
+    faults += [f"{arch}: no kernels" for arch in archs if not kernels_of[arch]]
+    everything = set().union(*kernels_of.values()) if kernels_of else set()
+    faults += [f"{arch}: {short(name)}: missing, others have it" for arch in kernels_of
+               for name in sorted(everything - kernels_of[arch])]
+    for arch in sorted(kernels_of):
+        if kernels_of[arch]:
+            print(f"{arch}: {len(kernels_of[arch])} kernels in {objects[arch]} code objects; most VGPRs {most[arch][0]} "
+                  f"({most[arch][1]}), fewest waves {lowest[arch][0]} ({lowest[arch][1]})")
+    for name in sorted(others):
+        print(f"not ours, not judged: {name}")
+    return faults
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--run", default="", help="what the LLVM tools are called behind")
+    parser.add_argument("--arch", action="append", default=[], help="must be there")
+    parser.add_argument("--folder", type=pathlib.Path, help="for the code objects, inside the repository; is kept")
+    parser.add_argument("files", nargs="+", type=pathlib.Path)
+    args = parser.parse_args()
+    tools = Tools(args.run)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        faults = check(tools, args.files, args.arch, args.folder.resolve())
+    else:
+        with tempfile.TemporaryDirectory(dir=REPO / "build") as folder:
+            faults = check(tools, args.files, args.arch, pathlib.Path(folder))
+    for fault in faults:
+        print(f"FAULT {fault}")
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
