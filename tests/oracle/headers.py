@@ -121,7 +121,8 @@ class Maker:
             return "layers.%d.%s" % (self.rng.randint(0, 99), self.rng.choice(["weight", "bias", "q", "k"]))
         if kind < 0.75:
             return ""
-        alphabet = 'ab"\\/\n\t\x01\x7f\u0080\u00e9\u07ff\u0800\u20ac\ufeff\uffff\U00010000\U0001f600\U0010ffff'
+        alphabet = 'ab"\\/\n\t\x01\x7f\u0080\u00e9\u07ff\u0800\u20ac\ufeff\uffff'
+        alphabet += "\U00010000\U0001f600\U0010ffff"
         return "".join(self.rng.choice(alphabet) for _ in range(self.rng.randint(1, 8)))
 
     def number(self):
@@ -222,7 +223,7 @@ class Maker:
         if not tensors:
             return
         t = rng.choice(tensors)
-        kind = rng.randint(0, 15)
+        kind = rng.randint(0, 18)
         if kind == 0 and t["shape"] and isinstance(t["shape"], list):
             t["shape"][rng.randrange(len(t["shape"]))] = self.bad_number()
         elif kind == 1 and isinstance(t["data_offsets"], list) and t["data_offsets"]:
@@ -273,6 +274,16 @@ class Maker:
             t["name"] = rng.choice(["\0", "a\0", "\0" + t["name"], t["name"] + "\0b"])
         elif kind == 14:
             t["ignored"] = Raw(b'"' + rng.choice(TOKENS) + b'"')
+        elif kind == 15:  # a hole, an overlap: this range and all behind it move
+            move, begin = rng.choice([-2, -1, 1, 2]), (t["data_offsets"] or [0])[0]
+            for other in tensors:
+                both = other["data_offsets"]
+                plain = isinstance(both, list) and all(isinstance(v, int) for v in both + [begin])
+                if plain and min(both + [begin]) >= begin:
+                    other["data_offsets"] = [max(0, v + move) for v in both]
+        elif kind == 16:
+            t["shape"] = rng.choice([[0, 2**40, 2**40], [2**40, 0, 2**40], [0, 2**63, 2]])
+            t["data_offsets"] = [0, 0]
         else:
             t["shape"] = (t["shape"] or []) + [rng.choice([0, 1, 2, 7])] if isinstance(t["shape"],
                                                                                        list) else []
@@ -310,7 +321,11 @@ class Maker:
     def mutate(self, text):
         rng = self.rng
         at = rng.randint(0, len(text))
-        kind = rng.randint(0, 7)
+        kind = rng.randint(0, 8)
+        if kind == 8:
+            spots = [i for i, c in enumerate(text) if c in b"]}"] or [at]
+            at = rng.choice(spots)
+            return text[:at] + b"," + text[at:]
         if kind == 0:
             return text[:at] + bytes([rng.randrange(256)]) + text[at + 1:]
         if kind == 1:
