@@ -11,18 +11,23 @@ int fst_kernels_have(int src_dtype, int dst_dtype) {
     return fst_float_of(src_dtype).bits && fst_float_of(dst_dtype).bits;
 }
 
-const fst_kernels *fst_kernels_cpu_level(int level) {
+/* By features: not every compiler knows the levels by name. Processors with these have the rest too. */
+static int has_level(int level) {
     __builtin_cpu_init();
-    switch (level) {
-    case 2:
-        return __builtin_cpu_supports("x86-64-v2") ? fst_kernels_v2() : NULL;
-    case 3:
-        return __builtin_cpu_supports("x86-64-v3") ? fst_kernels_v3() : NULL;
-    case 4:
-        return __builtin_cpu_supports("x86-64-v4") ? fst_kernels_v4() : NULL;
-    default:
-        return NULL;
-    }
+    if (!__builtin_cpu_supports("sse4.2") || !__builtin_cpu_supports("popcnt")) return 0;
+    if (level == 2) return 1;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("bmi") ||
+        !__builtin_cpu_supports("bmi2"))
+        return 0;
+    if (level == 3) return 1;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
+const fst_kernels *fst_kernels_cpu_level(int level) {
+    if (level < 2 || level > 4 || !has_level(level)) return NULL;
+    return level == 2 ? fst_kernels_v2() : level == 3 ? fst_kernels_v3() : fst_kernels_v4();
 }
 
 const fst_kernels *fst_kernels_cpu(void) {

@@ -159,11 +159,11 @@ FST_FN uint64_t fst_decode64(uint64_t code, fst_float from) {
 
 /* Numbers beyond the largest finite one are first cut down to a limit: that one itself, or, when not
  * saturating, the number that would come next, whose code is in every type that of Inf (or of NaN where there
- * is no Inf). Only 8-bit types saturate. The limit is made once, outside a loop: the bits of an F64 for a
- * source of 64 bits, otherwise of an F32. */
+ * is no Inf). Only 8-bit types saturate. The limit is made once, outside a loop: the bits of an F64 when
+ * either side has 64 bits, otherwise of an F32. */
 FST_FN uint64_t fst_limit(fst_float from, fst_float to, int saturate) {
     const uint64_t code = saturate && to.bits == 8 ? to.finite : to.overflow;
-    if (from.bits == 64) return (code << (52 - to.mantissa)) + ((uint64_t)(1023 - to.bias) << 52);
+    if (from.bits == 64 || to.bits == 64) return (code << (52 - to.mantissa)) + ((uint64_t)(1023 - to.bias) << 52);
     return (code << (23 - to.mantissa)) + ((uint64_t)(127 - to.bias) << 23);
 }
 
