@@ -594,6 +594,52 @@ static void check_interrupted(int signal, int want) {
 TEST(cli, ctrl_c_leaves_nothing_behind) { check_interrupted(SIGINT, 130); }
 TEST(cli, terminated_leaves_nothing_behind) { check_interrupted(SIGTERM, 143); }
 
+TEST(cli, ctrl_c_ends_a_load) {
+    static terminal t;
+    sparse_file("in", "F64", SLOW_SHAPE, SLOW_BYTES);
+    pid_t child =
+        spawn_on_terminal(&t, 80, ARGS("load", "--device", "cpu", "--cast", "f8_e4m3", test_path("in")));
+    int drawn = read_terminal(&t, "%");
+    kill(child, SIGINT);
+    read_terminal(&t, NULL);
+    close(t.fd);
+    CHECK_INT(130, wait_for(child));
+    CHECK(drawn);
+    CHECK(strstr(t.text, "FST_E_CANCELLED"));
+}
+
+/* Where a descriptor of another process leads; "" when it is not open. */
+static const char *descriptor_of(pid_t process, int fd) {
+    static char target[512];
+    char link[64];
+    snprintf(link, sizeof link, "/proc/%d/fd/%d", (int)process, fd);
+    ssize_t size = readlink(link, target, sizeof target - 1);
+    target[size > 0 ? size : 0] = 0;
+    return target;
+}
+
+TEST(cli, files_never_become_standard_descriptors) {
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    for (int fd = 0; fd < 3; fd++) posix_spawn_file_actions_addclose(&actions, fd);
+    sparse_file("in", "F64", SLOW_SHAPE, SLOW_BYTES);
+    pid_t child = spawn(ARGS("load", "--device", "cpu", "--cast", "f8_e4m3", test_path("in")), &actions);
+    posix_spawn_file_actions_destroy(&actions);
+    const char *input = test_path("in");
+    int fd = 0, alive = 1, occupied = 0;
+    while (alive && strcmp(descriptor_of(child, fd), input)) {
+        fd = (fd + 1) % 16;
+        alive = waitpid(child, NULL, WNOHANG) == 0;
+    }
+    for (fd = 0; fd < 3; fd++) occupied += !strcmp("/dev/null", descriptor_of(child, fd));
+    if (alive) {
+        kill(child, SIGKILL);
+        waitpid(child, NULL, 0);
+    }
+    CHECK(alive);
+    CHECK_INT(3, occupied);
+}
+
 /* The last line that was drawn must be overwritten by blanks. */
 TEST(cli, progress_bar_fits_the_terminal_and_goes_away) {
     static const unsigned short widths[] = {200, 80, 40, 10};
