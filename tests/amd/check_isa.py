@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks the machine code of AMD kernels, without an AMD GPU.
 
-    check_isa.py [--run COMMAND] [--arch gfx942]... [--sizes] FILE...
+    check_isa.py [--run COMMAND] [--arch gfx942]... FILE...
 
 A FILE is a library that hipcc linked, with code for several processors in it, or one bare code object. What is
 checked, for every kernel that the file holds: no scratch memory, no spilled registers, no accumulation registers
@@ -73,7 +73,8 @@ class Tools:
         self.command = shlex.split(command)
 
     def __call__(self, tool, *args, **more):
-        return subprocess.run([*self.command, tool, *args], check=True, stdout=subprocess.PIPE, text=True, **more).stdout
+        done = subprocess.run([*self.command, tool, *args], check=True, stdout=subprocess.PIPE, text=True, **more)
+        return done.stdout
 
 
 def code_objects(path):
@@ -129,7 +130,9 @@ def functions(assembly):
 def waves(processor, meta):
     """Waves that a SIMD can hold, of 4 SIMDs that share their memory."""
     p, lanes = PROCESSORS[processor], meta["wavefront_size"]
-    registers, unit = (p.registers // 2, p.unit // 2) if lanes == 64 and processor > "gfx1" and p.waves == 16 else p[:2]
+    registers, unit = p.registers, p.unit
+    if p.waves == 16 and lanes == 64:  # two of its registers make one
+        registers, unit = registers // 2, unit // 2
     used = max(meta["vgpr_count"], 1)
     possible = min(p.waves, registers // (-(-used // unit) * unit))
     if meta["group_segment_fixed_size"]:
@@ -147,7 +150,8 @@ def resource_faults(processor, meta):
         yield "a stack that grows"
     fits = waves(processor, meta)
     if fits < WAVES:
-        yield f"room for {fits} waves a SIMD ({meta['vgpr_count']} VGPRs, {meta['group_segment_fixed_size']} bytes shared)"
+        shared = meta["group_segment_fixed_size"]
+        yield f"room for {fits} waves a SIMD ({meta['vgpr_count']} VGPRs, {shared} bytes shared)"
 
 
 def code_faults(code, sides):
@@ -223,8 +227,8 @@ def check(tools, files, archs, folder):
                for name in sorted(everything - kernels_of[arch])]
     for arch in sorted(kernels_of):
         if kernels_of[arch]:
-            print(f"{arch}: {len(kernels_of[arch])} kernels in {objects[arch]} code objects; most VGPRs {most[arch][0]} "
-                  f"({most[arch][1]}), fewest waves {lowest[arch][0]} ({lowest[arch][1]})")
+            print(f"{arch}: {len(kernels_of[arch])} kernels in {objects[arch]} code objects; most VGPRs "
+                  f"{most[arch][0]} ({most[arch][1]}), fewest waves {lowest[arch][0]} ({lowest[arch][1]})")
     for name in sorted(others):
         print(f"not ours, not judged: {name}")
     return faults

@@ -69,8 +69,8 @@ class Rig:
 
     def check(self, folder, *args):
         """check_isa.py's exit status and what it printed."""
-        done = subprocess.run([sys.executable, HERE / "check_isa.py", "--run", self.command, "--folder",
-                               self.folder(folder) / "isa", *args], stdout=subprocess.PIPE, text=True, check=False, cwd=REPO)
+        command = [sys.executable, HERE / "check_isa.py", "--run", self.command, "--folder", self.folder(folder) / "isa"]
+        done = subprocess.run([*command, *args], stdout=subprocess.PIPE, text=True, check=False, cwd=REPO)
         print(done.stdout)
         return done.returncode, done.stdout
 
