@@ -9,7 +9,7 @@
 #include "fst.h"
 #include "kernels.h"
 
-#define FST_GPU_ABI 1
+#define FST_GPU_ABI 2
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
 typedef struct fst_gpu fst_gpu;
@@ -42,6 +42,7 @@ typedef struct fst_gpu_calls {
 
     int (*to_device)(const fst_gpu *, fst_stream, void *device, const void *host, size_t size);
     int (*to_host)(const fst_gpu *, fst_stream, void *host, const void *device, size_t size);
+    int (*copy_on_device)(const fst_gpu *, fst_stream, void *dst, const void *src, size_t size);
 } fst_gpu_calls;
 
 /* One device. Lives as long as the process once found: results may outlive everything else. */

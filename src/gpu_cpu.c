@@ -78,15 +78,9 @@ static float event_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
     return -1;
 }
 
-static int copy_to_device(const fst_gpu *gpu, fst_stream stream, void *device, const void *host, size_t size) {
+static int copy(const fst_gpu *gpu, fst_stream stream, void *dst, const void *src, size_t size) {
     (void)gpu, (void)stream;
-    memcpy(device, host, size);
-    return 0;
-}
-
-static int copy_to_host(const fst_gpu *gpu, fst_stream stream, void *host, const void *device, size_t size) {
-    (void)gpu, (void)stream;
-    memcpy(host, device, size);
+    memcpy(dst, src, size);
     return 0;
 }
 
@@ -107,8 +101,9 @@ static const fst_gpu_calls calls = {
     .event_record = event_record,
     .event_wait = wait,
     .event_elapsed = event_elapsed,
-    .to_device = copy_to_device,
-    .to_host = copy_to_host,
+    .to_device = copy,
+    .to_host = copy,
+    .copy_on_device = copy,
 };
 
 static fst_gpu cpu = {.calls = &calls, .dlpack_type = 1, .host_access = 1, .label = "cpu", .name = "CPU"};

@@ -157,6 +157,11 @@ static int to_host(const fst_gpu *gpu, fst_stream stream, void *host, const void
     return hipMemcpyAsync(host, device, size, hipMemcpyDeviceToHost, (hipStream_t)stream);
 }
 
+static int copy_on_device(const fst_gpu *gpu, fst_stream stream, void *dst, const void *src, size_t size) {
+    (void)gpu;
+    return hipMemcpyAsync(dst, src, size, hipMemcpyDeviceToDevice, (hipStream_t)stream);
+}
+
 static const fst_gpu_calls calls = {
     .enter = enter,
     .leave = leave,
@@ -176,6 +181,7 @@ static const fst_gpu_calls calls = {
     .event_elapsed = event_elapsed,
     .to_device = to_device,
     .to_host = to_host,
+    .copy_on_device = copy_on_device,
 };
 
 /* ---- Finding GPUs ------------------------------------------------------------------------------- */

@@ -298,7 +298,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         fake_enter, fake_leave, fake_describe, fake_memory, fake_alloc, fake_free, fake_pin, fake_unpin,
         fake_stream_new, fake_stream_free, fake_stream_wait, fake_event_new, fake_event_free, fake_event_record,
-        fake_event_wait, fake_elapsed, fake_copy, fake_copy};
+        fake_event_wait, fake_elapsed, fake_copy, fake_copy, fake_copy};
     static const fst_kernels kernels = {.cast = fake_cast, .batch = fake_batch, .target = "fake"};
     static const fst_gpu gpu = {&calls, &kernels, 2, 0, 0, "fake:0", "a device of the tests"};
     fst_release_cached();
