@@ -9,11 +9,20 @@
 #include "fst.h"
 
 #define MIB ((uint64_t)1 << 20)
-enum { MAX_SIZES = 4, MAX_SETS = 64, BATCH_TENSORS = 20000, WHOLE = 4 << 20, EDGE = 256 << 10, WINDOW = 64 << 10, WINDOWS = 8 };
+enum {
+    MAX_SIZES = 4,
+    MAX_SETS = 64,
+    BATCH_TENSORS = 20000,
+    POISON = 16 << 20, /* bytes */
+    WHOLE = 4 << 20, /* elements, from here on */
+    EDGE = 256 << 10,
+    WINDOW = 64 << 10,
+    WINDOWS = 8
+};
 
 static const char usage[] =
-    "usage: bench_convert [--device auto|cpu|N] [--bytes N[K|M|G]] [--filter TEXT|GLOB] [--runs N] [--threads N]\n"
-    "                     [--verify-only] [--json FILE] [--plot FILE.svg] [--list]\n";
+    "usage: bench_convert [--device auto|cpu|N] [--bytes N[K|M|G]] [--filter TEXT|GLOB] [--runs N]\n"
+    "                     [--threads N] [--verify-only] [--json FILE] [--plot FILE.svg] [--list]\n";
 
 typedef struct options {
     int         device, verify_only, list;
@@ -148,18 +157,33 @@ static uint64_t extra_window(const convert_case *c) {
 
 /* As many sets as it takes to make the caches useless, and at least two. */
 static unsigned sets_of(const bench *b, const convert_case *c) {
-    const uint64_t most = b->gpu->host_access ? 1024 * MIB : 512 * MIB, traffic = c->bytes_read + c->bytes_written;
+    const uint64_t most = b->gpu->host_access ? 1024 * MIB : 512 * MIB;
+    const uint64_t traffic = c->bytes_read + c->bytes_written;
     if (b->o.verify_only) return 1;
     if (traffic * 2 >= most) return 2;
     return most / traffic + 1 > MAX_SETS ? MAX_SETS : (unsigned)(most / traffic + 1);
+}
+
+static void must(const bench *b, int code, const char *what) {
+    if (code) bench_die("%s: %s", what, code > 0 ? b->gpu->calls->describe(code) : "refused");
+}
+
+static void upload(const bench *b, void *to, const void *bytes, size_t size) {
+    must(b, b->gpu->calls->to_device(b->gpu, b->stream, to, bytes, size), "a copy to the device");
+    must(b, b->gpu->calls->stream_wait(b->gpu, b->stream), "a copy to the device");
+}
+
+static void download(const bench *b, void *to, const void *from, size_t size) {
+    must(b, b->gpu->calls->to_host(b->gpu, b->stream, to, from, size), "a copy from the device");
+    must(b, b->gpu->calls->stream_wait(b->gpu, b->stream), "a copy from the device");
 }
 
 static unsigned char *device_block(const bench *b, uint64_t size) {
     void *block;
     const int code = b->gpu->calls->alloc_block(b->gpu, size, &block);
     if (code)
-        bench_die("%llu MiB on %s: %s; --bytes chooses a smaller size", (unsigned long long)(size / MIB), b->gpu->label,
-                  b->gpu->calls->describe(code));
+        bench_die("%llu MiB on %s: %s; --bytes chooses a smaller size", (unsigned long long)(size / MIB),
+                  b->gpu->label, b->gpu->calls->describe(code));
     return block;
 }
 
@@ -177,34 +201,22 @@ static void allocate(bench *b, const convert_spec *specs, size_t count) {
     b->src = device_block(b, b->src_room);
     b->dst = device_block(b, b->dst_room);
     b->extra = device_block(b, b->extra_room);
-    b->poison = device_block(b, 64 * MIB);
+    b->poison = device_block(b, POISON);
     b->host = malloc((size_t)WHOLE * 8);
     b->want = malloc((size_t)WHOLE * 8);
     if (!b->host || !b->want) bench_die("out of memory");
+    memset(b->host, CONVERT_POISON, WHOLE);
+    for (uint64_t at = 0; at < POISON; at += WHOLE) upload(b, b->poison + at, b->host, WHOLE);
 }
 
 static void release(bench *b) {
     b->gpu->calls->free_block(b->gpu, b->src, b->src_room);
     b->gpu->calls->free_block(b->gpu, b->dst, b->dst_room);
     b->gpu->calls->free_block(b->gpu, b->extra, b->extra_room);
-    b->gpu->calls->free_block(b->gpu, b->poison, 64 * MIB);
+    b->gpu->calls->free_block(b->gpu, b->poison, POISON);
     convert_data_free(b->data);
     free(b->host);
     free(b->want);
-}
-
-static void must(const bench *b, int code, const char *what) {
-    if (code) bench_die("%s: %s", what, code > 0 ? b->gpu->calls->describe(code) : "refused");
-}
-
-static void upload(const bench *b, void *to, const void *bytes, size_t size) {
-    must(b, b->gpu->calls->to_device(b->gpu, b->stream, to, bytes, size), "a copy to the device");
-    must(b, b->gpu->calls->stream_wait(b->gpu, b->stream), "a copy to the device");
-}
-
-static void download(const bench *b, void *to, const void *from, size_t size) {
-    must(b, b->gpu->calls->to_host(b->gpu, b->stream, to, from, size), "a copy from the device");
-    must(b, b->gpu->calls->stream_wait(b->gpu, b->stream), "a copy from the device");
 }
 
 /* The sources of all sets. Other data than before are filled in as far as they are needed. */
@@ -263,25 +275,22 @@ static void fill_sets(bench *b, const convert_case *c, convert_set *sets, unsign
 
 /* ---- Checks ---- */
 
-static void poison(const bench *b, const convert_case *c, const convert_set *set) {
-    unsigned char *to = set->dst - CONVERT_GUARD;
-    uint64_t left = c->dst_size + 2 * CONVERT_GUARD;
-    memset(b->host, CONVERT_POISON, WHOLE);
-    for (uint64_t at = 0; at < 64 * MIB && at < left; at += WHOLE) upload(b, b->poison + at, b->host, WHOLE);
+static void poison(const bench *b, unsigned char *to, uint64_t left) {
     while (left) {
-        const uint64_t size = left < 64 * MIB ? left : 64 * MIB;
-        must(b, b->gpu->calls->copy_on_device(b->gpu, b->stream, to, b->poison, (size_t)size), "a copy on the device");
+        const uint64_t size = left < POISON ? left : POISON;
+        must(b, b->gpu->calls->copy_on_device(b->gpu, b->stream, to, b->poison, (size_t)size),
+             "a copy on the device");
         to += size;
         left -= size;
     }
-    if (convert_is_quantize(c->spec.kernel)) upload(b, set->scales, b->host, (size_t)(c->scales < WHOLE / 4 ? c->scales * 4 : WHOLE));
 }
 
 static int complain(const convert_case *c, const char *what, uint64_t where, uint64_t want, uint64_t got) {
     char name[128];
     convert_name(&c->spec, name, sizeof name);
-    fprintf(stderr, "bench_convert: %s, %llu bytes: %s %llu is %llX, should be %llX\n", name, (unsigned long long)c->bytes,
-            what, (unsigned long long)where, (unsigned long long)got, (unsigned long long)want);
+    fprintf(stderr, "bench_convert: %s, %llu bytes: %s %llu is %llX, should be %llX\n", name,
+            (unsigned long long)c->bytes, what, (unsigned long long)where, (unsigned long long)got,
+            (unsigned long long)want);
     return 0;
 }
 
@@ -305,7 +314,8 @@ static int check_guards(const bench *b, const convert_case *c, const convert_set
         download(b, b->host, guards[g], CONVERT_GUARD);
         for (unsigned i = 0; i < CONVERT_GUARD; i++)
             if (b->host[i] != CONVERT_POISON)
-                return complain(c, g ? "byte behind the result," : "byte before the result,", i, CONVERT_POISON, b->host[i]);
+                return complain(c, g ? "byte behind the result," : "byte before the result,", i,
+                                CONVERT_POISON, b->host[i]);
     }
     return 1;
 }
@@ -322,7 +332,7 @@ static int check_result(const bench *b, const convert_case *c, const convert_set
     return ok;
 }
 
-/* The scales that quantize made: each of up to 256, otherwise as many spread over all; and the count of NaNs. */
+/* The scales that quantize made, up to 256 of them spread over all; and the count of NaNs. */
 static int check_scales(const bench *b, const convert_case *c, const convert_set *set, convert_reference *r) {
     const uint64_t step = c->scales / 256 + 1;
     uint64_t nans;
@@ -333,24 +343,29 @@ static int check_scales(const bench *b, const convert_case *c, const convert_set
         if (got != want) ok = complain(c, "scale", i, want, got);
     }
     download(b, &nans, set->nans, sizeof nans);
-    return ok && (nans == convert_expect_nans(r) || complain(c, "the number of NaNs,", 0, convert_expect_nans(r), nans));
+    return ok && (nans == convert_expect_nans(r) ||
+                  complain(c, "the number of NaNs,", 0, convert_expect_nans(r), nans));
 }
 
-static int check_nans_kept(const bench *b, const convert_case *c, const convert_set *set, const convert_reference *r) {
+static int check_nans_kept(const bench *b, const convert_case *c, const convert_set *set,
+                           const convert_reference *r) {
     uint64_t nans;
     download(b, &nans, set->nans, sizeof nans);
-    return nans == convert_expect_nans(r) || complain(c, "the number of NaNs,", 0, convert_expect_nans(r), nans);
+    return nans == convert_expect_nans(r) ||
+           complain(c, "the number of NaNs,", 0, convert_expect_nans(r), nans);
 }
 
 static int check(const bench *b, const convert_timer *t, const convert_case *c, const convert_set *set) {
     convert_reference *r = convert_reference_new(c, b->data);
-    poison(b, c, set);
+    poison(b, set->dst - CONVERT_GUARD, c->dst_size + 2 * CONVERT_GUARD);
+    if (convert_is_quantize(c->spec.kernel)) poison(b, set->scales, c->scales * 4);
     const int code = convert_once(t, c, set);
     int ok = code == 0;
     if (code) {
         char name[128];
         convert_name(&c->spec, name, sizeof name);
-        fprintf(stderr, "bench_convert: %s: %s (%d)\n", name, code > 0 ? b->gpu->calls->describe(code) : "refused", code);
+        fprintf(stderr, "bench_convert: %s: %s (%d)\n", name,
+                code > 0 ? b->gpu->calls->describe(code) : "refused", code);
     }
     ok = ok && check_result(b, c, set, r) && check_guards(b, c, set);
     if (ok && convert_is_quantize(c->spec.kernel)) ok = check_scales(b, c, set, r);
@@ -363,8 +378,8 @@ static int check(const bench *b, const convert_timer *t, const convert_case *c, 
 
 /* Whether the device's table has the kernel yet. */
 static int is_built(const fst_kernels *k, const convert_spec *spec) {
-    const int dtypes = spec->keep_bits || convert_is_scale(spec->kernel) || convert_is_quantize(spec->kernel) ||
-                       fst_kernels_have(spec->src, spec->dst);
+    const int dtypes = spec->keep_bits || convert_is_scale(spec->kernel) ||
+                       convert_is_quantize(spec->kernel) || fst_kernels_have(spec->src, spec->dst);
     switch (spec->kernel) {
     case CONVERT_CAST: return dtypes && (!spec->keep_bits || k->fnuz);
     case CONVERT_REALIGN:
@@ -396,7 +411,8 @@ static int run(bench *b, const convert_spec *specs, size_t specs_count, const ch
     printf("%s (%s), %s%s\n", b->gpu->label, b->gpu->name, b->gpu->kernels->target, reason);
     convert_print_head();
     for (size_t i = 0; i < specs_count; i++)
-        for (unsigned k = 0, n = sizes_of(b, &specs[i], sizes); k < n && is_built(b->gpu->kernels, &specs[i]); k++) {
+        for (unsigned k = 0, n = sizes_of(b, &specs[i], sizes); k < n && is_built(b->gpu->kernels, &specs[i]);
+             k++) {
             const convert_case c = convert_size(&specs[i], sizes[k]);
             results[count] = measure(b, &timer, &c);
             wrong += !results[count].ok;

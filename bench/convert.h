@@ -25,7 +25,13 @@ typedef enum convert_kernel {
     CONVERT_KERNELS
 } convert_kernel;
 
-enum { CONVERT_ROOM = 512, CONVERT_BLOCK = 128, CONVERT_GUARD = 256, CONVERT_POISON = 0xA5, CONVERT_MAX_PARTS = 64 };
+enum {
+    CONVERT_ROOM = 512,
+    CONVERT_BLOCK = 128,
+    CONVERT_GUARD = 256,
+    CONVERT_POISON = 0xA5,
+    CONVERT_MAX_PARTS = 64
+};
 
 typedef struct convert_spec {
     convert_kernel kernel;
@@ -77,8 +83,9 @@ int convert_is_quantize(convert_kernel kernel);
 
 /* ---- convert_reference.c: the data, and what must come out ---- */
 
-/* What sources hold: a block of bytes, repeated. Its length is 8 times a prime, so that no stride meets the same
- * bytes again. Random bits; for quantize numbers with few NaN and Inf (without any where one scale is for all). */
+/* What sources hold: a block of bytes, repeated. Its length is 8 times a prime, so that no stride meets the
+ * same bytes again. Random bits; for quantize numbers with few NaN and Inf (without any where one scale is
+ * for all). */
 typedef struct convert_data convert_data;
 convert_data *convert_data_new(const convert_spec *spec);
 void convert_data_free(convert_data *data);
@@ -99,8 +106,8 @@ uint64_t convert_expect_nans(const convert_reference *r);
 /* ---- convert_run.c ---- */
 
 /* Launches part `part` of `parts` (on the CPU, one a thread). 0, an FST_K_*, or the device's error. */
-int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set, unsigned part,
-                   unsigned parts);
+int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+                   unsigned part, unsigned parts);
 /* The job list of a batch in `parts` parts, as the kernel reads it. */
 void convert_jobs(const convert_case *c, const convert_set *set, unsigned parts, fst_batch_job *jobs);
 
@@ -122,7 +129,8 @@ void convert_print_head(void);
 void convert_print(const convert_result *r);
 double convert_gb_per_s(const convert_result *r);
 double convert_copy_gb_per_s(const convert_result *results, size_t count);
-void convert_json(const char *path, const fst_gpu *gpu, unsigned threads, const convert_result *results, size_t count);
+void convert_json(const char *path, const fst_gpu *gpu, unsigned threads, const convert_result *results,
+                  size_t count);
 void convert_plot(const char *path, const fst_gpu *gpu, const convert_result *results, size_t count);
 
 /* ---- convert.c ---- */

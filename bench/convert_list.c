@@ -20,8 +20,9 @@ typedef struct list {
 
 const char *convert_kernel_name(convert_kernel kernel) {
     static const char *const names[CONVERT_KERNELS] = {
-        "cast",         "scale_tensor",   "scale_row", "scale_group", "scale_block", "quantize_tensor", "quantize_row",
-        "quantize_block", "realign",      "slice",     "pack",        "transpose",   "deinterleave",    "batch"};
+        "cast",         "scale_tensor",   "scale_row", "scale_group", "scale_block", "quantize_tensor",
+        "quantize_row", "quantize_block", "realign",   "slice",       "pack",        "transpose",
+        "deinterleave", "batch"};
     return names[kernel];
 }
 
@@ -34,8 +35,9 @@ int convert_is_quantize(convert_kernel kernel) {
 }
 
 void convert_name(const convert_spec *spec, char *text, size_t size) {
-    snprintf(text, size, "%s %s->%s%s%s", convert_kernel_name(spec->kernel), fst_dtype_name((fst_dtype)spec->src),
-             fst_dtype_name((fst_dtype)spec->dst), *spec->variant ? " " : "", spec->variant);
+    snprintf(text, size, "%s %s->%s%s%s", convert_kernel_name(spec->kernel),
+             fst_dtype_name((fst_dtype)spec->src), fst_dtype_name((fst_dtype)spec->dst),
+             *spec->variant ? " " : "", spec->variant);
 }
 
 static convert_spec *add(list *l, convert_kernel kernel, int src, int dst) {
@@ -84,8 +86,10 @@ static void add_scales(list *l) {
     static const int codes[] = {FST_F8_E5M2, FST_F8_E4M3FNUZ, FST_F8_E5M2FNUZ, FST_I8};
     static const convert_kernel kinds[] = {CONVERT_SCALE_TENSOR, CONVERT_SCALE_ROW, CONVERT_SCALE_BLOCK};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) add_scaled(l, kinds[k], FST_F8_E4M3, wide[i], FST_F32, 0);
-        for (size_t i = 0; i < sizeof codes / sizeof *codes; i++) add_scaled(l, kinds[k], codes[i], FST_BF16, FST_F32, 0);
+        for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
+            add_scaled(l, kinds[k], FST_F8_E4M3, wide[i], FST_F32, 0);
+        for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+            add_scaled(l, kinds[k], codes[i], FST_BF16, FST_F32, 0);
     }
     add_scaled(l, CONVERT_SCALE_TENSOR, FST_F4, FST_BF16, FST_F32, 0);
     add_scaled(l, CONVERT_SCALE_ROW, FST_F8_E4M3, FST_BF16, FST_BF16, 0);
@@ -107,10 +111,13 @@ static void add_scales(list *l) {
 
 static void add_quantize(list *l) {
     static const int codes[] = {FST_F8_E4M3, FST_F8_E4M3FNUZ, FST_F8_E5M2};
-    static const convert_kernel kinds[] = {CONVERT_QUANTIZE_TENSOR, CONVERT_QUANTIZE_ROW, CONVERT_QUANTIZE_BLOCK};
-    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) /* by source: cases that share their data side by side */
+    static const convert_kernel kinds[] = {CONVERT_QUANTIZE_TENSOR, CONVERT_QUANTIZE_ROW,
+                                           CONVERT_QUANTIZE_BLOCK};
+    /* By source: cases that share their data side by side. */
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
         for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
-            for (size_t j = 0; j < sizeof codes / sizeof *codes; j++) add(l, kinds[k], wide[i], codes[j])->scale = FST_F32;
+            for (size_t j = 0; j < sizeof codes / sizeof *codes; j++)
+                add(l, kinds[k], wide[i], codes[j])->scale = FST_F32;
     convert_spec *spec = add(l, CONVERT_QUANTIZE_BLOCK, FST_BF16, FST_F8_E4M3);
     spec->scale = FST_F32;
     spec->row = RAGGED_COLS;
@@ -119,7 +126,8 @@ static void add_quantize(list *l) {
 
 static void add_realign(list *l) {
     static const struct { int type; unsigned misaligned; } shifts[] = {
-        {FST_U8, 1}, {FST_U8, 7}, {FST_BF16, 1}, {FST_F16, 15}, {FST_F32, 1}, {FST_F32, 2}, {FST_F32, 4}, {FST_F64, 1}, {FST_I64, 4}};
+        {FST_U8, 1},  {FST_U8, 7},  {FST_BF16, 1}, {FST_F16, 15}, {FST_F32, 1},
+        {FST_F32, 2}, {FST_F32, 4}, {FST_F64, 1},  {FST_I64, 4}};
     for (size_t i = 0; i < sizeof shifts / sizeof *shifts; i++) {
         convert_spec *spec = add(l, CONVERT_REALIGN, shifts[i].type, shifts[i].type);
         spec->misaligned = shifts[i].misaligned;
@@ -138,7 +146,8 @@ static void add_row(list *l, convert_kernel kernel, int src, int dst, uint64_t b
 
 static void add_rows(list *l) {
     static const convert_kernel kinds[] = {CONVERT_SLICE, CONVERT_PACK, CONVERT_DEINTERLEAVE};
-    static const int casts[][2] = {{FST_BF16, FST_F16}, {FST_F8_E4M3, FST_BF16}, {FST_F32, FST_BF16}, {FST_BF16, FST_F8_E4M3}};
+    static const int casts[][2] = {
+        {FST_BF16, FST_F16}, {FST_F8_E4M3, FST_BF16}, {FST_F32, FST_BF16}, {FST_BF16, FST_F8_E4M3}};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
         add_row(l, kinds[k], FST_BF16, FST_BF16, 8192, 2 * 8192 / 2);
         add_row(l, kinds[k], FST_BF16, FST_BF16, 512, 0);
@@ -154,16 +163,19 @@ static void add_rows(list *l) {
 }
 
 static void add_transpose(list *l) {
-    static const int pairs[][2] = {{FST_BF16, FST_BF16}, {FST_F8_E4M3, FST_F8_E4M3}, {FST_F32, FST_F32}, {FST_F64, FST_F64},
-                                   {FST_BF16, FST_F16}, {FST_F32, FST_BF16}, {FST_F8_E4M3, FST_BF16}, {FST_BF16, FST_F8_E4M3}};
-    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) add(l, CONVERT_TRANSPOSE, pairs[i][0], pairs[i][1]);
+    static const int pairs[][2] = {{FST_BF16, FST_BF16},    {FST_F8_E4M3, FST_F8_E4M3}, {FST_F32, FST_F32},
+                                   {FST_F64, FST_F64},      {FST_BF16, FST_F16},        {FST_F32, FST_BF16},
+                                   {FST_F8_E4M3, FST_BF16}, {FST_BF16, FST_F8_E4M3}};
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++)
+        add(l, CONVERT_TRANSPOSE, pairs[i][0], pairs[i][1]);
     convert_spec *spec = add(l, CONVERT_TRANSPOSE, FST_BF16, FST_BF16);
     spec->row = 4099;
     snprintf(spec->variant, sizeof spec->variant, "4099 columns");
 }
 
 static void add_batch(list *l) {
-    static const int pairs[][2] = {{FST_BF16, FST_BF16}, {FST_BF16, FST_F16}, {FST_F32, FST_BF16}, {FST_F8_E4M3, FST_BF16}};
+    static const int pairs[][2] = {
+        {FST_BF16, FST_BF16}, {FST_BF16, FST_F16}, {FST_F32, FST_BF16}, {FST_F8_E4M3, FST_BF16}};
     for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
         convert_spec *spec = add(l, CONVERT_BATCH, pairs[i][0], pairs[i][1]);
         spec->row = BATCH_TENSOR * 8 / fst_dtype_bits((fst_dtype)pairs[i][0]);
@@ -225,10 +237,13 @@ static void choose_shape(convert_case *c, uint64_t elements) {
 
 convert_case convert_size(const convert_spec *spec, uint64_t bytes) {
     convert_case c = {.spec = *spec, .bytes = bytes};
-    const uint64_t src_bits = fst_dtype_bits((fst_dtype)spec->src), dst_bits = fst_dtype_bits((fst_dtype)spec->dst);
-    const uint64_t passes = spec->kernel == CONVERT_QUANTIZE_TENSOR ? 2 : 1; /* over the source: amax, then codes */
+    const uint64_t src_bits = fst_dtype_bits((fst_dtype)spec->src);
+    const uint64_t dst_bits = fst_dtype_bits((fst_dtype)spec->dst);
+    /* Over the source: for amax, and for the codes. */
+    const uint64_t passes = spec->kernel == CONVERT_QUANTIZE_TENSOR ? 2 : 1;
     choose_shape(&c, bytes * 8 / (src_bits * passes + dst_bits));
-    c.src_stride = spec->kernel == CONVERT_SLICE ? spec->wide : spec->kernel == CONVERT_TRANSPOSE ? c.rows : c.cols;
+    c.src_stride = spec->kernel == CONVERT_TRANSPOSE ? c.rows : c.cols;
+    if (spec->kernel == CONVERT_SLICE) c.src_stride = spec->wide;
     c.dst_stride = spec->kernel == CONVERT_PACK ? spec->wide : c.cols;
     const uint64_t src_rows = spec->kernel == CONVERT_TRANSPOSE ? c.cols : c.rows;
     const uint64_t src_cols = spec->kernel == CONVERT_TRANSPOSE ? c.rows : c.cols;
@@ -237,7 +252,8 @@ convert_case convert_size(const convert_spec *spec, uint64_t bytes) {
     c.scales = count_scales(&c);
     c.jobs = spec->kernel == CONVERT_BATCH ? c.rows : 0;
     const uint64_t scale_bytes = spec->scale ? c.scales * fst_dtype_bits((fst_dtype)spec->scale) / 8 : 0;
-    c.bytes_read = (c.rows * c.cols * src_bits + 7) / 8 * passes + (convert_is_scale(spec->kernel) ? scale_bytes : 0);
+    c.bytes_read =
+        (c.rows * c.cols * src_bits + 7) / 8 * passes + (convert_is_scale(spec->kernel) ? scale_bytes : 0);
     c.bytes_written = c.rows * c.cols * dst_bits / 8 + (convert_is_quantize(spec->kernel) ? scale_bytes : 0);
     return c;
 }

@@ -115,7 +115,8 @@ static uint32_t decode_narrow(uint32_t code, narrow_float type) {
     const uint32_t mantissa = code & ((1u << type.mantissa) - 1);
     const uint32_t exponent = code >> type.mantissa & ((1u << (type.bits - 1 - type.mantissa)) - 1);
     const float significand = (float)(exponent ? mantissa + (1u << type.mantissa) : mantissa);
-    const float value = significand * power_of_two((int)(exponent ? exponent : 1) - type.bias - (int)type.mantissa);
+    const float value =
+        significand * power_of_two((int)(exponent ? exponent : 1) - type.bias - (int)type.mantissa);
     return fst_bits_of_float32(value) | (code >> (type.bits - 1) ? 0x80000000 : 0);
 }
 
@@ -141,7 +142,8 @@ struct convert_reference {
 
 convert_reference *convert_reference_new(const convert_case *c, const convert_data *data) {
     convert_reference *r = calloc(1, sizeof *r);
-    if (!r || !(r->scales = calloc(c->cols / CONVERT_BLOCK + 1, sizeof *r->scales))) bench_die("out of memory");
+    if (!r || !(r->scales = calloc(c->cols / CONVERT_BLOCK + 1, sizeof *r->scales)))
+        bench_die("out of memory");
     r->c = *c;
     r->bytes = data->bytes;
     r->src_bits = fst_type_bits(c->spec.src);
@@ -218,7 +220,9 @@ static uint32_t amax_of(const convert_reference *r, uint32_t amax, uint64_t begi
 }
 
 static uint32_t scale_of(const convert_reference *r, uint32_t amax) {
-    const float most = r->c.spec.dst == FST_T_F8_E4M3 ? 448.0f : r->c.spec.dst == FST_T_F8_E5M2 ? 57344.0f : 224.0f;
+    const float most = r->c.spec.dst == FST_T_F8_E4M3   ? 448.0f
+                       : r->c.spec.dst == FST_T_F8_E5M2 ? 57344.0f
+                                                        : 224.0f;
     if (amax > 0x7F800000) return 0x7FC00000;
     return amax == 0 ? 0x3F800000 : fst_bits_of_float32(fst_float_of_bits32(amax) / most);
 }
@@ -231,7 +235,8 @@ static void compute_scales(convert_reference *r, uint64_t row) {
         if (!r->computed) r->scales[0] = scale_of(r, amax_of(r, 0, 0, elements < period ? elements : period));
         r->computed = 1;
     } else if (c->spec.kernel == CONVERT_QUANTIZE_ROW) {
-        if (r->computed != row + 1) r->scales[0] = scale_of(r, amax_of(r, 0, row * c->cols, (row + 1) * c->cols));
+        if (r->computed != row + 1)
+            r->scales[0] = scale_of(r, amax_of(r, 0, row * c->cols, (row + 1) * c->cols));
         r->computed = row + 1;
     } else if (r->computed != row / CONVERT_BLOCK + 1) {
         const uint64_t top = row / CONVERT_BLOCK * CONVERT_BLOCK;

@@ -28,13 +28,14 @@ double convert_copy_gb_per_s(const convert_result *results, size_t count) {
 }
 
 void convert_print_head(void) {
-    printf("%-15s %-11s %-11s %-24s %9s %9s %8s %6s\n", "kernel", "src", "dst", "", "MiB", "ms", "GB/s", "share");
+    printf("%-15s %-11s %-11s %-24s %9s %9s %8s %6s\n", "kernel", "src", "dst", "", "MiB", "ms", "GB/s",
+           "share");
 }
 
 void convert_print(const convert_result *r) {
     const convert_spec *s = &r->what.spec;
-    printf("%-15s %-11s %-11s %-24s %9.1f", convert_kernel_name(s->kernel), dtype_name(s->src), dtype_name(s->dst),
-           s->variant, traffic(&r->what) / 1048576);
+    printf("%-15s %-11s %-11s %-24s %9.1f", convert_kernel_name(s->kernel), dtype_name(s->src),
+           dtype_name(s->dst), s->variant, traffic(&r->what) / 1048576);
     if (r->ms > 0) printf(" %9.4f %8.1f %6.3f", r->ms, convert_gb_per_s(r), r->copy_ms / r->ms);
     printf("%s\n", !r->ok ? "  WRONG" : r->ms > 0 ? "" : "  right");
     fflush(stdout);
@@ -42,13 +43,17 @@ void convert_print(const convert_result *r) {
 
 static void json_result(FILE *file, const convert_result *r) {
     const convert_spec *s = &r->what.spec;
-    fprintf(file, "    {\"kernel\": \"%s\", \"src\": \"%s\", \"dst\": \"%s\", \"variant\": \"%s\", \"bytes\": %llu, "
-                  "\"bytes_read\": %llu, \"bytes_written\": %llu, ",
-            convert_kernel_name(s->kernel), dtype_name(s->src), dtype_name(s->dst), s->variant,
-            (unsigned long long)r->what.bytes, (unsigned long long)r->what.bytes_read,
-            (unsigned long long)r->what.bytes_written);
+    fprintf(
+        file,
+        "    {\"kernel\": \"%s\", \"src\": \"%s\", \"dst\": \"%s\", \"variant\": \"%s\", \"bytes\": %llu, "
+        "\"bytes_read\": %llu, \"bytes_written\": %llu, ",
+        convert_kernel_name(s->kernel), dtype_name(s->src), dtype_name(s->dst), s->variant,
+        (unsigned long long)r->what.bytes, (unsigned long long)r->what.bytes_read,
+        (unsigned long long)r->what.bytes_written);
     if (r->ms > 0)
-        fprintf(file, "\"ms\": %.6f, \"gb_per_s\": %.3f, \"share_of_copy\": %.4f, \"copy_ms\": %.6f, \"launches\": %u, ",
+        fprintf(file,
+                "\"ms\": %.6f, \"gb_per_s\": %.3f, \"share_of_copy\": %.4f, \"copy_ms\": %.6f, "
+                "\"launches\": %u, ",
                 r->ms, convert_gb_per_s(r), r->copy_ms / r->ms, r->copy_ms, r->launches);
     else
         fprintf(file, "\"ms\": null, \"gb_per_s\": null, \"share_of_copy\": null, ");
@@ -61,7 +66,8 @@ static FILE *create(const char *path) {
     return file;
 }
 
-void convert_json(const char *path, const fst_gpu *gpu, unsigned threads, const convert_result *results, size_t count) {
+void convert_json(const char *path, const fst_gpu *gpu, unsigned threads, const convert_result *results,
+                  size_t count) {
     char machine[512], commit[64], date[32];
     FILE *file = create(path);
     bench_machine(machine, sizeof machine, gpu);
@@ -71,7 +77,8 @@ void convert_json(const char *path, const fst_gpu *gpu, unsigned threads, const 
     bench_json_string(file, machine);
     fprintf(file, ",\n  \"device\": \"%s\",\n  \"date\": \"%s\",\n  \"commit\": ", gpu->label, date);
     bench_json_string(file, commit);
-    fprintf(file, ",\n  \"target\": \"%s\",\n  \"threads\": %u,\n  \"copy_gb_per_s\": %.3f,\n  \"results\": [\n",
+    fprintf(file,
+            ",\n  \"target\": \"%s\",\n  \"threads\": %u,\n  \"copy_gb_per_s\": %.3f,\n  \"results\": [\n",
             gpu->kernels->target, threads, convert_copy_gb_per_s(results, count));
     for (size_t i = 0; i < count; i++) {
         json_result(file, &results[i]);
@@ -111,8 +118,8 @@ static void bar(FILE *file, const convert_result *r, double y) {
     const double share = r->copy_ms / r->ms, width = (share < 1.25 ? share : 1.25) * UNIT;
     convert_name(&r->what.spec, label, sizeof label);
     text(file, LABEL - 8, y + BAR - 2, "end", label);
-    fprintf(file, "<rect x=\"%d\" y=\"%.1f\" width=\"%.1f\" height=\"%d\" fill=\"hsl(%d 45%% 55%%)\"/>\n", LABEL, y, width,
-            BAR, (int)r->what.spec.kernel * 360 / CONVERT_KERNELS);
+    fprintf(file, "<rect x=\"%d\" y=\"%.1f\" width=\"%.1f\" height=\"%d\" fill=\"hsl(%d 45%% 55%%)\"/>\n",
+            LABEL, y, width, BAR, (int)r->what.spec.kernel * 360 / CONVERT_KERNELS);
     snprintf(label, sizeof label, "%.2f, %.0f GB/s", share, convert_gb_per_s(r));
     fputs("<g class=\"value\">", file);
     text(file, LABEL + 6, y + BAR - 2, "start", label);
@@ -139,12 +146,14 @@ void convert_plot(const char *path, const fst_gpu *gpu, const convert_result *re
         bottom += STEP + (kernel >= 0 && kernel != (int)results[i].what.spec.kernel ? GAP : 0);
         kernel = (int)results[i].what.spec.kernel;
     }
-    fprintf(file, "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%.0f\" font-family=\"sans-serif\" "
-                  "font-size=\"11\">\n<style>.value text{font-size:9px}</style>\n"
-                  "<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
-            LABEL + UNIT * 5 / 4 + 20, bottom + 16);
-    snprintf(title, sizeof title, "Share of the copy on %s (%s), %.0f GB/s read and written", gpu->name, gpu->label,
-             convert_copy_gb_per_s(results, count));
+    fprintf(
+        file,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%d\" height=\"%.0f\" font-family=\"sans-serif\" "
+        "font-size=\"11\">\n<style>.value text{font-size:9px}</style>\n"
+        "<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
+        LABEL + UNIT * 5 / 4 + 20, bottom + 16);
+    snprintf(title, sizeof title, "Share of the copy on %s (%s), %.0f GB/s read and written", gpu->name,
+             gpu->label, convert_copy_gb_per_s(results, count));
     text(file, LABEL, 18, "start", title);
     axis(file, bottom);
     kernel = -1;
@@ -155,6 +164,7 @@ void convert_plot(const char *path, const fst_gpu *gpu, const convert_result *re
         bar(file, &results[i], y);
         y += STEP;
     }
-    fprintf(file, "<path d=\"M%d %d V%.1f\" stroke=\"#c00\" stroke-width=\"1.5\"/>\n</svg>\n", LABEL + UNIT, TOP - 8, bottom);
+    fprintf(file, "<path d=\"M%d %d V%.1f\" stroke=\"#c00\" stroke-width=\"1.5\"/>\n</svg>\n", LABEL + UNIT,
+            TOP - 8, bottom);
     if (fclose(file)) bench_die("cannot write %s", path);
 }

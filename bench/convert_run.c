@@ -25,10 +25,18 @@ typedef struct part_of {
     unsigned part, parts;
 } part_of;
 
-static uint64_t from(const part_of *p, uint64_t total, uint64_t unit) { return cut(total, p->part, p->parts, unit); }
-static uint64_t to(const part_of *p, uint64_t total, uint64_t unit) { return cut(total, p->part + 1, p->parts, unit); }
-static const unsigned char *src_at(const part_of *p, uint64_t i) { return p->set->src + i * bits_of(p->c->spec.src) / 8; }
-static unsigned char *dst_at(const part_of *p, uint64_t i) { return p->set->dst + i * bits_of(p->c->spec.dst) / 8; }
+static uint64_t from(const part_of *p, uint64_t total, uint64_t unit) {
+    return cut(total, p->part, p->parts, unit);
+}
+static uint64_t to(const part_of *p, uint64_t total, uint64_t unit) {
+    return cut(total, p->part + 1, p->parts, unit);
+}
+static const unsigned char *src_at(const part_of *p, uint64_t i) {
+    return p->set->src + i * bits_of(p->c->spec.src) / 8;
+}
+static unsigned char *dst_at(const part_of *p, uint64_t i) {
+    return p->set->dst + i * bits_of(p->c->spec.dst) / 8;
+}
 
 static int launch_cast(const fst_kernels *k, fst_stream stream, const part_of *p) {
     const convert_spec *s = &p->c->spec;
@@ -41,11 +49,20 @@ static int launch_cast(const fst_kernels *k, fst_stream stream, const part_of *p
 static int launch_scaled(const fst_kernels *k, fst_stream stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->rows * c->cols, 64);
-    fst_scaled_args args = {.src = src_at(p, begin), .dst = dst_at(p, begin), .scales = p->set->scales,
-                            .scales_count = c->scales, .rows = c->rows, .cols = c->cols, .first = begin,
-                            .count = to(p, c->rows * c->cols, 64) - begin, .src_dtype = c->spec.src,
-                            .dst_dtype = c->spec.dst, .scale_dtype = c->spec.scale, .block_rows = CONVERT_BLOCK,
-                            .block_cols = c->spec.kernel == CONVERT_SCALE_GROUP ? c->spec.group : CONVERT_BLOCK};
+    fst_scaled_args args = {.src = src_at(p, begin),
+                            .dst = dst_at(p, begin),
+                            .scales = p->set->scales,
+                            .scales_count = c->scales,
+                            .rows = c->rows,
+                            .cols = c->cols,
+                            .first = begin,
+                            .count = to(p, c->rows * c->cols, 64) - begin,
+                            .src_dtype = c->spec.src,
+                            .dst_dtype = c->spec.dst,
+                            .scale_dtype = c->spec.scale,
+                            .block_rows = CONVERT_BLOCK,
+                            .block_cols =
+                                c->spec.kernel == CONVERT_SCALE_GROUP ? c->spec.group : CONVERT_BLOCK};
     args.kind = (fst_scale_kind)(FST_SCALE_TENSOR + (c->spec.kernel - CONVERT_SCALE_TENSOR));
     return k->scaled(stream, &args);
 }
@@ -57,9 +74,14 @@ static int launch_quantize(const fst_kernels *k, fst_stream stream, const part_o
     const int whole = c->spec.kernel == CONVERT_QUANTIZE_TENSOR;
     const uint64_t begin = whole ? 0 : from(p, c->rows, unit), end = whole ? c->rows : to(p, c->rows, unit);
     const uint64_t across = (c->cols + CONVERT_BLOCK - 1) / CONVERT_BLOCK;
-    fst_quantize_args args = {.src = src_at(p, begin * c->cols), .dst = dst_at(p, begin * c->cols),
-                              .scales = (float *)(void *)p->set->scales, .nans = p->set->nans, .rows = end - begin,
-                              .cols = c->cols, .src_dtype = c->spec.src, .dst_dtype = c->spec.dst};
+    fst_quantize_args args = {.src = src_at(p, begin * c->cols),
+                              .dst = dst_at(p, begin * c->cols),
+                              .scales = (float *)(void *)p->set->scales,
+                              .nans = p->set->nans,
+                              .rows = end - begin,
+                              .cols = c->cols,
+                              .src_dtype = c->spec.src,
+                              .dst_dtype = c->spec.dst};
     args.kind = whole ? FST_SCALE_TENSOR : unit == 1 ? FST_SCALE_ROW : FST_SCALE_BLOCK;
     args.scales += unit == 1 ? begin : begin / CONVERT_BLOCK * across;
     if ((whole && p->part) || begin == end) return 0;
@@ -69,7 +91,8 @@ static int launch_quantize(const fst_kernels *k, fst_stream stream, const part_o
 static int launch_rows(const fst_kernels *k, fst_stream stream, const part_of *p) {
     const convert_case *c = p->c;
     const int apart = c->spec.kernel == CONVERT_DEINTERLEAVE;
-    const uint64_t rows = apart ? c->rows / 2 : c->rows, begin = from(p, rows, 1), count = to(p, rows, 1) - begin;
+    const uint64_t rows = apart ? c->rows / 2 : c->rows;
+    const uint64_t begin = from(p, rows, 1), count = to(p, rows, 1) - begin;
     fst_rows_args args = {.cols = c->cols, .ndim = 1, .extent = {count}, .src_stride = {c->src_stride},
                           .dst_stride = {c->dst_stride}, .src_dtype = c->spec.src, .dst_dtype = c->spec.dst};
     if (apart) {
@@ -87,9 +110,15 @@ static int launch_rows(const fst_kernels *k, fst_stream stream, const part_of *p
 static int launch_transpose(const fst_kernels *k, fst_stream stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->rows, 64), count = to(p, c->rows, 64) - begin;
-    fst_transpose_args args = {.src = src_at(p, begin), .dst = dst_at(p, begin * c->dst_stride), .batch = 1,
-                               .rows = c->cols, .cols = count, .src_stride = c->src_stride,
-                               .dst_stride = c->dst_stride, .src_dtype = c->spec.src, .dst_dtype = c->spec.dst};
+    fst_transpose_args args = {.src = src_at(p, begin),
+                               .dst = dst_at(p, begin * c->dst_stride),
+                               .batch = 1,
+                               .rows = c->cols,
+                               .cols = count,
+                               .src_stride = c->src_stride,
+                               .dst_stride = c->dst_stride,
+                               .src_dtype = c->spec.src,
+                               .dst_dtype = c->spec.dst};
     args.src_batch_stride = c->cols * c->src_stride;
     args.dst_batch_stride = c->rows * c->dst_stride;
     return k->transpose(stream, &args);
@@ -103,20 +132,25 @@ void convert_jobs(const convert_case *c, const convert_set *set, unsigned parts,
         const uint64_t begin = from(&p, c->jobs, 1), end = to(&p, c->jobs, 1);
         for (uint64_t i = begin; i < end; i++)
             jobs[i] = (fst_batch_job){(uint64_t)(uintptr_t)src_at(&p, i * c->cols),
-                                      (uint64_t)(uintptr_t)dst_at(&p, i * c->cols), c->cols, (i - begin) * tiles_of(c)};
+                                      (uint64_t)(uintptr_t)dst_at(&p, i * c->cols), c->cols,
+                                      (i - begin) * tiles_of(c)};
     }
 }
 
 static int launch_batch(const fst_kernels *k, fst_stream stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->jobs, 1), count = to(p, c->jobs, 1) - begin;
-    const fst_batch_args args = {.jobs = p->set->jobs + begin, .jobs_count = (uint32_t)count, .tiles = count * tiles_of(c),
-                                 .src_dtype = c->spec.src, .dst_dtype = c->spec.dst, .flags = c->spec.flags};
+    const fst_batch_args args = {.jobs = p->set->jobs + begin,
+                                 .jobs_count = (uint32_t)count,
+                                 .tiles = count * tiles_of(c),
+                                 .src_dtype = c->spec.src,
+                                 .dst_dtype = c->spec.dst,
+                                 .flags = c->spec.flags};
     return k->batch(stream, &args);
 }
 
-int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set, unsigned part,
-                   unsigned parts) {
+int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+                   unsigned part, unsigned parts) {
     const part_of p = {c, set, part, parts};
     switch (c->spec.kernel) {
     case CONVERT_CAST:
@@ -139,15 +173,16 @@ int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c,
 }
 
 /* A copy that reads half of the kernel's traffic and writes the other half. */
-static int launch_copy(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set, unsigned part,
-                       unsigned parts) {
+static int launch_copy(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+                       unsigned part, unsigned parts) {
     const uint64_t size = (c->bytes_read + c->bytes_written) / 2;
     const uint64_t begin = cut(size, part, parts, 4096), end = cut(size, part + 1, parts, 4096);
     return gpu->calls->copy_on_device(gpu, stream, set->dst + begin, set->src - c->spec.misaligned + begin,
                                       (size_t)(end - begin));
 }
 
-typedef int launcher(const fst_gpu *, fst_stream, const convert_case *, const convert_set *, unsigned part, unsigned parts);
+typedef int launcher(const fst_gpu *, fst_stream, const convert_case *, const convert_set *, unsigned part,
+                     unsigned parts);
 
 /* ---- On the CPU: one part a thread, wall clock ---- */
 
@@ -208,8 +243,8 @@ static double run_crew(crew *w, launcher *what, const convert_set *set, int *cod
     return ms;
 }
 
-static int time_on_cpu(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count, double *ms,
-                       double *copy_ms) {
+static int time_on_cpu(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count,
+                       double *ms, double *copy_ms) {
     crew w = {.t = t, .c = c};
     worker workers[CONVERT_MAX_PARTS];
     int code = 0;
@@ -225,15 +260,16 @@ static int time_on_cpu(const convert_timer *t, const convert_case *c, const conv
 
 /* ---- On a GPU: everything is queued, with events between; the host waits at the end ---- */
 
-static int queue(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count, launcher *what,
-                 unsigned launches, unsigned *turn) {
+static int queue(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count,
+                 launcher *what, unsigned launches, unsigned *turn) {
     int code = 0;
-    for (unsigned i = 0; i < launches && code == 0; i++) code = what(t->gpu, t->stream, c, &sets[(*turn)++ % count], 0, 1);
+    for (unsigned i = 0; i < launches && code == 0; i++)
+        code = what(t->gpu, t->stream, c, &sets[(*turn)++ % count], 0, 1);
     return code;
 }
 
-static int time_turns(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count, unsigned runs,
-                      unsigned launches, fst_event *events, double *ms, double *copy_ms) {
+static int time_turns(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count,
+                      unsigned runs, unsigned launches, fst_event *events, double *ms, double *copy_ms) {
     const fst_gpu_calls *calls = t->gpu->calls;
     unsigned copied = 0, converted = 0;
     int code = queue(t, c, sets, count, launch_copy, 1, &copied); /* so that the queue never runs dry */
@@ -253,8 +289,8 @@ static int time_turns(const convert_timer *t, const convert_case *c, const conve
     return code;
 }
 
-static int time_on_gpu(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count, double *ms,
-                       double *copy_ms, unsigned *launches) {
+static int time_on_gpu(const convert_timer *t, const convert_case *c, const convert_set *sets, unsigned count,
+                       double *ms, double *copy_ms, unsigned *launches) {
     const unsigned most = t->runs > WARM_UP ? t->runs : WARM_UP;
     fst_event *events = calloc(2 * most + 1, sizeof *events);
     if (!events) bench_die("out of memory");

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""bench_convert as a program: its JSON, picture and exit codes, and that it finds wrong results.
+
+    test_convert.py --bench BENCH_CONVERT --wrong CONVERT_WRONG
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+KERNELS = ("cast scale_tensor scale_row scale_group scale_block quantize_tensor quantize_row quantize_block realign "
+           "slice pack transpose deinterleave batch").split()
+FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
+SMALL = ["--device", "cpu", "--bytes", "300K", "--runs", "3"]
+args = None
+
+
+def run(program, *options):
+    return subprocess.run([*program, *options], capture_output=True, text=True, timeout=300)
+
+
+class Convert(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.json, self.svg = (os.path.join(directory.name, name) for name in ("out.json", "out.svg"))
+
+    def results(self):
+        with open(self.json, encoding="utf-8") as file:
+            return json.load(file)
+
+    def test_every_kernel_is_right(self):
+        done = run([args.bench], *SMALL, "--verify-only", "--json", self.json)
+        self.assertEqual(0, done.returncode, done.stderr)
+        results = self.results()["results"]
+        self.assertEqual(set(KERNELS), {r["kernel"] for r in results})
+        self.assertTrue(all(r["ok"] for r in results))
+        casts = {(r["src"], r["dst"]) for r in results if r["kernel"] == "cast"}
+        self.assertLessEqual({(a, b) for a in FLOATS for b in FLOATS if a != b}, casts)
+        self.assertLessEqual({(a, b) for a in ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4") for b in ("F32", "F16", "BF16")},
+                             casts)
+        self.assertEqual(len(results), len(run([args.bench], "--list").stdout.splitlines()))
+
+    def test_parts_are_right(self):
+        """A range cut over threads: parts that begin in the middle of rows, blocks and lists."""
+        done = run([args.bench], *SMALL, "--verify-only", "--threads", "3")
+        self.assertEqual(0, done.returncode, done.stderr)
+
+    def test_json(self):
+        done = run([args.bench], *SMALL, "--filter", "cast F32->BF16", "--json", self.json, "--plot", self.svg)
+        self.assertEqual(0, done.returncode, done.stderr)
+        out = self.results()
+        for key, kind in dict(machine=str, device=str, date=str, commit=str, copy_gb_per_s=float, results=list).items():
+            self.assertIsInstance(out[key], kind)
+        self.assertEqual("cpu", out["device"])
+        self.assertGreater(out["copy_gb_per_s"], 0)
+        r = out["results"][0]
+        self.assertEqual(("cast", "F32", "BF16", True), (r["kernel"], r["src"], r["dst"], r["ok"]))
+        self.assertEqual(2 * r["bytes_written"], r["bytes_read"])
+        self.assertAlmostEqual((r["bytes_read"] + r["bytes_written"]) / r["ms"] / 1e6, r["gb_per_s"], delta=r["gb_per_s"] / 50)
+        self.assertAlmostEqual(r["copy_ms"] / r["ms"], r["share_of_copy"], delta=r["share_of_copy"] / 50)
+        bars = xml.etree.ElementTree.parse(self.svg).getroot().findall("{http://www.w3.org/2000/svg}rect")
+        self.assertEqual(1 + len(out["results"]), len(bars))
+
+    def test_wrong_results_are_found(self):
+        for way in ("last", "nothing", "beyond"):
+            with self.subTest(way):
+                done = run([args.wrong, way], "--device", "0", "--bytes", "300K", "--runs", "3", "--verify-only", "--json",
+                           self.json)
+                self.assertEqual(1, done.returncode, done.stderr)
+                results = self.results()["results"]
+                self.assertEqual(set(KERNELS), {r["kernel"] for r in results})
+                self.assertEqual([], [r for r in results if r["ok"]])
+
+    def test_filter(self):
+        names = run([args.bench], "--list", "--filter", "cast F32->*").stdout.splitlines()
+        self.assertIn("cast F32->BF16", names)
+        self.assertTrue(all(name.startswith("cast F32->") for name in names))
+        self.assertEqual([], [n for n in run([args.bench], "--list", "--filter", "pack").stdout.splitlines()
+                              if "pack" not in n])
+
+    def test_bad_arguments(self):
+        for bad in (["--bytes", "0"], ["--bytes", "12Q"], ["--bytes"], ["--device", "gpu"], ["--runs", "-1"],
+                    ["--threads", "100000"], ["--filter", "no such kernel"], ["what"]):
+            with self.subTest(bad):
+                done = run([args.bench], *bad)
+                self.assertEqual(2, done.returncode)
+                self.assertTrue(done.stderr.startswith("bench_convert: "))
+                self.assertEqual("", done.stdout)
+
+    def test_no_place_for_the_results(self):
+        done = run([args.bench], *SMALL, "--filter", "cast F32->BF16", "--json", os.path.join(self.json, "x"))
+        self.assertEqual(1, done.returncode)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bench", required=True)
+    parser.add_argument("--wrong", required=True)
+    args, rest = parser.parse_known_args()
+    unittest.main(argv=sys.argv[:1] + rest)
