@@ -25,6 +25,7 @@ typedef struct measured {
     double    seconds[MAX_RUNS], cpu[MAX_RUNS];
     size_t    runs;
     uint64_t  bytes_read, bytes_out, peak, pinned;
+    double    open_seconds[MAX_RUNS], allocate_seconds[MAX_RUNS], wait_seconds[MAX_RUNS];
     char      limit[16];
 } measured;
 
@@ -94,6 +95,9 @@ static void measure(const setup *s, const fst_gpu *gpu, measured *m, uint64_t ba
     uint64_t peak = base > sampler.least ? base - sampler.least : 0;
     if (peak > m->peak) m->peak = peak;
     fst_model_stats(model, &stats);
+    m->open_seconds[m->runs - 1] = stats.open_seconds;
+    m->allocate_seconds[m->runs - 1] = stats.allocate_seconds;
+    m->wait_seconds[m->runs - 1] = stats.wait_seconds / stats.threads;
     m->bytes_read = stats.bytes_read;
     m->bytes_out = stats.bytes_out;
     m->pinned = stats.pinned_bytes;
@@ -152,10 +156,12 @@ static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases
         double rate = (double)m.bytes_read / seconds / 1e9, ceiling = copy < read ? copy : read;
         fprintf(file, "%s\n    {\"case\": \"%s\", \"seconds\": %.6f, \"gb_per_s\": %.2f, \"share_of_ceiling\": %.3f, "
                       "\"peak_device_bytes\": %llu, \"pinned_bytes\": %llu, \"cpu_seconds\": %.3f, \"bytes_read\": %llu, "
-                      "\"bytes_out\": %llu, \"limit\": \"%s\", \"measured\": %zu}",
+                      "\"bytes_out\": %llu, \"open_seconds\": %.6f, \"allocate_seconds\": %.6f, \"wait_seconds\": %.6f, "
+                      "\"limit\": \"%s\", \"measured\": %zu}",
                 i ? "," : "", m.name, seconds, rate, rate / ceiling, (unsigned long long)m.peak,
                 (unsigned long long)m.pinned, cpu, (unsigned long long)m.bytes_read, (unsigned long long)m.bytes_out,
-                m.limit, m.runs);
+                bench_median(m.open_seconds, m.runs), bench_median(m.allocate_seconds, m.runs),
+                bench_median(m.wait_seconds, m.runs), m.limit, m.runs);
     }
     fprintf(file, "\n  ]\n}\n");
     if (fclose(file)) bench_die("cannot write %s", s->json);
@@ -163,14 +169,15 @@ static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases
 
 static void print(const measured *cases, size_t count, double copy, double read) {
     printf("ceilings: host to device %.1f GB/s, page cache %.1f GB/s\n", copy, read);
-    printf("%-28s %10s %8s %8s %12s %12s %8s  %s\n", "case", "seconds", "GB/s", "ceiling", "device MiB", "result MiB",
-           "CPU s/GB", "limit");
+    printf("%-20s %9s %7s %8s %11s %11s %9s %8s %9s %8s  %s\n", "case", "seconds", "GB/s", "ceiling", "device MiB",
+           "result MiB", "CPU s/GB", "open ms", "alloc ms", "wait ms", "limit");
     for (size_t i = 0; i < count; i++) {
         measured m = cases[i];
         double seconds = bench_median(m.seconds, m.runs), rate = (double)m.bytes_read / seconds / 1e9;
-        printf("%-28s %10.4f %8.2f %8.3f %12.1f %12.1f %8.3f  %s\n", m.name, seconds, rate,
+        printf("%-20s %9.4f %7.2f %8.3f %11.1f %11.1f %9.3f %8.2f %9.2f %8.1f  %s\n", m.name, seconds, rate,
                rate / (copy < read ? copy : read), (double)m.peak / 1048576, (double)m.bytes_out / 1048576,
-               bench_median(m.cpu, m.runs) / ((double)m.bytes_read / 1e9), m.limit);
+               bench_median(m.cpu, m.runs) / ((double)m.bytes_read / 1e9), bench_median(m.open_seconds, m.runs) * 1e3,
+               bench_median(m.allocate_seconds, m.runs) * 1e3, bench_median(m.wait_seconds, m.runs) * 1e3, m.limit);
     }
 }
 
