@@ -29,7 +29,8 @@ static int cast(fst_stream stream, const fst_cast_args *a) {
 static int batch(fst_stream stream, const fst_batch_args *a) {
     if (way == NOTHING) return 0;
     const fst_batch_job *last = &a->jobs[a->jobs_count - 1];
-    return spoil(fst_kernels_cpu()->batch(stream, a), (void *)(uintptr_t)last->dst, bytes_of(last->count, a->dst_dtype));
+    void *dst = (void *)(uintptr_t)last->dst;
+    return spoil(fst_kernels_cpu()->batch(stream, a), dst, bytes_of(last->count, a->dst_dtype));
 }
 
 static int scaled(fst_stream stream, const fst_scaled_args *a) {

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The conversions of bench_convert in PyTorch and Triton, timed in the same way; and the table of both.
 
-    peers_convert.py measure --device cpu|cuda [--bench BENCH_CONVERT] [--bytes N] [--runs N] [--filter TEXT] --json FILE
+    peers_convert.py measure --device cpu|cuda [--bench BENCH_CONVERT] [--bytes N] [--runs N] [--filter TEXT]
+                             --json FILE
     peers_convert.py table FILE...
 
 `measure` times each conversion against torch's own copy of as many bytes (median of runs, alternated, buffers
@@ -33,7 +34,7 @@ def torch_dtypes(torch):
 # ---- Triton ----
 
 def triton_kernels():
-    """Kernels as one writes them: a cast, and DeepSeek's dequantization of 128x128 blocks. None where there is no Triton."""
+    """As one writes them: a cast, and DeepSeek's dequantization of 128x128 blocks. None without Triton."""
     try:
         import triton
         import triton.language as tl
@@ -119,8 +120,10 @@ class Cases:
 
     def realign(self):
         n = self.count("U8", "U8")
-        yield Case("torch", "realign", "U8", "U8", lambda: {"src": self.source("U8", n + 8)[1:n + 1], "dst": self.empty("U8", n)},
-                   self.copy, "from byte 1")
+
+        def make():
+            return {"src": self.source("U8", n + 8)[1:n + 1], "dst": self.empty("U8", n)}
+        yield Case("torch", "realign", "U8", "U8", make, self.copy, "from byte 1")
 
     def slices(self):
         for src, dst in (("BF16", "BF16"), ("F8_E4M3", "F8_E4M3"), ("F32", "F32"), ("BF16", "F16"), ("F8_E4M3", "BF16"),
@@ -129,7 +132,8 @@ class Cases:
             rows = self.count(src, dst) // cols
 
             def make(src=src, dst=dst, cols=cols, rows=rows):
-                return {"src": self.source(src, rows * cols * 4).view(rows, cols * 4)[:, :cols], "dst": self.empty(dst, rows, cols)}
+                whole = self.source(src, rows * cols * 4).view(rows, cols * 4)
+                return {"src": whole[:, :cols], "dst": self.empty(dst, rows, cols)}
             yield Case("torch", "slice", src, dst, make, self.copy, "rows of 512 B")
 
     def transposes(self):
@@ -156,23 +160,24 @@ class Cases:
             s["dst"].copy_(s["src"].to(self.torch.float32) * s["scales"])
 
         def blockwise(s):
-            product = s["src"].to(self.torch.float32).view(blocks[0], BLOCK, blocks[1], BLOCK) * s["scales"][:, None, :, None]
-            s["dst"].copy_(product.view(rows, cols))
+            code = s["src"].to(self.torch.float32).view(blocks[0], BLOCK, blocks[1], BLOCK)
+            s["dst"].copy_((code * s["scales"][:, None, :, None]).view(rows, cols))
         traffic = rows * cols * 3
         yield Case("torch", "scale_tensor", src, dst, lambda: make((1, 1)), scaled, "x F32", traffic + 4)
         yield Case("torch", "scale_row", src, dst, lambda: make((rows, 1)), scaled, "x F32", traffic + 4 * rows)
-        yield Case("torch", "scale_block", src, dst, lambda: make(blocks), blockwise, "x F32", traffic + 4 * blocks[0] * blocks[1])
+        by_block = traffic + 4 * blocks[0] * blocks[1]
+        yield Case("torch", "scale_block", src, dst, lambda: make(blocks), blockwise, "x F32", by_block)
         if kernels:
             yield Case("triton", "scale_block", src, dst, lambda: make(blocks),
-                       lambda s: kernels["dequant"](s["src"], s["scales"], s["dst"]), "x F32",
-                       traffic + 4 * blocks[0] * blocks[1], blockwise)
+                       lambda s: kernels["dequant"](s["src"], s["scales"], s["dst"]), "x F32", by_block, blockwise)
 
     def quantizes(self):
         src, dst, torch = "BF16", "F8_E4M3", self.torch
         rows, cols = self.matrix(src, dst)
 
         def make():
-            return {"src": torch.randn(rows, cols, device=self.device).to(torch.bfloat16), "dst": self.empty(dst, rows, cols)}
+            source = torch.randn(rows, cols, device=self.device).to(torch.bfloat16)
+            return {"src": source, "dst": self.empty(dst, rows, cols)}
 
         def run(s):
             x = s["src"].to(torch.float32)
@@ -182,11 +187,12 @@ class Cases:
 
     def triton_casts(self, kernels):
         for src, dst in (("F8_E4M3", "BF16"), ("BF16", "F16"), ("F32", "BF16"), ("BF16", "F8_E4M3")):
-            yield Case("triton", "cast", src, dst, self.flat(src, dst), lambda s: kernels["cast"](s["src"], s["dst"]),
-                       expect=self.copy)
+            yield Case("triton", "cast", src, dst, self.flat(src, dst),
+                       lambda s: kernels["cast"](s["src"], s["dst"]), expect=self.copy)
 
     def all(self, kernels):
-        found = [*self.casts(), *self.realign(), *self.slices(), *self.transposes(), *self.dequants(kernels), *self.quantizes()]
+        found = [*self.casts(), *self.realign(), *self.slices(), *self.transposes(), *self.dequants(kernels),
+                 *self.quantizes()]
         return found + ([*self.triton_casts(kernels)] if kernels else [])
 
 
@@ -256,11 +262,12 @@ def measure(torch, device, case, runs):
 
 
 def ours(bench, device, bytes_, runs, case):
-    """bench_convert's own result for the same case; the whole file as well."""
+    """bench_convert's whole file, and in it the result of the same case."""
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "ours.json")
-        done = subprocess.run([bench, "--device", "cpu" if device == "cpu" else "0", "--bytes", str(bytes_), "--runs", str(runs),
-                               "--filter", case.name, "--json", path], stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run([bench, "--device", "cpu" if device == "cpu" else "0", "--bytes", str(bytes_),
+                               "--runs", str(runs), "--filter", case.name, "--json", path],
+                              stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             sys.exit(f"peers_convert: {bench} failed for {case.name}")
         with open(path, encoding="utf-8") as file:
@@ -288,8 +295,8 @@ def run_measure(options):
         try:
             results.append(measure(torch, device, case, options.runs))
         except (RuntimeError, NotImplementedError) as error:  # a pair that the peer does not have
-            results.append({"by": case.by, "kernel": case.kernel, "src": case.src, "dst": case.dst, "variant": case.variant,
-                            "error": str(error).splitlines()[0]})
+            results.append({"by": case.by, "kernel": case.kernel, "src": case.src, "dst": case.dst,
+                            "variant": case.variant, "error": str(error).splitlines()[0]})
         print(case.name, *(f"{r['by']} {r.get('gb_per_s', r.get('error'))}" for r in results[-2:]), flush=True)
     copies = [r["gb_per_s"] / r["share_of_copy"] for r in results if r["by"] == "torch" and r.get("share_of_copy")]
     out = {"machine": head.get("machine", options.machine or "unknown"),
@@ -323,12 +330,13 @@ def run_table(options):
                 if r.get("bytes", 0) >= mine.get(by, {}).get("bytes", 0):
                     mine[by] = r
     peers = [p for p in ("torch", "triton") if any(p in c for c in cases.values())]
-    print("| kernel | from | to | | fst | " + " | ".join(peers) + " | " + " | ".join(f"fst / {p}" for p in peers) + " |")
+    print("| " + " | ".join(["kernel", "from", "to", "", "fst", *peers, *(f"fst / {p}" for p in peers)]) + " |")
     print("|---|---|---|---|" + "---:|" * (1 + 2 * len(peers)))
     for key, who in cases.items():
         if "fst" not in who or len(who) < 2:
             continue
-        ratios = (f"{who['fst']['gb_per_s'] / who[p]['gb_per_s']:.2f}" if "gb_per_s" in who.get(p, {}) else "–" for p in peers)
+        ratios = (f"{who['fst']['gb_per_s'] / who[p]['gb_per_s']:.2f}" if "gb_per_s" in who.get(p, {}) else "–"
+                  for p in peers)
         print("| " + " | ".join([*key, cell(who["fst"]), *(cell(who.get(p)) for p in peers), *ratios]) + " |")
 
 
