@@ -99,7 +99,7 @@ convert_reference *convert_reference_new(const convert_case *c, const convert_da
 void convert_reference_free(convert_reference *r);
 /* Elements [first, first + count) of the destination of set 0, poison between rows. */
 void convert_expect(convert_reference *r, uint64_t first, uint64_t count, unsigned char *out);
-/* For quantize: scale `index`, and the NaNs of the whole source. */
+/* For quantize: scale `index`. For quantize and bits kept: what the counter of NaNs must say. */
 uint32_t convert_expect_scale(convert_reference *r, uint64_t index);
 uint64_t convert_expect_nans(const convert_reference *r);
 

@@ -267,10 +267,12 @@ uint32_t convert_expect_scale(convert_reference *r, uint64_t index) {
     return r->scales[blocks ? index % across : 0];
 }
 
+/* NaNs; with the bits kept Inf as well, which would also turn into a number. */
 static uint64_t count_nans(const convert_reference *r, uint64_t begin, uint64_t end) {
+    const uint32_t most = r->c.spec.keep_bits ? 0x7F7FFFFF : 0x7F800000;
     uint64_t found = 0;
     for (uint64_t i = begin; i < end; i++)
-        found += (decode((uint32_t)source_code(r, i), r->c.spec.src) & 0x7FFFFFFF) > 0x7F800000;
+        found += (decode((uint32_t)source_code(r, i), r->c.spec.src) & 0x7FFFFFFF) > most;
     return found;
 }
 
