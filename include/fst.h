@@ -14,7 +14,8 @@
  *  - Functions may be called from any thread. A model may be read from several threads at once;
  *    fst_model_free needs that nobody else uses the model any more.
  *  - Strings are UTF-8, end in a NUL, and belong to the model they were got from.
- *  - A failed call leaves its outputs NULL or zero and holds no memory, descriptor or thread.
+ *  - A failed call leaves its outputs NULL or zero and holds no memory, descriptor or thread but those
+ *    that wait for the next load (fst_release_cached).
  *  - The library prints nothing, aborts never, installs no signal handler, reads no environment
  *    variable, and leaves the caller's current device and thread affinity as they were.
  */
@@ -165,7 +166,8 @@ typedef struct fst_options {
     fst_dtype       cast;         /* target of the float tensors; FST_NATIVE keeps what is stored */
     int             device;       /* FST_DEVICE_AUTO, _CPU, _GPU(n) */
     unsigned        flags;        /* FST_NON_SATURATING */
-    unsigned        threads;      /* reader threads; 0: as many as suit the device, at most the CPUs */
+    unsigned        threads;      /* reader threads, more than 64 count as 64; 0: as many as suit the
+                                     device, at most the CPUs */
     size_t          slot_bytes;   /* bytes of one bounce slot, 64 KiB to 64 MiB; 0: as suits the device */
     fst_progress_fn progress;
     void           *progress_arg;
@@ -206,8 +208,8 @@ FST_API fst_status fst_open(const char *const *files, const fst_options *options
  * queued on blocking streams is safe, work on non-blocking streams must be finished first. */
 FST_API void fst_model_free(fst_model *model);
 
-/* Loads keep their threads and pinned buffers for the next load of the process. This gives back
- * those that no load uses at the moment. */
+/* Loads, failed ones too, leave their threads, pinned buffers and staging ring on the device for the
+ * next load of the process. This gives back those that no load uses at the moment. */
 FST_API void fst_release_cached(void);
 
 /* ---- What a model holds ---------------------------------------------------------------------- */
