@@ -671,16 +671,30 @@ TEST(load, index_lists_a_tensor_in_the_wrong_file) {
     CHECK_INT(FST_E_INDEX, fst_load(list(test_directory()), NULL, &model, &error));
 }
 
+static int data_reads;
+static void count_data_read(void) { data_reads++; }
+
 TEST(load, cast_without_a_kernel_reads_no_data) {
     const char *path = test_path("x.safetensors");
+    support_tensor tensors[] = {{"good", "F32", "[1]", "1234", 4}, {"bad", "F4", "[2]", "5", 1}};
     fst_options options = options_for(FST_DEVICE_CPU);
     fst_model *model;
     fst_error error;
-    float one = 1;
-    support_checkpoint(path, NULL, &(support_tensor){"x", "F32", "[1]", &one, 4}, 1, 0);
-    options.cast = FST_I32;
+    size_t start = support_checkpoint(path, NULL, tensors, 2, 0);
+    data_reads = 0;
+    options.cast = FST_BF16;
+    fake_os_begin(&(fake_os_options){.after = start, .hook = count_data_read});
     CHECK_INT(FST_E_NO_CAST, fst_load(list(path), &options, &model, &error));
-    CHECK(strstr(error.text, "\"x\"") != NULL);
+    CHECK(strstr(error.text, "\"bad\"") != NULL);
+    CHECK_INT(0, data_reads);
+    options.cast = FST_NATIVE; /* and a load that works is noticed */
+    CHECK_INT(FST_OK, fst_load(list(path), &options, &model, &error));
+    CHECK_INT(1, data_reads);
+    fst_model_free(model);
+    fake_os_end();
+    options.cast = FST_I32; /* a target that no kernel has */
+    CHECK_INT(FST_E_NO_CAST, fst_load(list(path), &options, &model, &error));
+    CHECK(strstr(error.text, "\"good\"") != NULL);
 }
 
 TEST(load, arguments_that_are_wrong) {
