@@ -12,7 +12,8 @@ prefix=$folder/prefix
 
 # What libfst.so needs may be in folders that the system does not search (.deps). Whoever builds with those
 # names them to the loader, and so does this. The build's own library has them as its run path.
-dependencies=$(objdump -p "$build/lib/libfst.so" | awk '$1 == "RUNPATH" || $1 == "RPATH" { print $2 }')
+# CMake pads that with colons, to the length of the installed one.
+dependencies=$(objdump -p "$build/lib/libfst.so" | awk '$1 == "RUNPATH" || $1 == "RPATH" { sub(/:+$/, "", $2); print $2 }')
 export LD_LIBRARY_PATH=$dependencies
 
 cmake --install "$build" --prefix "$prefix" >"$folder/log" || { cat "$folder/log"; exit 1; }
