@@ -157,7 +157,7 @@ static uint64_t extra_window(const convert_case *c) {
 
 /* As many sets as it takes to make the caches useless, and at least two. */
 static unsigned sets_of(const bench *b, const convert_case *c) {
-    const uint64_t most = b->gpu->host_access ? 1024 * MIB : 512 * MIB;
+    const uint64_t most = b->gpu->host_access ? 384 * MIB : 512 * MIB;
     const uint64_t traffic = c->bytes_read + c->bytes_written;
     if (b->o.verify_only) return 1;
     if (traffic * 2 >= most) return 2;

@@ -226,7 +226,7 @@ def copy_half(torch, device, traffic, footprint):
 
 
 def measure(torch, device, case, runs):
-    footprint = (512 if device == "cuda" else 1024) * MIB
+    footprint = (512 if device == "cuda" else 384) * MIB
     sets = [case.make()]
     s = sets[0]
     traffic = case.traffic or s["src"].numel() * s["src"].itemsize + s["dst"].numel() * s["dst"].itemsize
