@@ -58,7 +58,7 @@ struct fst_engine {
     pthread_cond_t  done;         /* the caller: all workers are idle */
     int             quit;
     unsigned        generation;   /* counts jobs */
-    unsigned        running;      /* workers at the job */
+    unsigned        running;      /* workers at the job, or, at first, at touching their slots */
     const fst_load_job *job;
     fst_error      *error;        /* of the job; written by the first who fails */
 
@@ -331,13 +331,23 @@ static void work(worker *w, const fst_load_job *job) {
     if (code) fail_device(engine, code, "waiting for the device");
 }
 
+/* Pages are given out at the first touch: by all threads at once, each for what it will use. */
+static void touch_slots(worker *w) {
+    const fst_engine *engine = w->engine;
+    size_t each = engine->slot_room * (engine->facts.slots / engine->facts.threads);
+    volatile unsigned char *mine = engine->ring + each * (size_t)(w - engine->workers);
+    for (size_t i = 0; i < each; i += PAGE) mine[i] = 0;
+}
+
 static void *worker_main(void *arg) {
     worker *w = arg;
     fst_engine *engine = w->engine;
     unsigned seen = 0;
     int saved;
     int entered = engine->gpu->calls->enter(engine->gpu, &saved);
+    touch_slots(w);
     pthread_mutex_lock(&engine->lock);
+    if (--engine->running == 0) pthread_cond_signal(&engine->done);
     for (;;) {
         while (!engine->quit && engine->generation == seen) pthread_cond_wait(&engine->wake, &engine->lock);
         if (engine->quit) break;
@@ -388,20 +398,18 @@ static void engine_free(fst_engine *engine) {
     free(engine);
 }
 
-/* Host memory for all slots: huge pages, touched, then registered, which takes a quarter of the time of a
- * pinned allocation. When the system refuses to pin, copies from pageable memory are slower but right. */
-static fst_status make_ring(fst_engine *engine, fst_error *error) {
-    engine->ring = fst_os_calls.map(engine->ring_bytes);
-    if (!engine->ring)
-        return fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes", engine->ring_bytes);
-    if (engine->gpu->host_access) return FST_OK;
-    for (size_t i = 0; i < engine->ring_bytes; i += PAGE) ((volatile unsigned char *)engine->ring)[i] = 0;
+/* Waits until all is touched. Memory that was touched on huge pages and is then registered takes a quarter of the time of a pinned
+ * allocation. When the system refuses to pin, copies from pageable memory are slower but right. */
+static void pin_ring(fst_engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    while (engine->running > 0) pthread_cond_wait(&engine->done, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+    if (engine->gpu->host_access) return;
     engine->pinned = engine->gpu->calls->pin(engine->gpu, engine->ring, engine->ring_bytes) == 0;
     engine->facts.pinned_bytes = engine->pinned ? engine->ring_bytes : 0;
-    return FST_OK;
 }
 
-static fst_status make_worker(fst_engine *engine, worker *w, fst_error *error) {
+static fst_status make_stream(const fst_engine *engine, worker *w, fst_error *error) {
     const fst_gpu *gpu = engine->gpu;
     int code = gpu->calls->stream_new(gpu, &w->stream);
     for (unsigned k = 0; k < SLOTS_PER_THREAD && !code; k++) {
@@ -418,6 +426,7 @@ static fst_status start_threads(fst_engine *engine, fst_error *error) {
     int code = 0;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
+    engine->running = engine->facts.threads;
     while (engine->threads_count < engine->facts.threads && code == 0) {
         worker *w = &engine->workers[engine->threads_count];
         code = pthread_create(&w->thread, NULL, worker_main, w);
@@ -443,15 +452,18 @@ static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_b
     engine->slot_room = slot_bytes + slot_bytes / 8 + 2 * PAGE;
     engine->ring_bytes = engine->slot_room * engine->facts.slots;
     engine->workers = calloc(threads, sizeof *engine->workers);
-    fst_status status = engine->workers ? make_ring(engine, error)
-                                        : fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
+    engine->ring = fst_os_calls.map(engine->ring_bytes);
+    fst_status status = FST_OK;
+    if (!engine->workers || !engine->ring)
+        status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes", engine->ring_bytes);
     for (unsigned i = 0; i < threads && !status; i++) {
         worker *w = &engine->workers[i];
         w->engine = engine;
         for (unsigned k = 0; k < slots; k++) w->slots[k].bounce = engine->ring + engine->slot_room * (i * slots + k);
-        status = make_worker(engine, w, error);
     }
-    if (!status) status = start_threads(engine, error);
+    if (!status) status = start_threads(engine, error); /* they touch the ring while streams are made */
+    for (unsigned i = 0; i < threads && !status; i++) status = make_stream(engine, &engine->workers[i], error);
+    if (!status) pin_ring(engine);
     if (status) {
         engine_free(engine);
         return status;
