@@ -1,100 +1,20 @@
 // Casts between float types, and copies of any type from any alignment.
 #include "launch.h"
-#include "pack.h"
+#include "range.h"
 
 namespace {
 
-#ifdef FST_BY_ELEMENT
-constexpr bool by_element = true;
-#else
-constexpr bool by_element = false;
-#endif
-
-constexpr int bytes_type = FST_T_U8; // stands for both types of a copy
-
-// Bytes of an element of a type whose elements are whole bytes.
-template <int type> struct size_of;
-template <> struct size_of<bytes_type> { static constexpr unsigned value = 1; };
-#define X(name, bits, ...) \
-    template <> struct size_of<FST_T_##name> { static constexpr unsigned value = bits / 8; };
-FST_FLOAT_LIST(X)
-#undef X
-
-// One contiguous range of elements. It is cut into slots that start where the destination is aligned to a
-// whole vector: 16 bytes on the wider side, so that neighbouring threads touch neighbouring 16 bytes there.
-template <int Src, int Dst> struct Range {
-    static constexpr unsigned src_size = size_of<Src>::value, dst_size = size_of<Dst>::value;
-    static constexpr unsigned wider = src_size > dst_size ? src_size : dst_size;
-    static constexpr uint64_t width = by_element ? 1u << 20 : 16 / wider;
-
-    const uint8_t *src;
-    uint8_t       *dst;
-    uint64_t       count;
-    uint64_t       limit;
-
-    // Elements of the first slot that lie before dst.
-    FST_INLINE unsigned skew() const {
-        return by_element ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(dst) / dst_size % width);
-    }
-    FST_INLINE uint64_t slots() const { return count / width + (count % width + skew() + width - 1) / width; }
-
-    FST_INLINE void slot(uint64_t index) const {
-        const uint64_t before = skew(), position = index * width;
-        const uint64_t begin = position > before ? position - before : 0;
-        const uint64_t rest = position + width - before;
-        const uint64_t end = rest < count ? rest : count;
-#ifndef FST_BY_ELEMENT
-        if (end - begin == width && vector(begin)) return;
-#endif
-        elements(begin, end);
-    }
-
-  private:
-    FST_INLINE uint64_t convert(uint64_t code) const {
-        if constexpr (Src == Dst) return code;
-        else return fst_convert(code, fst_float_of(Src), fst_float_of(Dst), limit);
-    }
-
-    // By vectors, only the ragged ends; by element (on the CPU) everything: this is the loop that is vectorised.
-    FST_INLINE void elements(uint64_t begin, uint64_t end) const {
-        const uint8_t *__restrict from = src;
-        uint8_t *__restrict to = dst;
-        if constexpr (by_element && Src == Dst) {
-            memcpy(to + begin, from + begin, end - begin);
-        } else {
-            FST_ROLLED
-            for (uint64_t i = begin; i < end; i++) {
-                const uint64_t code = convert(load_element<src_size>(from + i * src_size));
-                store_element<dst_size>(to + i * dst_size, static_cast<typename word_of<dst_size>::type>(code));
-            }
-        }
-    }
-
-#ifndef FST_BY_ELEMENT
-    FST_INLINE bool vector(uint64_t begin) const {
-        Vector<width * src_size> in;
-        Vector<width * dst_size> out = {};
-        if (!load_vector(src + begin * src_size, src, src + count * src_size, &in)) return false;
-        if constexpr (Src == Dst) {
-            out = in;
-        } else {
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i++) put<dst_size>(&out, i, convert(get<src_size>(in, i)));
-        }
-        store_aligned(dst + begin * dst_size, out);
-        return true;
-    }
-#endif
-};
+template <int Src, int Dst> FST_FN Range<Src, Dst> range_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t limit) {
+    const uint8_t *from = global<const uint8_t>(src);
+    return {from, global<uint8_t>(dst), count, limit, from, from + bytes_of<bits_of<Src>::value>(count)};
+}
 
 template <int Src, int Dst> struct Cast {
     static constexpr unsigned threads = by_element ? 1 : 256;
 
     uint64_t src, dst, count, limit;
 
-    FST_INLINE Range<Src, Dst> range() const {
-        return {global<const uint8_t>(src), global<uint8_t>(dst), count, limit};
-    }
+    FST_INLINE Range<Src, Dst> range() const { return range_of<Src, Dst>(src, dst, count, limit); }
     FST_INLINE uint64_t blocks() const { return (range().slots() + threads - 1) / threads; }
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
         const uint64_t index = block * threads + thread;
@@ -117,7 +37,7 @@ template <int Src, int Dst> struct Batch {
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
         const fst_batch_job *list = global<const fst_batch_job>(jobs);
         const fst_batch_job  job = list[by_element ? block : find(list, block)];
-        const Part range = {global<const uint8_t>(job.src), global<uint8_t>(job.dst), job.count * unit / 8, limit};
+        const Part range = range_of<Src, Dst>(job.src, job.dst, job.count * unit / 8, limit);
         const uint64_t slots = range.slots();
         if (by_element) {
             for (uint64_t i = 0; i < slots; i++) range.slot(i);
@@ -152,11 +72,6 @@ struct Launchers {
     batch_fn *batch;
 };
 
-template <int Src, int Dst> uint64_t limit_of(unsigned flags) {
-    if constexpr (Src == Dst) return 0;
-    else return fst_limit(fst_float_of(Src), fst_float_of(Dst), !(flags & FST_K_NON_SATURATING));
-}
-
 template <int Src, int Dst> int cast(fst_stream stream, const fst_cast_args *args) {
     const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
     const Cast<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
@@ -173,7 +88,7 @@ template <int Src, int Dst> int batch(fst_stream stream, const fst_batch_args *a
 }
 
 template <int Src, int Dst> Launchers launchers() {
-    if constexpr (Src == Dst) return {nullptr, nullptr};
+    if constexpr (!is_cast(Src, Dst)) return {nullptr, nullptr};
     else return {cast<Src, Dst>, batch<Src, Dst>};
 }
 
@@ -194,6 +109,7 @@ Launchers find(int src, int dst) {
 #define X(name, ...) \
     case FST_T_##name: return find_to<FST_T_##name>(dst);
         FST_FLOAT_LIST(X)
+        FST_NARROW_LIST(X)
 #undef X
     default: return {nullptr, nullptr};
     }

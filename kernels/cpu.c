@@ -6,10 +6,7 @@ const fst_kernels *fst_kernels_v2(void);
 const fst_kernels *fst_kernels_v3(void);
 const fst_kernels *fst_kernels_v4(void);
 
-int fst_kernels_have(int src_dtype, int dst_dtype) {
-    if (src_dtype == dst_dtype) return fst_type_bits(src_dtype) != 0;
-    return fst_float_of(src_dtype).bits && fst_float_of(dst_dtype).bits;
-}
+int fst_kernels_have(int src_dtype, int dst_dtype) { return fst_casts(src_dtype, dst_dtype); }
 
 /* By features: not every compiler knows the levels by name. Processors with these have the rest too. */
 static int has_level(int level) {

@@ -29,12 +29,34 @@ template <class Body> __attribute__((noinline)) void run(const Body &body, uint6
 }
 
 // The caller's rounding mode and flushing of subnormals must not show in the results.
+class PlainArithmetic {
+  public:
+    PlainArithmetic() { __builtin_ia32_ldmxcsr(0x1F80); } // to nearest, subnormals kept, exceptions masked
+    ~PlainArithmetic() { __builtin_ia32_ldmxcsr(saved_); }
+    PlainArithmetic(const PlainArithmetic &) = delete;
+    PlainArithmetic &operator=(const PlainArithmetic &) = delete;
+
+  private:
+    const unsigned saved_ = __builtin_ia32_stmxcsr();
+};
+
 template <class Body> int launch(fst_stream, const Body &body, uint64_t blocks) {
-    constexpr unsigned plain = 0x1F80; // to nearest, subnormals kept, exceptions masked
-    const unsigned     saved = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(plain);
+    const PlainArithmetic plain;
     run(body, blocks);
-    __builtin_ia32_ldmxcsr(saved);
+    return FST_K_OK;
+}
+
+template <class Body> __attribute__((noinline)) void run_phases(const Body &body, uint64_t blocks) {
+    typename Body::Shared shared;
+    for (uint64_t block = 0; block < blocks; block++) {
+        for (unsigned thread = 0; thread < Body::threads; thread++) body.before(block, thread, shared);
+        for (unsigned thread = 0; thread < Body::threads; thread++) body.after(block, thread, shared);
+    }
+}
+
+template <class Body> int launch_phases(fst_stream, const Body &body, uint64_t blocks) {
+    const PlainArithmetic plain;
+    run_phases(body, blocks);
     return FST_K_OK;
 }
 

@@ -19,7 +19,9 @@ enum {
     FST_K_NO_KERNEL = -1,  /* this pair of types does not exist */
     FST_K_NULL = -2,       /* a null pointer with work to do */
     FST_K_ALIGN = -3,      /* a destination not aligned to its element */
-    FST_K_SIZE = -4        /* a count whose bytes overflow */
+    FST_K_SIZE = -4,       /* a count whose bytes overflow, or a range outside its matrix */
+    FST_K_STRIDE = -5,     /* a stride shorter than what it steps over */
+    FST_K_SCALE = -6       /* a scale tensor of the wrong size or dtype */
 };
 
 enum { FST_K_NON_SATURATING = 1u << 0 };
@@ -55,9 +57,85 @@ typedef struct fst_batch_args {
 /* Elements that one tile of a batch covers: first_tile counts in ceil(count / FST_BATCH_TILE). */
 #define FST_BATCH_TILE 2048u
 
+/* How a matrix is scaled: one scale for all, one a row, one for each `block_cols` elements along a row, one
+ * for each block of block_rows x block_cols (the last ones may be ragged). The scale tensor is row-major and has
+ * 1 | rows | rows x ceil(cols / block_cols) | ceil(rows / block_rows) x ceil(cols / block_cols) elements. */
+typedef enum fst_scale_kind { FST_SCALE_TENSOR, FST_SCALE_ROW, FST_SCALE_GROUP, FST_SCALE_BLOCK } fst_scale_kind;
+
+/* Elements [first, first + count) of a row-major matrix of rows x cols, times their scales:
+ * dst = round(RN32(f32(code) x f32(scale))), two roundings, as the formats' references do. A range may begin
+ * and end anywhere (F4: at even elements), because the chunks of a file do. */
+typedef struct fst_scaled_args {
+    const void *src;         /* of element `first`; any byte alignment */
+    void       *dst;         /* of element `first`; aligned to its element */
+    const void *scales;      /* of the whole matrix, aligned to its element. NaN and Inf: as arithmetic says */
+    uint64_t    scales_count;
+    uint64_t    rows, cols;
+    uint64_t    first, count;
+    int         src_dtype;   /* F8_E4M3, F8_E5M2, F8_E4M3FNUZ, F8_E5M2FNUZ, I8, F4 (the low half first) */
+    int         dst_dtype;   /* F32, F16, BF16 */
+    int         scale_dtype; /* F32, F16, BF16, F8_E8M0 */
+    fst_scale_kind kind;
+    uint64_t    block_rows, block_cols;
+} fst_scaled_args;
+
+/* F32, F16 or BF16 -> F8_E4M3 (M = 448), F8_E4M3FNUZ (224) or F8_E5M2 (57344) with computed scales:
+ * s = RN32(amax / M), 1 where amax is 0 or so small that s would be; code = encode(RN32(x / s)), saturating. Inf
+ * enters amax as the largest finite value of its type; a NaN makes amax, the scale and all codes under it NaN.
+ * Scales are as FST_SCALE_TENSOR, _ROW or _BLOCK (128 x 128) count them, all written also where there are no elements. */
+typedef struct fst_quantize_args {
+    const void *src;         /* rows x cols, contiguous; any byte alignment */
+    void       *dst;
+    float      *scales;
+    uint64_t   *nans;        /* NULL, or raised by the number of NaNs in src */
+    uint64_t    rows, cols;
+    int         src_dtype, dst_dtype;
+    fst_scale_kind kind;
+} fst_quantize_args;
+
+/* Rows of `cols` elements from anywhere to anywhere, with or without a cast on the way: slices of any box (the
+ * result contiguous), packing into a wider result (the source contiguous), every second row apart (extents 2 and
+ * rows / 2). Strides in elements, of the outer dimensions, the slowest first. */
+#define FST_ROWS_DIMS 7
+typedef struct fst_rows_args {
+    const void *src;         /* any byte alignment */
+    void       *dst;
+    uint64_t    cols;        /* contiguous elements of a row, on both sides */
+    uint32_t    ndim;        /* outer dimensions */
+    uint64_t    extent[FST_ROWS_DIMS], src_stride[FST_ROWS_DIMS], dst_stride[FST_ROWS_DIMS];
+    int         src_dtype, dst_dtype;
+    unsigned    flags;
+} fst_rows_args;
+
+/* dst[b][c][r] = src[b][r][c], with or without a cast on the way. */
+typedef struct fst_transpose_args {
+    const void *src;
+    void       *dst;
+    uint64_t    batch, rows, cols;      /* of the source */
+    uint64_t    src_stride, dst_stride; /* elements from a row to the next: at least cols, at least rows */
+    uint64_t    src_batch_stride, dst_batch_stride;
+    int         src_dtype, dst_dtype;
+    unsigned    flags;
+} fst_transpose_args;
+
+/* OCP fp8 to FNUZ as MI300 needs it: the bits stay, but 80 becomes 00. Every value is then half of what it was,
+ * and the caller doubles the scale. NaNs would turn into numbers: *nans counts them, to be refused. */
+typedef struct fst_fnuz_args {
+    const void *src;
+    void       *dst;
+    uint64_t    count;
+    int         src_dtype;   /* F8_E4M3, F8_E5M2 */
+    uint64_t   *nans;
+} fst_fnuz_args;
+
 typedef struct fst_kernels {
     int (*cast)(fst_stream stream, const fst_cast_args *args);
     int (*batch)(fst_stream stream, const fst_batch_args *args);
+    int (*scaled)(fst_stream stream, const fst_scaled_args *args);
+    int (*quantize)(fst_stream stream, const fst_quantize_args *args);
+    int (*rows)(fst_stream stream, const fst_rows_args *args);
+    int (*transpose)(fst_stream stream, const fst_transpose_args *args);
+    int (*fnuz)(fst_stream stream, const fst_fnuz_args *args);
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 

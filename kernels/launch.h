@@ -22,17 +22,33 @@ template <class Body> __global__ void __launch_bounds__(Body::threads) run(const
 }
 
 // AMD counts the threads of a launch in 32 bits: more go in several launches.
-template <class Body> int launch(fst_stream stream, const Body &body, uint64_t blocks) {
+template <class Body>
+int launch_kernel(fst_stream stream, void (*kernel)(Body, uint64_t), const Body &body, uint64_t blocks) {
     constexpr uint64_t most = 0x80000000u / Body::threads;
     for (uint64_t first = 0; first < blocks; first += most) {
         const uint64_t n = blocks - first < most ? blocks - first : most;
         void *args[] = {const_cast<Body *>(&body), &first};
-        const hipError_t error =
-            hipLaunchKernel(reinterpret_cast<const void *>(run<Body>), dim3(static_cast<unsigned>(n)),
-                            dim3(Body::threads), args, 0, static_cast<hipStream_t>(stream));
+        const hipError_t error = hipLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(static_cast<unsigned>(n)),
+                                                 dim3(Body::threads), args, 0, static_cast<hipStream_t>(stream));
         if (error != hipSuccess) return static_cast<int>(error);
     }
     return FST_K_OK;
+}
+
+template <class Body> int launch(fst_stream stream, const Body &body, uint64_t blocks) {
+    return launch_kernel<Body>(stream, run<Body>, body, blocks);
+}
+
+// A body in two phases, `before` and `after` a barrier, that share a Body::Shared.
+template <class Body> __global__ void __launch_bounds__(Body::threads) run_phases(const Body body, uint64_t first) {
+    __shared__ typename Body::Shared shared;
+    body.before(first + blockIdx.x, threadIdx.x, shared);
+    __syncthreads();
+    body.after(first + blockIdx.x, threadIdx.x, shared);
+}
+
+template <class Body> int launch_phases(fst_stream stream, const Body &body, uint64_t blocks) {
+    return launch_kernel<Body>(stream, run_phases<Body>, body, blocks);
 }
 
 } // namespace

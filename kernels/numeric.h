@@ -49,6 +49,14 @@ enum {
     X(F8_E4M3FNUZ, 8, 3, 8, 0x7F, 0x80, 0x80)                                                            \
     X(F8_E5M2FNUZ, 8, 2, 16, 0x7F, 0x80, 0x80)
 
+/* Narrow types, which are only cast from, to F32, F16 and BF16; without Inf and NaN. (Also F8_E8M0: an exponent
+ * alone, FF NaN.) F4 has its first element in the low half of a byte; F6 are a stream of bits, the low ones first. */
+#define FST_NARROW_LIST(X)                \
+    X(F6_E2M3, 6, 3, 1, 0x1F, 0, 0)       \
+    X(F6_E3M2, 6, 2, 3, 0x1F, 0, 0)       \
+    X(F4, 4, 1, 1, 0x7, 0, 0)             \
+    X(F8_E8M0, 8, 0, 127, 0xFE, 0xFF, 0xFF)
+
 typedef struct fst_float {
     int      bits, mantissa, bias; /* bits is 0: not in the list */
     uint64_t finite, overflow, nan;
@@ -67,6 +75,7 @@ FST_FN fst_float fst_float_of(int dtype) {
         type.nan = nan_;                                           \
         break;
         FST_FLOAT_LIST(X)
+        FST_NARROW_LIST(X)
 #undef X
     default:
         break;
@@ -85,6 +94,17 @@ FST_FN unsigned fst_type_bits(int dtype) {
     default:
         return 0;
     }
+}
+
+FST_FN int fst_is_narrow(int dtype) {
+    return dtype == FST_T_F4 || dtype == FST_T_F6_E2M3 || dtype == FST_T_F6_E3M2 || dtype == FST_T_F8_E8M0;
+}
+
+/* Which pairs cast and batch have: the rule for plan and kernels. */
+FST_FN int fst_casts(int src, int dst) {
+    if (src == dst) return fst_type_bits(src) != 0;
+    if (fst_is_narrow(src)) return dst == FST_T_F32 || dst == FST_T_F16 || dst == FST_T_BF16;
+    return fst_float_of(src).bits && fst_float_of(dst).bits && !fst_is_narrow(dst);
 }
 
 FST_FN float fst_float_of_bits32(uint32_t bits) {
@@ -118,6 +138,7 @@ FST_FN int fst_is_fnuz(fst_float type) {
 
 /* A code of at most 16 bits -> the F32 of that value, exactly; NaN -> 7FC00000 with its sign. */
 FST_FN uint32_t fst_decode32(uint32_t code, fst_float from) {
+    if (from.mantissa == 0) return code == 0 ? 0x00400000 : code == from.nan ? 0x7FC00000 : code << 23; /* E8M0 */
     const int      shift = 23 - from.mantissa;
     const int32_t  rebias = (127 - from.bias) << 23;
     const uint32_t sign_bit = 1u << (from.bits - 1);

@@ -26,6 +26,18 @@ template <unsigned bytes> FST_FN void store_element(uint8_t *to, typename word_o
     *reinterpret_cast<typename word_of<bytes>::type *>(to) = word;
 }
 
+// One code of `bits` bits out of a run of codes that starts at `from`. Those of 4 and 6 bits: fst_float_of's list.
+template <unsigned bits> FST_FN uint64_t load_code(const uint8_t *from, uint64_t i) {
+    if constexpr (bits == 4) {
+        return from[i / 2] >> (i % 2 * 4) & 15;
+    } else if constexpr (bits == 6) {
+        const uint8_t *group = from + i / 4 * 3; // 4 codes
+        return (group[0] | group[1] << 8 | group[2] << 16) >> (i % 4 * 6) & 63;
+    } else {
+        return load_element<bits / 8>(from + i * (bits / 8));
+    }
+}
+
 // An address as a pointer. AMD's compiler must be told that it is global memory, or it makes flat accesses.
 template <class T> FST_FN T *global(uint64_t address) {
 #ifdef __HIP_DEVICE_COMPILE__
@@ -37,9 +49,10 @@ template <class T> FST_FN T *global(uint64_t address) {
 
 #ifndef FST_BY_ELEMENT
 
-// A vector as 32-bit words, in the order of memory. Fewer than 4 bytes are the low part of one word.
+// A vector as 32-bit words, in the order of memory. Fewer than 4 bytes are the low part of a word; what is above
+// them may be anything.
 template <unsigned bytes> struct Vector {
-    static constexpr unsigned words = bytes < 4 ? 1 : bytes / 4;
+    static constexpr unsigned words = (bytes + 3) / 4;
     uint32_t word[words];
 };
 
@@ -77,10 +90,23 @@ FST_FN uint32_t funnel(uint32_t low, uint32_t high, unsigned skip) {
 #endif
 }
 
-// The vector at `from`, whatever its alignment, out of the two aligned vectors that it lies in. False, with
-// nothing read, when these are not inside [begin, end).
+// 3 or 6 bytes, out of the aligned words that they lie in. False, with nothing read, when these are not inside
+// [begin, end).
 template <unsigned bytes>
-FST_FN bool load_vector(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
+FST_FN bool load_words(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
+    const unsigned skip = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4), words = (skip + bytes + 3) / 4;
+    const uint8_t *low = from - skip;
+    if (low < begin || low + 4 * words > end) return false;
+    const uint32_t a = load_aligned<4>(low).word[0];
+    const uint32_t b = words > 1 ? load_aligned<4>(low + 4).word[0] : 0;
+    out->word[0] = funnel(a, b, skip);
+    if constexpr (bytes == 6) out->word[1] = funnel(b, words > 2 ? load_aligned<4>(low + 8).word[0] : 0, skip);
+    return true;
+}
+
+// 2^n bytes, out of the one or two aligned vectors that they lie in.
+template <unsigned bytes>
+FST_FN bool load_pair(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
     const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % bytes);
     if (skew == 0) {
         *out = load_aligned<bytes>(from);
@@ -107,12 +133,32 @@ FST_FN bool load_vector(const uint8_t *from, const uint8_t *begin, const uint8_t
     return true;
 }
 
+// The vector at `from`, whatever its alignment. False, with nothing read, when what must be read for it is not
+// inside [begin, end).
+template <unsigned bytes>
+FST_FN bool load_vector(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
+    if constexpr (bytes & (bytes - 1)) return load_words(from, begin, end, out);
+    else return load_pair(from, begin, end, out);
+}
+
 // The i-th element of a vector; i is known when it is compiled.
 template <unsigned element, unsigned bytes> FST_FN uint64_t get(const Vector<bytes> &v, unsigned i) {
     if constexpr (element == 8) return static_cast<uint64_t>(v.word[2 * i + 1]) << 32 | v.word[2 * i];
     if constexpr (element == 4) return v.word[i];
     constexpr unsigned each = 4 / (element < 4 ? element : 4);
     return v.word[i / each] >> (i % each * 8 * element) & ((1ull << (8 * element % 64)) - 1);
+}
+
+// The i-th code of a vector of codes of `bits` bits.
+template <unsigned bits, unsigned bytes> FST_FN uint64_t get_code(const Vector<bytes> &v, unsigned i) {
+    if constexpr (bits % 8 == 0) {
+        return get<bits / 8>(v, i);
+    } else {
+        const unsigned at = i * bits / 32, shift = i * bits % 32;
+        uint32_t code = v.word[at] >> shift;
+        if (shift + bits > 32) code |= v.word[(at + 1) % Vector<bytes>::words] << (32 - shift);
+        return code & ((1u << bits) - 1);
+    }
 }
 
 // Sets the i-th element of a vector that was all zero.
@@ -124,6 +170,47 @@ template <unsigned element, unsigned bytes> FST_FN void put(Vector<bytes> *v, un
         constexpr unsigned each = 4 / element;
         v->word[i / each] |= static_cast<uint32_t>(code) << (i % each * 8 * element);
     }
+}
+
+// The bytes from offset `at` on, a multiple of `size`, as a vector of that size.
+template <unsigned size, unsigned bytes> FST_FN Vector<size> piece_at(Vector<bytes> v, unsigned at) {
+    FST_UNROLLED
+    for (unsigned step = Vector<bytes>::words / 2; step >= Vector<size>::words; step /= 2)
+        FST_UNROLLED
+        for (unsigned i = 0; i < step; i++) v.word[i] = at & 4 * step ? v.word[i + step] : v.word[i];
+    Vector<size> piece;
+    FST_UNROLLED
+    for (unsigned i = 0; i < Vector<size>::words; i++) piece.word[i] = v.word[i];
+    if (size < 4) piece.word[0] >>= at % 4 * 8;
+    return piece;
+}
+
+template <unsigned size, unsigned bytes> FST_FN void store_piece(uint8_t *to, const Vector<bytes> &v, unsigned at) {
+    store_aligned(to + at, piece_at<size>(v, at));
+}
+
+template <unsigned size, unsigned unit, unsigned bytes>
+FST_FN void store_head(uint8_t *to, const Vector<bytes> &v, unsigned *at, unsigned end) {
+    if constexpr (unit < bytes) {
+        if constexpr (size > unit) store_head<size / 2, unit>(to, v, at, end);
+        if ((*at & size) && *at + size <= end) store_piece<size>(to, v, *at), *at += size;
+    }
+}
+
+template <unsigned size, unsigned unit, unsigned bytes>
+FST_FN void store_tail(uint8_t *to, const Vector<bytes> &v, unsigned *at, unsigned end) {
+    if constexpr (unit < bytes) {
+        if (*at + size <= end) store_piece<size>(to, v, *at), *at += size;
+        if constexpr (size > unit) store_tail<size / 2, unit>(to, v, at, end);
+    }
+}
+
+// Bytes [at, end) of a vector, whole elements of `unit` bytes, into the aligned vector at `to`: by ever larger
+// pieces, then by ever smaller ones.
+template <unsigned unit, unsigned bytes>
+FST_FN void store_part(uint8_t *to, const Vector<bytes> &v, unsigned at, unsigned end) {
+    store_head<bytes / 2, unit>(to, v, &at, end);
+    store_tail<bytes / 2, unit>(to, v, &at, end);
 }
 
 #endif

@@ -62,7 +62,7 @@ TEST(kernels_copy, float_codes_are_kept_as_they_are) {
     test_rig rig;
     EACH_RIG(&rig, 4096) {
         rig_upload(&rig, rig.src, codes, sizeof codes);
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < RIG_FLOATS; i++)
             CHECK_BYTES(codes, rig_cast(&rig, rig_floats[i], rig_floats[i], 0, 0, 0,
                                         sizeof codes * 8 / fst_type_bits(rig_floats[i])), sizeof codes);
     }
@@ -126,10 +126,12 @@ TEST(kernels_bounds, nothing_outside_the_source_is_read) {
     test_rig rig;
     EACH_RIG(&rig, 16384) {
         if (!rig.gpu.host_access) continue;
-        for (int s = 0; s < 8; s++) for (int d = 0; d < 8; d++) {
-            const size_t src_size = fst_type_bits(rig_floats[s]) / 8, dst_size = fst_type_bits(rig_floats[d]) / 8;
+        for (int s = 0; s < RIG_SOURCES; s++) for (int d = 0; d < RIG_FLOATS; d++) {
+            const size_t src_bits = fst_type_bits(rig_floats[s]), dst_size = fst_type_bits(rig_floats[d]) / 8;
+            if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
             for (uint64_t count = 0; count < most; count++) for (size_t skew = 0; skew < 16; skew += dst_size) {
-                const uint8_t *end = pages + 2 * page - count * src_size;
+                if (count * src_bits % 8) continue;
+                const uint8_t *end = pages + 2 * page - count * src_bits / 8;
                 fst_cast_args args = {end, rig.dst + skew, count, rig_floats[s], rig_floats[d], 0};
                 CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
                 args.src = pages + page;
@@ -146,10 +148,12 @@ TEST(kernels_bounds, no_byte_outside_the_source_is_read) {
     test_rig rig;
     EACH_RIG(&rig, 4096) {
         if (!rig.gpu.host_access) continue;
-        for (int s = 0; s < 8; s++) for (int d = 0; d < 8; d++) {
-            const size_t src_size = fst_type_bits(rig_floats[s]) / 8;
+        for (int s = 0; s < RIG_SOURCES; s++) for (int d = 0; d < RIG_FLOATS; d++) {
+            const size_t src_bits = fst_type_bits(rig_floats[s]);
+            if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
             for (uint64_t count = 1; count < 70; count += 3) for (size_t skew = 0; skew < 16; skew++) {
-                const size_t size = skew + (size_t)count * src_size;
+                if (count * src_bits % 8) continue;
+                const size_t size = skew + (size_t)count * src_bits / 8;
                 uint8_t *memory = calloc(1, size);
                 CHECK(memory);
                 POISON(memory, skew);
@@ -268,7 +272,10 @@ static void check_refused(int want, size_t src_skew, size_t dst_skew, int nulls,
 TEST(kernels_refuse, integer_to_float) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_I32, FST_T_F32); }
 TEST(kernels_refuse, float_to_integer) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_I32); }
 TEST(kernels_refuse, integer_to_another) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_I32, FST_T_U32); }
-TEST(kernels_refuse, a_scale_alone) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F8_E8M0, FST_T_F32); }
+TEST(kernels_refuse, narrow_to_8_bits) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F4, FST_T_F8_E4M3); }
+TEST(kernels_refuse, narrow_to_F64) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F6_E2M3, FST_T_F64); }
+TEST(kernels_refuse, narrow_to_narrow) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F6_E2M3, FST_T_F6_E3M2); }
+TEST(kernels_refuse, to_narrow) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_F4); }
 TEST(kernels_refuse, float_to_a_scale) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_F8_E8M0); }
 TEST(kernels_refuse, complex) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_C64, FST_T_F32); }
 TEST(kernels_refuse, native) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_NATIVE, FST_T_NATIVE); }
@@ -299,6 +306,13 @@ TEST(kernels_refuse, end_beyond_the_address_space) {
 TEST(kernels_refuse, elements_that_do_not_fill_a_byte) { check_refused(FST_K_SIZE, 0, 0, 0, 3, FST_T_F4, FST_T_F4); }
 TEST(kernels_refuse, six_bit_elements_that_do_not_fill_bytes) {
     check_refused(FST_K_SIZE, 0, 0, 0, 6, FST_T_F6_E2M3, FST_T_F6_E2M3);
+}
+
+TEST(kernels_refuse, cast_of_elements_that_do_not_fill_a_byte) {
+    check_refused(FST_K_SIZE, 0, 0, 0, 3, FST_T_F4, FST_T_F32);
+}
+TEST(kernels_refuse, cast_of_six_bit_elements_that_do_not_fill_bytes) {
+    check_refused(FST_K_SIZE, 0, 0, 0, 6, FST_T_F6_E3M2, FST_T_BF16);
 }
 
 /* ---- Which pairs there are ---- */

@@ -23,12 +23,12 @@ static void *read_table(const char *name, size_t *size) {
 
 static void compare(test_rig *rig, int src, int dst, unsigned flags, uint64_t count, const uint8_t *in,
                     const uint8_t *want) {
-    const size_t size = fst_type_bits(dst) / 8, src_size = fst_type_bits(src) / 8;
+    const size_t size = fst_type_bits(dst) / 8, src_bits = fst_type_bits(src);
     const uint8_t *got = rig_cast(rig, src, dst, flags, 0, 0, count);
     for (uint64_t i = 0; i < count; i++) {
         uint64_t code = 0, wanted = 0, is = 0;
         if (memcmp(want + i * size, got + i * size, size) == 0) continue;
-        memcpy(&code, in + i * src_size, src_size);
+        memcpy(&code, in + i * src_bits / 8, (src_bits + 7) / 8);
         memcpy(&wanted, want + i * size, size);
         memcpy(&is, got + i * size, size);
         test_fail(__FILE__, __LINE__, "%s: %s %llX to %s%s: want %llX, got %llX", rig->gpu.kernels->target,
@@ -43,13 +43,13 @@ static void check_source(int src) {
     test_rig rig;
     snprintf(name, sizeof name, "%s.in", rig_dtype_name(src));
     uint8_t *in = read_table(name, &in_bytes);
-    const uint64_t count = in_bytes / (fst_type_bits(src) / 8);
+    const uint64_t count = in_bytes * 8 / fst_type_bits(src);
     CHECK(count >= 256);
     EACH_RIG(&rig, (size_t)count * 8 + 2 * RIG_GUARD) {
         rig_upload(&rig, rig.src, in, in_bytes);
-        for (int i = 0; i < 8; i++) {
+        for (int i = 0; i < RIG_FLOATS; i++) {
             const int dst = rig_floats[i];
-            if (dst == src) continue;
+            if (dst == src || !fst_kernels_have(src, dst)) continue;
             for (unsigned flags = 0; flags <= FST_K_NON_SATURATING; flags++) {
                 const int saturating = fst_type_bits(dst) == 8 && !flags;
                 snprintf(name, sizeof name, "%s-%s-%s.out", rig_dtype_name(src), rig_dtype_name(dst),
@@ -70,6 +70,10 @@ TEST(kernels_oracle, every_code_of_F8_E4M3FNUZ) { check_source(FST_T_F8_E4M3FNUZ
 TEST(kernels_oracle, every_code_of_F8_E5M2FNUZ) { check_source(FST_T_F8_E5M2FNUZ); }
 TEST(kernels_oracle, every_code_of_F16) { check_source(FST_T_F16); }
 TEST(kernels_oracle, every_code_of_BF16) { check_source(FST_T_BF16); }
+TEST(kernels_oracle, every_code_of_F8_E8M0) { check_source(FST_T_F8_E8M0); }
+TEST(kernels_oracle, every_code_of_F6_E2M3) { check_source(FST_T_F6_E2M3); }
+TEST(kernels_oracle, every_code_of_F6_E3M2) { check_source(FST_T_F6_E3M2); }
+TEST(kernels_oracle, every_code_of_F4) { check_source(FST_T_F4); }
 TEST(kernels_oracle, ties_and_neighbours_of_F32) { check_source(FST_T_F32); }
 TEST(kernels_oracle, ties_and_neighbours_of_F64) { check_source(FST_T_F64); }
 
@@ -77,26 +81,26 @@ TEST(kernels_oracle, ties_and_neighbours_of_F64) { check_source(FST_T_F64); }
 static void check_alignment(int src) {
     enum { most = 5000 };
     static const uint64_t more[] = {255, 2049, 4999}; /* after 0 to 70 */
-    const size_t src_size = fst_type_bits(src) / 8;
+    const size_t src_bits = fst_type_bits(src);
     char name[64];
     size_t bytes;
     test_rig rig;
     snprintf(name, sizeof name, "%s.in", rig_dtype_name(src));
     uint8_t *in = read_table(name, &bytes);
-    const uint64_t total = bytes / src_size < most ? bytes / src_size : most;
+    const uint64_t total = bytes * 8 / src_bits < most ? bytes * 8 / src_bits : most;
     EACH_RIG(&rig, most * 8 + 256) {
         for (size_t src_skew = 0; src_skew < 16; src_skew++) {
-            rig_upload(&rig, rig.src + src_skew, in, (size_t)total * src_size);
-            for (int i = 0; i < 8; i++) {
+            rig_upload(&rig, rig.src + src_skew, in, (size_t)total * src_bits / 8);
+            for (int i = 0; i < RIG_FLOATS; i++) {
                 const int dst = rig_floats[i];
                 const size_t size = fst_type_bits(dst) / 8;
-                if (dst == src) continue;
+                if (dst == src || !fst_kernels_have(src, dst)) continue;
                 snprintf(name, sizeof name, "%s-%s-plain.out", rig_dtype_name(src), rig_dtype_name(dst));
                 uint8_t *want = read_table(name, &bytes);
                 for (size_t dst_skew = 0; dst_skew < 16; dst_skew += size)
                     for (size_t c = 0; c < 74; c++) {
                         const uint64_t count = c <= 70 ? c : more[c - 71];
-                        if (count > total) continue;
+                        if (count > total || count * src_bits % 8) continue;
                         const uint8_t *got =
                             rig_cast(&rig, src, dst, FST_K_NON_SATURATING, src_skew, dst_skew, count);
                         CHECK_BYTES(want, got, (size_t)count * size);
@@ -114,5 +118,9 @@ TEST(kernels_align, from_F8_E4M3FNUZ) { check_alignment(FST_T_F8_E4M3FNUZ); }
 TEST(kernels_align, from_F8_E5M2FNUZ) { check_alignment(FST_T_F8_E5M2FNUZ); }
 TEST(kernels_align, from_F16) { check_alignment(FST_T_F16); }
 TEST(kernels_align, from_BF16) { check_alignment(FST_T_BF16); }
+TEST(kernels_align, from_F8_E8M0) { check_alignment(FST_T_F8_E8M0); }
+TEST(kernels_align, from_F6_E2M3) { check_alignment(FST_T_F6_E2M3); }
+TEST(kernels_align, from_F6_E3M2) { check_alignment(FST_T_F6_E3M2); }
+TEST(kernels_align, from_F4) { check_alignment(FST_T_F4); }
 TEST(kernels_align, from_F32) { check_alignment(FST_T_F32); }
 TEST(kernels_align, from_F64) { check_alignment(FST_T_F64); }

@@ -1,17 +1,18 @@
 #include "kernels_rig.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "harness.h"
 
-const fst_kernels *fst_kernels_v1(void); /* the device's shape, see tests/oracle/CMakeLists.txt */
+/* The shape of AMD's and NVIDIA's kernels, see tests/oracle/CMakeLists.txt. */
+const fst_kernels *fst_kernels_v1(void);
+const fst_kernels *fst_kernels_v0(void);
 
-const int rig_floats[8] = {
 #define X(name, ...) FST_T_##name,
-    FST_FLOAT_LIST(X)
+const int rig_floats[RIG_SOURCES] = {FST_FLOAT_LIST(X) FST_NARROW_LIST(X)};
 #undef X
-};
 
 const char *rig_dtype_name(int dtype) { return fst_dtype_name((fst_dtype)dtype); }
 
@@ -40,10 +41,11 @@ static int choose(fst_gpu *gpu, size_t i) {
             return 1;
         }
     }
-    if (i-- == 0) {
-        gpu->kernels = fst_kernels_v1();
+    if (i < 2) {
+        gpu->kernels = i == 0 ? fst_kernels_v1() : fst_kernels_v0();
         return 1;
     }
+    i -= 2;
     if (i != 0 || !find_gpu()) return 0;
     *gpu = *find_gpu();
     return 1;
@@ -101,4 +103,66 @@ const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t 
                       rig->gpu.kernels->target, rig_dtype_name(src), rig_dtype_name(dst), (size_t)count, src_skew,
                       dst_skew, (ptrdiff_t)(i - begin));
     return rig->host + begin;
+}
+
+uint64_t rig_random(uint64_t *state) { /* splitmix64 */
+    uint64_t z = *state += 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return z ^ z >> 31;
+}
+
+uint64_t rig_below(uint64_t *state, uint64_t limit) { return rig_random(state) % limit; }
+
+/* exponent and mantissa bits, bias; the codes of Inf and the first NaN, sign apart (0: none). From the formats'
+ * own definitions, not from numeric.h. */
+typedef struct layout {
+    int mantissa, bits, bias;
+    uint32_t finite, inf, nan;
+} layout;
+
+static layout layout_of(int dtype) {
+    switch (dtype) {
+    case FST_T_F32: return (layout){23, 32, 127, 0x7F7FFFFF, 0x7F800000, 0x7FC00000};
+    case FST_T_F16: return (layout){10, 16, 15, 0x7BFF, 0x7C00, 0x7E00};
+    case FST_T_BF16: return (layout){7, 16, 127, 0x7F7F, 0x7F80, 0x7FC0};
+    case FST_T_F8_E4M3: return (layout){3, 8, 7, 0x7E, 0, 0x7F};
+    case FST_T_F8_E5M2: return (layout){2, 8, 15, 0x7B, 0x7C, 0x7E};
+    case FST_T_F8_E4M3FNUZ: return (layout){3, 8, 8, 0x7F, 0, 0x80};
+    case FST_T_F8_E5M2FNUZ: return (layout){2, 8, 16, 0x7F, 0, 0x80};
+    case FST_T_F4: return (layout){1, 4, 1, 0x7, 0, 0};
+    default: test_fail(__FILE__, __LINE__, "%s has no layout", rig_dtype_name(dtype));
+    }
+}
+
+double rig_value(int dtype, uint32_t code) {
+    if (dtype == FST_T_I8) return (int8_t)code;
+    if (dtype == FST_T_F8_E8M0) return code == 255 ? NAN : ldexp(1, (int)code - 127);
+    const layout of = layout_of(dtype);
+    const uint32_t sign_bit = 1u << (of.bits - 1), magnitude = code & (sign_bit - 1);
+    const int exponent = (int)(magnitude >> of.mantissa), fraction = (int)(magnitude & ((1u << of.mantissa) - 1));
+    double value = exponent ? ldexp((1 << of.mantissa) + fraction, exponent - of.bias - of.mantissa)
+                            : ldexp(fraction, 1 - of.bias - of.mantissa);
+    if (of.inf && magnitude == of.inf) value = INFINITY;
+    if (of.nan == sign_bit ? code == sign_bit : magnitude > of.finite && magnitude != of.inf) value = NAN;
+    return copysign(value, code & sign_bit ? -1.0 : 1.0);
+}
+
+uint32_t rig_code(int dtype, double value, int saturate) {
+    const layout of = layout_of(dtype);
+    const uint32_t sign_bit = 1u << (of.bits - 1), sign = signbit(value) ? sign_bit : 0;
+    const int fnuz = of.nan == sign_bit, least = 1 - of.bias;
+    uint64_t code;
+    if (isnan(value)) {
+        return fnuz ? of.nan : of.nan | sign;
+    } else if (isinf(value)) {
+        code = UINT32_MAX;
+    } else {
+        const double magnitude = fabs(value);
+        const int exponent = magnitude > 0 && ilogb(magnitude) > least ? ilogb(magnitude) : least;
+        code = ((uint64_t)(exponent - least) << of.mantissa) + (uint64_t)rint(ldexp(magnitude, of.mantissa - exponent));
+    }
+    if (code > of.finite) code = saturate ? of.finite : of.inf ? of.inf : of.nan;
+    if (fnuz && code == 0) return 0;
+    return (uint32_t)code | sign;
 }

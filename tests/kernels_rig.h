@@ -5,6 +5,15 @@
 #include "gpu.h"
 #include "numeric.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#define POISON(memory, size) ASAN_POISON_MEMORY_REGION(memory, size)
+#define UNPOISON(memory, size) ASAN_UNPOISON_MEMORY_REGION(memory, size)
+#else
+#define POISON(memory, size) ((void)(memory), (void)(size))
+#define UNPOISON(memory, size) ((void)(memory), (void)(size))
+#endif
+
 #define RIG_GUARD 64u /* bytes on both sides of a result that must stay as they were */
 
 typedef struct test_rig {
@@ -34,6 +43,18 @@ const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t 
 void rig_download(test_rig *rig, size_t size);
 
 const char *rig_dtype_name(int dtype);
-extern const int rig_floats[8];
+
+/* A generator of numbers that look random: the same in every run. */
+uint64_t rig_random(uint64_t *state);
+uint64_t rig_below(uint64_t *state, uint64_t limit);
+
+/* Values and codes by definition, in double, for expectations: the types of 32 bits and less that scaled and
+ * quantize know, integers and sub-byte ones included. NaN keeps the sign of its code. */
+double rig_value(int dtype, uint32_t code);
+/* A double that is an F32 or NaN -> the code, rounded once, ties to even. */
+uint32_t rig_code(int dtype, double value, int saturate);
+/* The types that are cast: between all of the first RIG_FLOATS; from the others, the narrow ones, to some. */
+enum { RIG_FLOATS = 8, RIG_SOURCES = 12 };
+extern const int rig_floats[RIG_SOURCES];
 
 #endif

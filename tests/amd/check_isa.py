@@ -60,8 +60,10 @@ def wider_side(source, target):
 
 
 # What a kernel's body (the type that launch.h's `run` is given) must have. A new one needs a line here.
-RULES = [(re.compile(r"(?:Cast|Batch)<(\d+), (\d+)>"), wider_side)]
-BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
+RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Amax|Encode)<(\d+), (\d+)>"), wider_side),
+         (re.compile(r"Tile<(\d+), (\d+), \d+u?>"), wider_side),
+         (re.compile(r"Begin|MakeScale<\d+>"), lambda *_: [])]  # one number
+BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
 FOREIGN = re.compile(r"^\S*( |\b)(rocprim|hipcub)::")  # listed, not judged
 
 Kernel = collections.namedtuple("Kernel", "name meta code")

@@ -27,6 +27,15 @@ TYPES = {
 }
 
 
+# Types that are only cast from. Tables hold a code's bits one after the other, the low ones first.
+NARROW = {
+    "F8_E8M0": (ml_dtypes.float8_e8m0fnu, 8),
+    "F6_E2M3": (ml_dtypes.float6_e2m3fn, 6),
+    "F6_E3M2": (ml_dtypes.float6_e3m2fn, 6),
+    "F4": (ml_dtypes.float4_e2m1fn, 4),
+}
+
+
 # Bits of a number, and the exponent of the smallest subnormal, of those types that ml_dtypes makes from F64 by
 # way of F32, which rounds twice.
 GRIDS = {"BF16": (8, -133), "F8_E4M3": (4, -9), "F8_E5M2": (3, -16), "F8_E4M3FNUZ": (4, -10), "F8_E5M2FNUZ": (3, -17)}
@@ -125,6 +134,19 @@ def make_tables(folder):
                 cast(codes, src, dst, mode).tofile(os.path.join(folder, f"{src}-{dst}-{mode}.out"))
 
 
+def make_narrow_tables(folder):
+    for src, (src_type, bits) in NARROW.items():
+        codes = np.arange(1 << bits, dtype=np.uint8)
+        codes = np.concatenate([codes, np.random.default_rng(3).permutation(np.tile(codes, 5000 >> bits))])
+        stream = (codes[:, None] >> np.arange(bits, dtype=np.uint8) & 1).reshape(-1)
+        np.packbits(stream, bitorder="little").tofile(os.path.join(folder, f"{src}.in"))
+        values = codes.view(src_type).astype(np.float64)
+        for dst in ("F32", "F16", "BF16"):
+            dst_type, dst_bits, nan, _ = TYPES[dst]
+            out = values.astype(dst_type).view(dst_bits)
+            np.where(np.isnan(values), dst_bits(nan), out).tofile(os.path.join(folder, f"{src}-{dst}-plain.out"))
+
+
 def make_stream(src, dst, mode):
     bits = TYPES[src][1]().itemsize * 8
     chunk = min(1 << 22, 1 << bits)
@@ -137,6 +159,7 @@ def main():
     np.seterr(all="ignore")
     if len(sys.argv) == 3 and sys.argv[1] == "tables":
         make_tables(sys.argv[2])
+        make_narrow_tables(sys.argv[2])
     elif len(sys.argv) == 5 and sys.argv[1] == "stream":
         make_stream(*sys.argv[2:])
     else:

@@ -1,0 +1,224 @@
+// Scaled conversions: 8-bit and 4-bit codes times scales. dst = round(RN32(f32(code) * f32(scale))).
+#include "launch.h" // first: it brings the device's keywords
+#include "divide.h"
+#include "pack.h"
+
+namespace {
+
+#ifdef FST_BY_ELEMENT
+constexpr bool by_element = true;
+#else
+constexpr bool by_element = false;
+#endif
+
+// Codes of 8 and 4 bits -> F32 bits, exactly.
+template <int Src> FST_FN uint32_t decode(uint32_t code) {
+    if constexpr (Src == FST_T_I8) return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
+    else return fst_decode32(code, fst_float_of(Src));
+}
+
+// The product of two F32. A NaN is the one code, with the sign that the product has: the same on every device.
+FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
+    const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) * fst_float_of_bits32(b));
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
+}
+
+template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
+    if constexpr (Dst == FST_T_F32) return bits;
+    else {
+        const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), fst_float_of(Dst), 0));
+        return fst_encode32(bits, fst_float_of(Dst), limit);
+    }
+}
+
+FST_FN uint32_t load_scale(uint64_t scales, int dtype, uint64_t index) {
+    if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
+    if (dtype == FST_T_BF16) return static_cast<uint32_t>(global<const uint16_t>(scales)[index]) << 16;
+    if (dtype == FST_T_F16) return fst_decode32(global<const uint16_t>(scales)[index], fst_float_of(FST_T_F16));
+    return fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E8M0));
+}
+
+template <int Src, int Dst> struct Scaled {
+    static constexpr unsigned threads = by_element ? 1 : 256;
+    static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
+    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
+
+    uint64_t src, dst, scales, first, count;
+    Divisor  cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
+    uint64_t grid_cols;
+    int      scale_dtype;
+
+    FST_INLINE unsigned skew() const { return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width); }
+    FST_INLINE uint64_t blocks() const {
+        return ((count + skew() + width - 1) / width + threads - 1) / threads;
+    }
+
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        const uint64_t position = (block * threads + thread) * width, before = skew();
+        if (position >= count + before) return;
+        const uint64_t begin = position > before ? position - before : 0;
+        const uint64_t end = position + width - before < count ? position + width - before : count;
+        const uint64_t row = cols.divide(first + begin), col = first + begin - row * cols.value;
+#ifndef FST_BY_ELEMENT
+        // Almost always a vector lies under one scale.
+        if (end - begin == width && col + width <= cols.value) {
+            const uint64_t cell = block_cols.divide(col);
+            if (block_cols.divide(col + width - 1) == cell &&
+                vector(begin, load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell)))
+                return;
+        }
+#endif
+        segments(begin, end, row, col);
+    }
+
+  private:
+    FST_INLINE uint32_t code(uint64_t i) const {
+        const uint8_t *from = global<const uint8_t>(src);
+        if constexpr (src_bits == 4) return from[i / 2] >> (i % 2 * 4) & 15;
+        else return from[i];
+    }
+
+    // Stretch by stretch under one scale.
+    FST_INLINE void segments(uint64_t begin, uint64_t end, uint64_t row, uint64_t col) const {
+        while (begin < end) {
+            const uint64_t cell = block_cols.divide(col);
+            uint64_t stop = (cell + 1) * block_cols.value;
+            if (stop > cols.value) stop = cols.value;
+            uint64_t n = stop - col;
+            if (n > end - begin) n = end - begin;
+            elements(begin, begin + n, load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell));
+            begin += n;
+            col += n;
+            if (col == cols.value) row++, col = 0;
+        }
+    }
+
+    FST_INLINE void elements(uint64_t begin, uint64_t end, uint32_t scale) const {
+        typename word_of<dst_size>::type *__restrict to = global<typename word_of<dst_size>::type>(dst);
+        uint64_t i = begin;
+#ifdef FST_BY_ELEMENT
+        if constexpr (src_bits == 4) { // few codes: under one scale, a table of their results
+            const uint8_t *from = global<const uint8_t>(src);
+            typename word_of<dst_size>::type table[16];
+            for (unsigned c = 0; c < 16; c++) table[c] = result(c, scale);
+            if (i % 2) to[i] = table[from[i / 2] >> 4], i++;
+            for (; i + 1 < end; i += 2) {
+                const uint8_t both = from[i / 2];
+                to[i] = table[both & 15];
+                to[i + 1] = table[both >> 4];
+            }
+            if (i < end) to[i] = table[from[i / 2] & 15];
+            return;
+        }
+#endif
+        FST_ROLLED
+        for (; i < end; i++) to[i] = result(code(i), scale);
+    }
+
+    static FST_INLINE typename word_of<dst_size>::type result(uint32_t code, uint32_t scale) {
+        return static_cast<typename word_of<dst_size>::type>(encode<Dst>(multiply(decode<Src>(code), scale)));
+    }
+
+#ifndef FST_BY_ELEMENT
+    FST_INLINE bool vector(uint64_t begin, uint32_t scale) const {
+        constexpr unsigned bytes = static_cast<unsigned>(width) * src_bits / 8;
+        Vector<bytes> in;
+        Vector<16> out = {};
+        const uint8_t *from = global<const uint8_t>(src);
+        if (src_bits == 4 && begin % 2) return false; // half a byte off: not from a file
+        if (!load_vector(from + begin * src_bits / 8, from, from + count * src_bits / 8, &in)) return false;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++) {
+            const uint32_t word = in.word[i * src_bits / 32] >> (i * src_bits % 32);
+            put<dst_size>(&out, i, result(word & ((1u << src_bits) - 1), scale));
+        }
+        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+        return true;
+    }
+#endif
+};
+
+typedef int scaled_fn(fst_stream, const fst_scaled_args *, const Divisor &, const Divisor &);
+
+template <int Src, int Dst>
+int scaled(fst_stream stream, const fst_scaled_args *args, const Divisor &block_rows, const Divisor &block_cols) {
+    const Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
+                                   reinterpret_cast<uint64_t>(args->dst),
+                                   reinterpret_cast<uint64_t>(args->scales),
+                                   args->first,
+                                   args->count,
+                                   divisor(args->cols),
+                                   block_rows,
+                                   block_cols,
+                                   (args->cols - 1) / block_cols.value + 1,
+                                   args->scale_dtype};
+    return launch(stream, body, body.blocks());
+}
+
+template <int Src> scaled_fn *find_to(int dst) {
+    switch (dst) {
+    case FST_T_F32: return scaled<Src, FST_T_F32>;
+    case FST_T_F16: return scaled<Src, FST_T_F16>;
+    case FST_T_BF16: return scaled<Src, FST_T_BF16>;
+    default: return nullptr;
+    }
+}
+
+scaled_fn *find(int src, int dst) {
+    switch (src) {
+    case FST_T_F8_E4M3: return find_to<FST_T_F8_E4M3>(dst);
+    case FST_T_F8_E5M2: return find_to<FST_T_F8_E5M2>(dst);
+    case FST_T_F8_E4M3FNUZ: return find_to<FST_T_F8_E4M3FNUZ>(dst);
+    case FST_T_F8_E5M2FNUZ: return find_to<FST_T_F8_E5M2FNUZ>(dst);
+    case FST_T_I8: return find_to<FST_T_I8>(dst);
+    case FST_T_F4: return find_to<FST_T_F4>(dst);
+    default: return nullptr;
+    }
+}
+
+bool is_scale(int dtype) {
+    return dtype == FST_T_F32 || dtype == FST_T_F16 || dtype == FST_T_BF16 || dtype == FST_T_F8_E8M0;
+}
+
+uint64_t blocks_of(uint64_t size, uint64_t block) { return size / block + (size % block != 0); }
+
+// Every kind as blocks of rows x cols. False where there is no such kind.
+bool find_blocks(const fst_scaled_args *args, uint64_t *rows, uint64_t *cols) {
+    *rows = 1, *cols = args->cols;
+    switch (args->kind) {
+    case FST_SCALE_TENSOR: *rows = args->rows; return true;
+    case FST_SCALE_ROW: return true;
+    case FST_SCALE_GROUP: *cols = args->block_cols; return true;
+    case FST_SCALE_BLOCK: *rows = args->block_rows, *cols = args->block_cols; return true;
+    default: return false;
+    }
+}
+
+// How many scales there must be, also for a matrix without elements.
+uint64_t scales_of(const fst_scaled_args *args, uint64_t block_rows, uint64_t block_cols) {
+    if (args->kind == FST_SCALE_TENSOR) return 1;
+    if (args->kind == FST_SCALE_ROW) return args->rows;
+    return blocks_of(args->rows, block_rows) * blocks_of(args->cols, block_cols);
+}
+
+} // namespace
+
+extern "C" int FST_SYMBOL(fst_scaled)(fst_stream stream, const fst_scaled_args *args) {
+    scaled_fn *const launcher = find(args->src_dtype, args->dst_dtype);
+    uint64_t block_rows = 0, block_cols = 0, elements, end;
+    if (!launcher || !find_blocks(args, &block_rows, &block_cols)) return FST_K_NO_KERNEL;
+    if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16 ||
+        __builtin_add_overflow(args->first, args->count, &end) || end > elements)
+        return FST_K_SIZE;
+    if (args->src_dtype == FST_T_F4 && (args->first % 2 || (args->count % 2 && end != elements))) return FST_K_SIZE;
+    if (!is_scale(args->scale_dtype)) return FST_K_SCALE;
+    const bool sized = args->kind == FST_SCALE_GROUP || args->kind == FST_SCALE_BLOCK;
+    if (sized && (block_rows == 0 || block_cols == 0)) return FST_K_SCALE;
+    if (scales_of(args, block_rows, block_cols) != args->scales_count) return FST_K_SCALE;
+    if (args->count == 0) return FST_K_OK;
+    if (!args->src || !args->dst || !args->scales) return FST_K_NULL;
+    const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8, scale_size = fst_type_bits(args->scale_dtype) / 8;
+    if (reinterpret_cast<uint64_t>(args->dst) % dst_size || reinterpret_cast<uint64_t>(args->scales) % scale_size)
+        return FST_K_ALIGN;
+    return launcher(stream, args, divisor(block_rows), divisor(block_cols));
+}
