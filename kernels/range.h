@@ -49,7 +49,8 @@ template <unsigned bits, unsigned bytes> FST_FN void get_four(const Vector<bytes
     const unsigned at = i * bits / 32, shift = i * bits % 32;
     FST_UNROLLED
     for (unsigned k = 0; k < (bits + 7) / 8; k++) out[k] = v.word[at + k] >> shift;
-    if (shift + 4 * bits > 32 && bits < 8) out[0] |= v.word[(at + 1) % Vector<bytes>::words] << (32 - shift);
+    if constexpr (bits == 6)
+        if (shift > 8) out[0] |= v.word[(at + 1) % Vector<bytes>::words] << (32 - shift);
 }
 #endif
 

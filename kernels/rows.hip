@@ -117,7 +117,7 @@ int gather(const fst_rows_args *args, unsigned src_bits, unsigned dst_bits, Plan
     box.rows = 1;
     for (unsigned i = args->ndim; i-- > 0;) {
         const uint64_t extent = args->extent[i], src_step = args->src_stride[i], dst_step = args->dst_stride[i];
-        uint64_t       src_bytes, dst_bytes;
+        uint64_t       src_bytes = 0, dst_bytes = 0;
         if (extent == 1) continue;
         if (src_step < args->cols || dst_step < args->cols) return FST_K_STRIDE;
         if (__builtin_mul_overflow(box.rows, extent, &box.rows) || !in_bytes(src_step, src_bits, &src_bytes) ||
@@ -194,7 +194,7 @@ extern "C" int FST_SYMBOL(fst_rows)(fst_stream stream, const fst_rows_args *args
     const bool     copy = args->src_dtype == args->dst_dtype;
     Plan           plan = {};
     plan.src = reinterpret_cast<uint64_t>(args->src), plan.dst = reinterpret_cast<uint64_t>(args->dst);
-    uint64_t src_row, dst_row;
+    uint64_t src_row = 0, dst_row = 0;
     if (!in_bytes(args->cols, src_bits, &src_row) || !in_bytes(args->cols, dst_bits, &dst_row)) return FST_K_SIZE;
     int status = gather(args, src_bits, dst_bits, &plan);
     if (status == FST_K_OK) status = span_source(src_row, &plan);

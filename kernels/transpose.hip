@@ -212,7 +212,7 @@ extern "C" int FST_SYMBOL(fst_transpose)(fst_stream stream, const fst_transpose_
     if (a.batch == 0 || a.rows == 0 || a.cols == 0) return FST_K_OK;
     const unsigned src_size = fst_type_bits(a.src_dtype) / 8, dst_size = fst_type_bits(a.dst_dtype) / 8;
     const uint64_t src = reinterpret_cast<uint64_t>(a.src), dst = reinterpret_cast<uint64_t>(a.dst);
-    uint64_t       src_bytes, dst_bytes;
+    uint64_t       src_bytes = 0, dst_bytes = 0;
     if (!span(src, src_size, a.batch, a.src_batch_stride, a.rows, a.src_stride, a.cols, &src_bytes) ||
         !span(dst, dst_size, a.batch, a.dst_batch_stride, a.cols, a.dst_stride, a.rows, &dst_bytes))
         return FST_K_SIZE;
