@@ -6,6 +6,7 @@
  * from there, and the saved file loaded as stored on the CPU, so that its values can be printed. */
 #include <fst.h>
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +23,7 @@ static fst_model *load(const char *path, fst_dtype cast, int device) {
     options.cast = cast;
     options.device = device;
     if (fst_load(files, &options, &model, &error) != FST_OK) {
-        fprintf(stderr, "fst_demo: %s: %s\n", fst_status_name(error.status), error.text);
+        fprintf(stderr, "fst_demo: %s: %s: %s\n", path, fst_status_name(error.status), error.text);
         return NULL;
     }
     return model;
@@ -32,7 +33,7 @@ static fst_model *load(const char *path, fst_dtype cast, int device) {
 static fst_model *on_host(const fst_model *model, const char *path) {
     fst_error error;
     if (fst_save(model, path, NULL, &error) != FST_OK) {
-        fprintf(stderr, "fst_demo: %s: %s\n", fst_status_name(error.status), error.text);
+        fprintf(stderr, "fst_demo: %s: %s: %s\n", path, fst_status_name(error.status), error.text);
         return NULL;
     }
     return load(path, FST_NATIVE, FST_DEVICE_CPU);
@@ -97,22 +98,25 @@ static int print_table(const fst_model *before, const fst_model *after) {
 }
 
 int main(int argc, char **argv) {
-    char path[] = "/tmp/fst-demo-XXXXXX";
-    int  file, right = 0;
+    const char *folder = getenv("TMPDIR");
+    char path[4096];
+    int  file = -1, right = 0;
     if (argc != 2) {
         fprintf(stderr, "usage: fst_demo MODEL.safetensors\n");
         return 2;
     }
     fst_model *before = load(argv[1], FST_NATIVE, FST_DEVICE_CPU);
     fst_model *cast = before ? load(argv[1], FST_BF16, FST_DEVICE_AUTO) : NULL;
-    if (cast && (file = mkstemp(path)) >= 0) {
+    const int length = snprintf(path, sizeof path, "%s/fst-demo-XXXXXX", folder && *folder ? folder : "/tmp");
+    if (cast && length < (int)sizeof path) file = mkstemp(path);
+    if (file >= 0) {
         close(file);
         fst_model *after = on_host(cast, path);
         right = after && print_table(before, after);
         fst_model_free(after);
         unlink(path);
     } else if (cast) {
-        perror("fst_demo: /tmp");
+        fprintf(stderr, "fst_demo: %s: %s\n", path, strerror(errno));
     }
     fst_model_free(cast);
     fst_model_free(before);
