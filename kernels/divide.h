@@ -1,5 +1,6 @@
 // Division of 64-bit indexes by a number that is the same for a whole launch: a multiplication and a shift.
-// The method is that of Granlund and Montgomery, "Division by Invariant Integers using Multiplication" (1994).
+// The method is that of Granlund and Montgomery, "Division by Invariant Integers using Multiplication"
+// (1994).
 #ifndef FST_DIVIDE_H
 #define FST_DIVIDE_H
 
@@ -32,8 +33,8 @@ struct Divisor {
 inline Divisor divisor(uint64_t value) {
     Divisor d = {value, 0, 63u - static_cast<unsigned>(__builtin_clzll(value))};
     if (value & (value - 1)) // floor(2^64 (2^(shift + 1) - value) / value) + 1
-        d.magic = static_cast<uint64_t>(
-                      ((static_cast<unsigned __int128>(2) << d.shift) - value) * (static_cast<unsigned __int128>(1) << 64) / value) +
+        d.magic = static_cast<uint64_t>(((static_cast<unsigned __int128>(2) << d.shift) - value) *
+                                        (static_cast<unsigned __int128>(1) << 64) / value) +
                   1;
     return d;
 }

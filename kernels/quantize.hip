@@ -11,23 +11,32 @@ constexpr bool by_element = true;
 constexpr bool by_element = false;
 #endif
 
-template <int Type> constexpr unsigned size_of = Type == FST_T_F32 ? 4 : Type == FST_T_F16 || Type == FST_T_BF16 ? 2 : 1;
+template <int Type>
+constexpr unsigned size_of = Type == FST_T_F32                         ? 4
+                             : Type == FST_T_F16 || Type == FST_T_BF16 ? 2
+                                                                       : 1;
 
 template <int Src> FST_FN uint32_t widen(uint32_t code) {
-    if constexpr (Src == FST_T_F32) return code;
-    else return fst_decode32(code, fst_float_of(Src));
+    if constexpr (Src == FST_T_F32)
+        return code;
+    else
+        return fst_decode32(code, fst_float_of(Src));
 }
 
-template <int Src> constexpr uint32_t infinity = Src == FST_T_F32 ? 0x7F800000 : Src == FST_T_BF16 ? 0x7F80 : 0x7C00;
+template <int Src>
+constexpr uint32_t infinity = Src == FST_T_F32    ? 0x7F800000
+                              : Src == FST_T_BF16 ? 0x7F80
+                                                  : 0x7C00;
 
-// The code of a magnitude, as it enters amax: Inf as the largest finite number of the type. NaNs are above all.
-// Codes are in the order of their magnitudes: amax is found among them, without decoding.
+// The code of a magnitude, as it enters amax: Inf as the largest finite number of the type. NaNs are above
+// all. Codes are in the order of their magnitudes: amax is found among them, without decoding.
 template <int Src, class Word> FST_FN Word magnitude(Word code) {
     const Word a = code & static_cast<Word>(static_cast<Word>(~static_cast<Word>(0)) >> 1);
     return a == infinity<Src> ? static_cast<Word>(a - 1) : a;
 }
 
-// The largest magnitude that codes get: 448, 57344, and 224 for FNUZ, so that its scales are those of OCP doubled.
+// The largest magnitude that codes get: 448, 57344, and 224 for FNUZ, so that its scales are those of OCP
+// doubled.
 template <int Dst> FST_FN float largest_code() {
     return Dst == FST_T_F8_E4M3 ? 448.0f : Dst == FST_T_F8_E5M2 ? 57344.0f : 224.0f;
 }
@@ -41,8 +50,8 @@ template <int Dst> FST_FN uint32_t scale_of(uint32_t amax) {
 }
 
 // Divides by one scale, rounded to nearest like a division, but by multiplications: with r = RN(1/s), the
-// correction of x*r by its exact remainder rounds right (Markstein 1990), as long as nothing under- or overflows.
-// Scales outside 2^-60..2^60 take the division.
+// correction of x*r by its exact remainder rounds right (Markstein 1990), as long as nothing under- or
+// overflows. Scales outside 2^-60..2^60 take the division.
 class Quotient {
   public:
     FST_INLINE explicit Quotient(uint32_t scale) : scale_(fst_float_of_bits32(scale)) {
@@ -65,13 +74,13 @@ class Quotient {
 
   private:
     float scale_, reciprocal_ = 0;
-    bool  plain_ = true;
+    bool plain_ = true;
 };
 
 // NaN results have the sign of x, whatever a device's division makes of it.
 template <int Dst> FST_FN uint32_t encode(uint32_t quotient, uint32_t bits) {
     const fst_float to = fst_float_of(Dst);
-    const int32_t   limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), to, 1));
+    const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), to, 1));
     return fst_encode32((quotient & 0x7FFFFFFF) | (bits & 0x80000000), to, limit);
 }
 
@@ -86,7 +95,8 @@ FST_FN void count_nans(uint64_t address, uint64_t found) {
 }
 
 // `count` neighbouring elements, cut into slots of 16 bytes of the source, where the destination is aligned.
-// [all_begin, all_end) is the whole source: nothing outside it is read. All are addresses (global() in pack.h).
+// [all_begin, all_end) is the whole source: nothing outside it is read. All are addresses (global() in
+// pack.h).
 template <int Src, int Dst> struct Stretch {
     static constexpr unsigned src_size = size_of<Src>;
     static constexpr unsigned width = 16 / src_size;
@@ -107,8 +117,9 @@ template <int Src, int Dst> struct Stretch {
     }
 #ifndef FST_BY_ELEMENT
     FST_INLINE bool load(uint64_t begin, uint64_t end, Vector<16> *in) const {
-        return end - begin == width && load_vector(global<const uint8_t>(src) + begin * src_size,
-                                                   global<const uint8_t>(all_begin), global<const uint8_t>(all_end), in);
+        return end - begin == width &&
+               load_vector(global<const uint8_t>(src) + begin * src_size, global<const uint8_t>(all_begin),
+                           global<const uint8_t>(all_end), in);
     }
 #endif
 };
@@ -131,7 +142,8 @@ FST_FN uint32_t amax_of(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t end
 }
 
 template <int Src, int Dst>
-FST_FN void encode_elements(const Stretch<Src, Dst> s, uint64_t begin, uint64_t end, const Quotient quotient) {
+FST_FN void encode_elements(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t end,
+                            const Quotient &quotient) {
     uint8_t *__restrict to = global<uint8_t>(s.dst);
     FST_ROLLED
     for (uint64_t i = begin; i < end; i++) {
@@ -161,14 +173,16 @@ template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t
     uint32_t amax = 0;
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
-        const uint32_t a = magnitude<Src>(static_cast<typename word_of<size_of<Src>>::type>(from_vector<Src>(in, i)));
+        const uint32_t a =
+            magnitude<Src>(static_cast<typename word_of<size_of<Src>>::type>(from_vector<Src>(in, i)));
         amax = a > amax ? a : amax;
         *nans += a > infinity<Src>;
     }
     return amax;
 }
 
-template <int Src, int Dst> FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quotient) {
+template <int Src, int Dst>
+FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quotient) {
     Vector<16 / size_of<Src>> out = {};
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
@@ -178,12 +192,15 @@ template <int Src, int Dst> FST_FN void store_codes(uint8_t *to, const Vector<16
     store_aligned(to, out);
 }
 
-template <int Src, int Dst> FST_FN void encode_slot(const Stretch<Src, Dst> &s, uint64_t slot, const Quotient &quotient) {
+template <int Src, int Dst>
+FST_FN void encode_slot(const Stretch<Src, Dst> &s, uint64_t slot, const Quotient &quotient) {
     uint64_t begin, end;
     Vector<16> in;
     if (!s.range(slot, &begin, &end)) return;
-    if (s.load(begin, end, &in)) store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
-    else encode_elements<Src, Dst>(s, begin, end, quotient);
+    if (s.load(begin, end, &in))
+        store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
+    else
+        encode_elements<Src, Dst>(s, begin, end, quotient);
 }
 #endif
 
@@ -199,7 +216,7 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
     struct State {
 #ifndef FST_BY_ELEMENT
         Vector<16> in[kept];
-        uint32_t   whole; // bit k: in[k] holds the thread's k-th slot
+        uint32_t whole; // bit k: in[k] holds the thread's k-th slot
 #endif
     };
 
@@ -216,7 +233,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
         state.whole = 0;
         FST_UNROLLED
         for (unsigned k = 0; k < kept; k++) { // all loads are under way before the first is used
-            const bool whole = k * threads + thread < all && load_slot(block, k * threads + thread, each, &state.in[k]);
+            const bool whole =
+                k * threads + thread < all && load_slot(block, k * threads + thread, each, &state.in[k]);
             state.whole |= static_cast<uint32_t>(whole) << k;
         }
         FST_UNROLLED
@@ -224,7 +242,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
             if (state.whole >> k & 1) amax = larger(amax, amax_of_vector<Src>(state.in[k], &found));
         FST_ROLLED
         for (uint64_t k = 0, index = thread; index < all; k++, index += threads)
-            if (k >= kept || !(state.whole >> k & 1)) amax = larger(amax, amax_of_slot(block, index, each, &found));
+            if (k >= kept || !(state.whole >> k & 1))
+                amax = larger(amax, amax_of_slot(block, index, each, &found));
 #endif
         count_nans(nans, found);
         return widen<Src>(amax);
@@ -265,7 +284,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
     FST_INLINE Stretch<Src, Dst> stretch(uint64_t block, uint64_t row) const {
         const uint64_t col = grid_cols == 1 ? 0 : block % grid_cols * tile_cols;
         const uint64_t left = cols - col, at = row * cols + col;
-        return {src + at * src_size, src, src + rows * cols * src_size, dst + at, left < tile_cols ? left : tile_cols};
+        return {src + at * src_size, src, src + rows * cols * src_size, dst + at,
+                left < tile_cols ? left : tile_cols};
     }
 
 #ifndef FST_BY_ELEMENT
@@ -396,10 +416,12 @@ template <int Src, int Dst> int quantize_tensor(fst_stream stream, const fst_qua
     return code ? code : launch(stream, encode, encode.blocks());
 }
 
-template <int Src, int Dst, unsigned Threads> int quantize_tiles(fst_stream stream, const fst_quantize_args *args) {
-    const bool     block = args->kind == FST_SCALE_BLOCK;
+template <int Src, int Dst, unsigned Threads>
+int quantize_tiles(fst_stream stream, const fst_quantize_args *args) {
+    const bool block = args->kind == FST_SCALE_BLOCK;
     const uint64_t rows = block ? 128 : 1, cols = block ? 128 : args->cols;
-    const uint64_t grid_rows = (args->rows - 1) / rows + 1, grid_cols = block ? (args->cols - 1) / cols + 1 : 1;
+    const uint64_t grid_rows = (args->rows - 1) / rows + 1,
+                   grid_cols = block ? (args->cols - 1) / cols + 1 : 1;
     const Tile<Src, Dst, Threads> body = {reinterpret_cast<uint64_t>(args->src),
                                           reinterpret_cast<uint64_t>(args->dst),
                                           reinterpret_cast<uint64_t>(args->scales),
@@ -416,7 +438,8 @@ template <int Src, int Dst> int quantize(fst_stream stream, const fst_quantize_a
     if (args->kind == FST_SCALE_TENSOR) return quantize_tensor<Src, Dst>(stream, args);
     // As many threads as hold a row of 4,096, or a tile of 128 x 128, in registers.
     constexpr unsigned tile = 256 * (size_of<Src> / 2);
-    if (args->kind == FST_SCALE_ROW && args->cols <= 4096) return quantize_tiles<Src, Dst, tile / 4>(stream, args);
+    if (args->kind == FST_SCALE_ROW && args->cols <= 4096)
+        return quantize_tiles<Src, Dst, tile / 4>(stream, args);
     return quantize_tiles<Src, Dst, tile>(stream, args);
 }
 
@@ -446,10 +469,13 @@ extern "C" int FST_SYMBOL(fst_quantize)(fst_stream stream, const fst_quantize_ar
     if (!launcher) return FST_K_NO_KERNEL;
     if (args->kind != FST_SCALE_TENSOR && args->kind != FST_SCALE_ROW && args->kind != FST_SCALE_BLOCK)
         return FST_K_NO_KERNEL;
-    if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16) return FST_K_SIZE;
+    if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16)
+        return FST_K_SIZE;
     // Without elements there are still the scales of the tensor, or of its rows: amax is 0.
-    if (elements == 0 && (args->kind == FST_SCALE_BLOCK || (args->kind == FST_SCALE_ROW && args->rows == 0))) return FST_K_OK;
+    if (elements == 0 && (args->kind == FST_SCALE_BLOCK || (args->kind == FST_SCALE_ROW && args->rows == 0)))
+        return FST_K_OK;
     if ((elements && (!args->src || !args->dst)) || !args->scales) return FST_K_NULL;
-    if (reinterpret_cast<uint64_t>(args->scales) % 4 || reinterpret_cast<uint64_t>(args->nans) % 8) return FST_K_ALIGN;
+    if (reinterpret_cast<uint64_t>(args->scales) % 4 || reinterpret_cast<uint64_t>(args->nans) % 8)
+        return FST_K_ALIGN;
     return launcher(stream, args);
 }

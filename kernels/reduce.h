@@ -1,6 +1,6 @@
 // Launches a body that needs the maximum over its block: gather(block, thread, state), then, with the maximum
-// of what all threads returned, finish(block, thread, state, maximum). hipCUB (rocPRIM) reduces on AMD, CUB on
-// NVIDIA, a loop on the CPU. The maximum of integers is the same in any order: all devices agree.
+// of what all threads returned, finish(block, thread, state, maximum). hipCUB (rocPRIM) reduces on AMD, CUB
+// on NVIDIA, a loop on the CPU. The maximum of integers is the same in any order: all devices agree.
 #ifndef FST_REDUCE_H
 #define FST_REDUCE_H
 
@@ -18,7 +18,8 @@ template <class Body> __attribute__((noinline)) void run_reduce(const Body &body
             const uint32_t one = body.gather(block, thread, states[thread]);
             maximum = one > maximum ? one : maximum;
         }
-        for (unsigned thread = 0; thread < Body::threads; thread++) body.finish(block, thread, states[thread], maximum);
+        for (unsigned thread = 0; thread < Body::threads; thread++)
+            body.finish(block, thread, states[thread], maximum);
     }
 }
 

@@ -13,18 +13,22 @@ constexpr bool by_element = false;
 
 // Codes of 8 and 4 bits -> F32 bits, exactly.
 template <int Src> FST_FN uint32_t decode(uint32_t code) {
-    if constexpr (Src == FST_T_I8) return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
-    else return fst_decode32(code, fst_float_of(Src));
+    if constexpr (Src == FST_T_I8)
+        return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
+    else
+        return fst_decode32(code, fst_float_of(Src));
 }
 
-// The product of two F32. A NaN is the one code, with the sign that the product has: the same on every device.
+// The product of two F32. A NaN is the one code, with the sign that the product has: the same on every
+// device.
 FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
     const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) * fst_float_of_bits32(b));
     return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
 }
 
 template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
-    if constexpr (Dst == FST_T_F32) return bits;
+    if constexpr (Dst == FST_T_F32)
+        return bits;
     else {
         const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), fst_float_of(Dst), 0));
         return fst_encode32(bits, fst_float_of(Dst), limit);
@@ -34,7 +38,8 @@ template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
 FST_FN uint32_t load_scale(uint64_t scales, int dtype, uint64_t index) {
     if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
     if (dtype == FST_T_BF16) return static_cast<uint32_t>(global<const uint16_t>(scales)[index]) << 16;
-    if (dtype == FST_T_F16) return fst_decode32(global<const uint16_t>(scales)[index], fst_float_of(FST_T_F16));
+    if (dtype == FST_T_F16)
+        return fst_decode32(global<const uint16_t>(scales)[index], fst_float_of(FST_T_F16));
     return fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E8M0));
 }
 
@@ -44,11 +49,13 @@ template <int Src, int Dst> struct Scaled {
     static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
 
     uint64_t src, dst, scales, first, count;
-    Divisor  cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
+    Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
     uint64_t grid_cols;
-    int      scale_dtype;
+    int scale_dtype;
 
-    FST_INLINE unsigned skew() const { return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width); }
+    FST_INLINE unsigned skew() const {
+        return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
+    }
     FST_INLINE uint64_t blocks() const {
         return ((count + skew() + width - 1) / width + threads - 1) / threads;
     }
@@ -74,8 +81,10 @@ template <int Src, int Dst> struct Scaled {
   private:
     FST_INLINE uint32_t code(uint64_t i) const {
         const uint8_t *from = global<const uint8_t>(src);
-        if constexpr (src_bits == 4) return from[i / 2] >> (i % 2 * 4) & 15;
-        else return from[i];
+        if constexpr (src_bits == 4)
+            return from[i / 2] >> (i % 2 * 4) & 15;
+        else
+            return from[i];
     }
 
     // Stretch by stretch under one scale.
@@ -86,7 +95,8 @@ template <int Src, int Dst> struct Scaled {
             if (stop > cols.value) stop = cols.value;
             uint64_t n = stop - col;
             if (n > end - begin) n = end - begin;
-            elements(begin, begin + n, load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell));
+            elements(begin, begin + n,
+                     load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell));
             begin += n;
             col += n;
             if (col == cols.value) row++, col = 0;
@@ -141,7 +151,8 @@ template <int Src, int Dst> struct Scaled {
 typedef int scaled_fn(fst_stream, const fst_scaled_args *, const Divisor &, const Divisor &);
 
 template <int Src, int Dst>
-int scaled(fst_stream stream, const fst_scaled_args *args, const Divisor &block_rows, const Divisor &block_cols) {
+int scaled(fst_stream stream, const fst_scaled_args *args, const Divisor &block_rows,
+           const Divisor &block_cols) {
     const Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
                                    reinterpret_cast<uint64_t>(args->dst),
                                    reinterpret_cast<uint64_t>(args->scales),
@@ -210,15 +221,18 @@ extern "C" int FST_SYMBOL(fst_scaled)(fst_stream stream, const fst_scaled_args *
     if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16 ||
         __builtin_add_overflow(args->first, args->count, &end) || end > elements)
         return FST_K_SIZE;
-    if (args->src_dtype == FST_T_F4 && (args->first % 2 || (args->count % 2 && end != elements))) return FST_K_SIZE;
+    if (args->src_dtype == FST_T_F4 && (args->first % 2 || (args->count % 2 && end != elements)))
+        return FST_K_SIZE;
     if (!is_scale(args->scale_dtype)) return FST_K_SCALE;
     const bool sized = args->kind == FST_SCALE_GROUP || args->kind == FST_SCALE_BLOCK;
     if (sized && (block_rows == 0 || block_cols == 0)) return FST_K_SCALE;
     if (scales_of(args, block_rows, block_cols) != args->scales_count) return FST_K_SCALE;
     if (args->count == 0) return FST_K_OK;
     if (!args->src || !args->dst || !args->scales) return FST_K_NULL;
-    const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8, scale_size = fst_type_bits(args->scale_dtype) / 8;
-    if (reinterpret_cast<uint64_t>(args->dst) % dst_size || reinterpret_cast<uint64_t>(args->scales) % scale_size)
+    const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8,
+                   scale_size = fst_type_bits(args->scale_dtype) / 8;
+    if (reinterpret_cast<uint64_t>(args->dst) % dst_size ||
+        reinterpret_cast<uint64_t>(args->scales) % scale_size)
         return FST_K_ALIGN;
     return launcher(stream, args, divisor(block_rows), divisor(block_cols));
 }

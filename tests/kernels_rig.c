@@ -114,8 +114,8 @@ uint64_t rig_random(uint64_t *state) { /* splitmix64 */
 
 uint64_t rig_below(uint64_t *state, uint64_t limit) { return rig_random(state) % limit; }
 
-/* exponent and mantissa bits, bias; the codes of Inf and the first NaN, sign apart (0: none). From the formats'
- * own definitions, not from numeric.h. */
+/* Sign apart, the codes of the largest finite number, Inf (0: none), NaN. From the formats' definitions, not from
+ * numeric.h. */
 typedef struct layout {
     int mantissa, bits, bias;
     uint32_t finite, inf, nan;
@@ -140,7 +140,8 @@ double rig_value(int dtype, uint32_t code) {
     if (dtype == FST_T_F8_E8M0) return code == 255 ? NAN : ldexp(1, (int)code - 127);
     const layout of = layout_of(dtype);
     const uint32_t sign_bit = 1u << (of.bits - 1), magnitude = code & (sign_bit - 1);
-    const int exponent = (int)(magnitude >> of.mantissa), fraction = (int)(magnitude & ((1u << of.mantissa) - 1));
+    const int exponent = (int)(magnitude >> of.mantissa);
+    const int fraction = (int)(magnitude & ((1u << of.mantissa) - 1));
     double value = exponent ? ldexp((1 << of.mantissa) + fraction, exponent - of.bias - of.mantissa)
                             : ldexp(fraction, 1 - of.bias - of.mantissa);
     if (of.inf && magnitude == of.inf) value = INFINITY;
@@ -160,7 +161,8 @@ uint32_t rig_code(int dtype, double value, int saturate) {
     } else {
         const double magnitude = fabs(value);
         const int exponent = magnitude > 0 && ilogb(magnitude) > least ? ilogb(magnitude) : least;
-        code = ((uint64_t)(exponent - least) << of.mantissa) + (uint64_t)rint(ldexp(magnitude, of.mantissa - exponent));
+        code = (uint64_t)rint(ldexp(magnitude, of.mantissa - exponent));
+        code += (uint64_t)(exponent - least) << of.mantissa;
     }
     if (code > of.finite) code = saturate ? of.finite : of.inf ? of.inf : of.nan;
     if (fnuz && code == 0) return 0;

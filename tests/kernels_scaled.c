@@ -1,4 +1,4 @@
-/* Scaled conversions: the formats' published vectors, every code under many scales, ranges, wrong arguments. */
+/* Scaled conversions: the formats' published vectors, every code under many scales, ranges, bad input. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,7 +8,8 @@
 #include "harness.h"
 #include "kernels_rig.h"
 
-static const int sources[] = {FST_T_F8_E4M3, FST_T_F8_E5M2, FST_T_F8_E4M3FNUZ, FST_T_F8_E5M2FNUZ, FST_T_I8, FST_T_F4};
+static const int sources[] = {FST_T_F8_E4M3,     FST_T_F8_E5M2, FST_T_F8_E4M3FNUZ,
+                              FST_T_F8_E5M2FNUZ, FST_T_I8,      FST_T_F4};
 static const int targets[] = {FST_T_F32, FST_T_F16, FST_T_BF16};
 static const int scale_types[] = {FST_T_F32, FST_T_F16, FST_T_BF16, FST_T_F8_E8M0};
 enum { source_count = 6, target_count = 3, scale_type_count = 4 };
@@ -26,7 +27,8 @@ static uint32_t code_at(int dtype, const void *codes, uint64_t i) {
 /* By definition: one product, exact in double, rounded to F32, then once more to the target. */
 static uint32_t product(int src, uint32_t code, int scale_type, uint32_t scale, int dst) {
     const double a = rig_value(src, code), b = rig_value(scale_type, scale), exact = a * b;
-    if (isnan(exact)) return rig_code(dst, copysign(NAN, (signbit(a) != 0) != (signbit(b) != 0) ? -1.0 : 1.0), 0);
+    if (isnan(exact))
+        return rig_code(dst, copysign(NAN, (signbit(a) != 0) != (signbit(b) != 0) ? -1.0 : 1.0), 0);
     return rig_code(dst, (float)exact, 0);
 }
 
@@ -51,11 +53,13 @@ static uint64_t scales_for(const fst_scaled_args *args) {
     }
 }
 
-/* Runs args (pointers aside) on codes of its range and the scales of the whole, from src_skew bytes to dst_skew bytes
- * beyond an aligned place. Fails when anything but the result changes. The result, valid until the next call. */
+/* Runs args (pointers aside) on codes of its range and the scales of the whole, from src_skew bytes to
+ * dst_skew bytes beyond an aligned place. Fails when anything but the result changes. The result, valid until
+ * the next call. */
 static const uint8_t *run_scaled(test_rig *rig, fst_scaled_args args, const void *codes, size_t src_skew,
                                  const void *scales, size_t dst_skew) {
-    const size_t src_bytes = bytes_of(args.src_dtype, args.count), bytes = bytes_of(args.dst_dtype, args.count);
+    const size_t src_bytes = bytes_of(args.src_dtype, args.count),
+                 bytes = bytes_of(args.dst_dtype, args.count);
     const size_t begin = RIG_GUARD + dst_skew, end = begin + bytes + RIG_GUARD;
     uint8_t *const device_scales = rig->src + rig->capacity / 2;
     CHECK(src_skew + src_bytes <= rig->capacity / 2 && end <= rig->capacity);
@@ -78,12 +82,13 @@ static const uint8_t *run_scaled(test_rig *rig, fst_scaled_args args, const void
 
 /* ---- Published vectors (the formats' references computed these) ---- */
 
-static void check_vector(const fst_scaled_args *args, const void *codes, const void *scales, const void *want) {
+static void check_vector(const fst_scaled_args *args, const void *codes, const void *scales,
+                         const void *want) {
     test_rig rig;
     EACH_RIG(&rig, 1 << 16)
-        for (size_t skew = 0; skew < 16; skew += bytes_of(args->dst_dtype, 1))
-            CHECK_BYTES(want, run_scaled(&rig, *args, codes, 15 - skew, scales, skew),
-                        bytes_of(args->dst_dtype, args->count));
+    for (size_t skew = 0; skew < 16; skew += bytes_of(args->dst_dtype, 1))
+        CHECK_BYTES(want, run_scaled(&rig, *args, codes, 15 - skew, scales, skew),
+                    bytes_of(args->dst_dtype, args->count));
 }
 
 static void check_vectors(fst_scaled_args args, const void *codes, const void *scales, const void *f32,
@@ -97,80 +102,133 @@ static void check_vectors(fst_scaled_args args, const void *codes, const void *s
 }
 
 TEST(kernels_scaled, blocks_ragged_both_ways) {
-    static const uint8_t codes[] = {0x38, 0xB8, 0x01, 0x7E, 0xC5, 0x00, 0x80, 0x4A, 0x3F, 0x08, 0xFE, 0x31, 0x77, 0x87, 0x5D};
+    static const uint8_t codes[] = {0x38, 0xB8, 0x01, 0x7E, 0xC5, 0x00, 0x80, 0x4A,
+                                    0x3F, 0x08, 0xFE, 0x31, 0x77, 0x87, 0x5D};
     static const uint32_t scales[] = {0x3C23D70A, 0x3B03126F, 0x3F9D70A4, 0x38D1B717, 0x40490FDB, 0x3DCCCCCD};
-    static const uint32_t f32[] = {0x3C23D70A, 0xBC23D70A, 0x3683126F, 0x3F656042, 0xC07FD70A, 0x00000000, 0x80000000, 0x3C23D70B,
-                                   0x3B75C290, 0x3C9D70A4, 0xBD378034, 0x386BEDFA, 0x443C7EDD, 0xBD2FEDE0, 0x40266667};
+    static const uint32_t f32[] = {0x3C23D70A, 0xBC23D70A, 0x3683126F, 0x3F656042, 0xC07FD70A,
+                                   0x00000000, 0x80000000, 0x3C23D70B, 0x3B75C290, 0x3C9D70A4,
+                                   0xBD378034, 0x386BEDFA, 0x443C7EDD, 0xBD2FEDE0, 0x40266667};
     static const uint16_t bf16[] = {0x3C24, 0xBC24, 0x3683, 0x3F65, 0xC080, 0x0000, 0x8000, 0x3C24,
                                     0x3B76, 0x3C9D, 0xBD38, 0x386C, 0x443C, 0xBD30, 0x4026};
     static const uint16_t f16[] = {0x211F, 0xA11F, 0x0042, 0x3B2B, 0xC3FF, 0x0000, 0x8000, 0x211F,
                                    0x1BAE, 0x24EC, 0xA9BC, 0x03B0, 0x61E4, 0xA97F, 0x4133};
-    check_vectors((fst_scaled_args){.scales_count = 6, .rows = 3, .cols = 5, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_F32,
-                                    .kind = FST_SCALE_BLOCK, .block_rows = 2, .block_cols = 2}, codes, scales, f32, bf16, f16);
+    check_vectors((fst_scaled_args){.scales_count = 6,
+                                    .rows = 3,
+                                    .cols = 5,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_F32,
+                                    .kind = FST_SCALE_BLOCK,
+                                    .block_rows = 2,
+                                    .block_cols = 2},
+                  codes, scales, f32, bf16, f16);
 }
 
 TEST(kernels_scaled, block_with_a_scale_of_e8m0) {
     static const uint8_t codes[] = {0x3A, 0x7E, 0x01, 0xC5}, scale = 0x78;
     static const uint32_t f32[] = {0x3C200000, 0x40600000, 0x37800000, 0xBCD00000};
     static const uint16_t bf16[] = {0x3C20, 0x4060, 0x3780, 0xBCD0};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 4, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_F8_E8M0,
-                                    .kind = FST_SCALE_BLOCK, .block_rows = 128, .block_cols = 128}, codes, &scale, f32, bf16, NULL);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 4,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_F8_E8M0,
+                                    .kind = FST_SCALE_BLOCK,
+                                    .block_rows = 128,
+                                    .block_cols = 128},
+                  codes, &scale, f32, bf16, NULL);
 }
 
 TEST(kernels_scaled, one_scale_for_the_tensor) {
     static const uint8_t codes[] = {0x38, 0x7E, 0xA3, 0x01};
     static const uint32_t scale = 0x3A83126F, f32[] = {0x3A83126F, 0x3EE56042, 0xB9343959, 0x3603126F};
     static const uint16_t bf16[] = {0x3A83, 0x3EE5, 0xB934, 0x3603}, f16[] = {0x1419, 0x372B, 0x89A2, 0x0021};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 2, .cols = 2, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_F32,
-                                    .kind = FST_SCALE_TENSOR}, codes, &scale, f32, bf16, f16);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 2,
+                                    .cols = 2,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_F32,
+                                    .kind = FST_SCALE_TENSOR},
+                  codes, &scale, f32, bf16, f16);
 }
 
 TEST(kernels_scaled, fnuz_with_the_scale_doubled) {
     static const uint8_t codes[] = {0x38, 0x7E, 0xA3, 0x01};
     static const uint32_t scale = 0x3B03126F, f32[] = {0x3A83126F, 0x3EE56042, 0xB9343959, 0x3603126F};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 4, .src_dtype = FST_T_F8_E4M3FNUZ, .scale_dtype = FST_T_F32,
-                                    .kind = FST_SCALE_TENSOR}, codes, &scale, f32, NULL, NULL);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 4,
+                                    .src_dtype = FST_T_F8_E4M3FNUZ,
+                                    .scale_dtype = FST_T_F32,
+                                    .kind = FST_SCALE_TENSOR},
+                  codes, &scale, f32, NULL, NULL);
 }
 
 TEST(kernels_scaled, one_scale_for_a_channel) {
     static const uint8_t codes[] = {0x38, 0x7E, 0xA3, 0x05};
-    static const uint16_t scale = 0x3C24, bf16[] = {0x3C24, 0x4090, 0xBAE2, 0x38CD}, f16[] = {0x2120, 0x447C, 0x970C, 0x0668};
+    static const uint16_t scale = 0x3C24, bf16[] = {0x3C24, 0x4090, 0xBAE2, 0x38CD},
+                          f16[] = {0x2120, 0x447C, 0x970C, 0x0668};
     static const uint32_t f32[] = {0x3C240000, 0x408F8000, 0xBAE18000, 0x38CD0000};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 4, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_BF16,
-                                    .kind = FST_SCALE_ROW}, codes, &scale, f32, bf16, f16);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 4,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_BF16,
+                                    .kind = FST_SCALE_ROW},
+                  codes, &scale, f32, bf16, f16);
 }
 
 TEST(kernels_scaled, int8_by_channel) { /* 2^-7 * 1.2734375: products known by hand */
     static const int8_t codes[] = {-128, 127, 0, 5};
     static const uint16_t scale = 0x3C23;
     static const uint32_t f32[] = {0xBFA30000, 0x3FA1BA00, 0x00000000, 0x3D4BC000};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 4, .src_dtype = FST_T_I8, .scale_dtype = FST_T_BF16,
-                                    .kind = FST_SCALE_ROW}, codes, &scale, f32, NULL, NULL);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 4,
+                                    .src_dtype = FST_T_I8,
+                                    .scale_dtype = FST_T_BF16,
+                                    .kind = FST_SCALE_ROW},
+                  codes, &scale, f32, NULL, NULL);
 }
 
 TEST(kernels_scaled, mxfp8) {
     static const uint8_t codes[] = {0x7E, 0x38, 0x81, 0xB9}, scale = 0x76;
     static const uint32_t f32[] = {0x3F600000, 0x3B000000, 0xB6800000, 0xBB100000};
     static const uint16_t bf16[] = {0x3F60, 0x3B00, 0xB680, 0xBB10}, f16[] = {0x3B00, 0x1800, 0x8040, 0x9880};
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 4, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_F8_E8M0,
-                                    .kind = FST_SCALE_GROUP, .block_cols = 32}, codes, &scale, f32, bf16, f16);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 4,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_F8_E8M0,
+                                    .kind = FST_SCALE_GROUP,
+                                    .block_cols = 32},
+                  codes, &scale, f32, bf16, f16);
 }
 
-static const uint8_t mxfp4[] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE, 0x0F, 0xF0, 0x71, 0x17, 0x88, 0x2A, 0xE5, 0x4D};
+static const uint8_t mxfp4[] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE,
+                                0x0F, 0xF0, 0x71, 0x17, 0x88, 0x2A, 0xE5, 0x4D};
 
 static void check_mxfp4(uint8_t scale, const uint16_t *bf16, uint64_t count) {
-    const fst_scaled_args args = {.scales_count = 1, .rows = 1, .cols = 32, .count = count, .src_dtype = FST_T_F4,
-                                  .dst_dtype = FST_T_BF16, .scale_dtype = FST_T_F8_E8M0, .kind = FST_SCALE_GROUP, .block_cols = 32};
+    const fst_scaled_args args = {.scales_count = 1,
+                                  .rows = 1,
+                                  .cols = 32,
+                                  .count = count,
+                                  .src_dtype = FST_T_F4,
+                                  .dst_dtype = FST_T_BF16,
+                                  .scale_dtype = FST_T_F8_E8M0,
+                                  .kind = FST_SCALE_GROUP,
+                                  .block_cols = 32};
     check_vector(&args, mxfp4, &scale, bf16);
 }
 
 TEST(kernels_scaled, mxfp4) {
-    static const uint16_t small[] = {0x0000, 0x3C80, 0x3D00, 0x3D40, 0x3D80, 0x3DC0, 0x3E00, 0x3E40, 0x8000, 0xBC80, 0xBD00,
-                                     0xBD40, 0xBD80, 0xBDC0, 0xBE00, 0xBE40, 0xBE40, 0x0000, 0x0000, 0xBE40, 0x3C80, 0x3E40,
-                                     0x3E40, 0x3C80, 0x8000, 0x8000, 0xBD00, 0x3D00, 0x3DC0, 0xBE00, 0xBDC0, 0x3D80};
-    static const uint16_t one[] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80,
-                                   0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0, 0xC0C0, 0x0000, 0x0000, 0xC0C0, 0x3F00, 0x40C0,
-                                   0x40C0, 0x3F00, 0x8000, 0x8000, 0xBF80, 0x3F80, 0x4040, 0xC080, 0xC040, 0x4000};
+    static const uint16_t small[] = {0x0000, 0x3C80, 0x3D00, 0x3D40, 0x3D80, 0x3DC0, 0x3E00, 0x3E40,
+                                     0x8000, 0xBC80, 0xBD00, 0xBD40, 0xBD80, 0xBDC0, 0xBE00, 0xBE40,
+                                     0xBE40, 0x0000, 0x0000, 0xBE40, 0x3C80, 0x3E40, 0x3E40, 0x3C80,
+                                     0x8000, 0x8000, 0xBD00, 0x3D00, 0x3DC0, 0xBE00, 0xBDC0, 0x3D80};
+    static const uint16_t one[] = {0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                   0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
+                                   0xC0C0, 0x0000, 0x0000, 0xC0C0, 0x3F00, 0x40C0, 0x40C0, 0x3F00,
+                                   0x8000, 0x8000, 0xBF80, 0x3F80, 0x4040, 0xC080, 0xC040, 0x4000};
     check_mxfp4(0x7A, small, 32);
     check_mxfp4(0x7F, one, 32);
 }
@@ -195,19 +253,25 @@ TEST(kernels_scaled, rounds_twice_as_the_references_do) {
     static const uint8_t code = 0x43;
     static const uint32_t scale = 0x3BE68BA3;
     static const uint16_t bf16 = 0x3C9E; /* the exact product, rounded once, would be 3C9F */
-    check_vectors((fst_scaled_args){.scales_count = 1, .rows = 1, .cols = 1, .src_dtype = FST_T_F8_E4M3, .scale_dtype = FST_T_F32,
-                                    .kind = FST_SCALE_TENSOR}, &code, &scale, NULL, &bf16, NULL);
+    check_vectors((fst_scaled_args){.scales_count = 1,
+                                    .rows = 1,
+                                    .cols = 1,
+                                    .src_dtype = FST_T_F8_E4M3,
+                                    .scale_dtype = FST_T_F32,
+                                    .kind = FST_SCALE_TENSOR},
+                  &code, &scale, NULL, &bf16, NULL);
 }
 
 /* ---- Every code under many scales ---- */
 
 /* Zeros, subnormals, ends of the range, Inf and NaN with either sign and with payloads; then anything. */
 static uint32_t a_scale(int dtype, uint64_t *random, unsigned i) {
-    static const uint32_t f32[] = {0, 0x80000000, 1, 0x80000001, 0x007FFFFF, 0x00800000, 0x00800001, 0x3F800000, 0xBF800000,
-                                   0x3F7FFFFF, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F800000, 0xFF800000, 0x7F800001, 0xFF800001,
-                                   0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x33800000, 0x477FE000, 0x477FF000};
-    static const uint32_t f16[] = {0, 0x8000, 1, 0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7C01,
-                                   0xFC01, 0x7E00, 0xFE00, 0x7FFF, 0xFFFF};
+    static const uint32_t f32[] = {0,          0x80000000, 1,          0x80000001, 0x007FFFFF, 0x00800000,
+                                   0x00800001, 0x3F800000, 0xBF800000, 0x3F7FFFFF, 0x7F7FFFFF, 0xFF7FFFFF,
+                                   0x7F800000, 0xFF800000, 0x7F800001, 0xFF800001, 0x7FC00000, 0xFFC00000,
+                                   0x7FFFFFFF, 0xFFFFFFFF, 0x33800000, 0x477FE000, 0x477FF000};
+    static const uint32_t f16[] = {0,      0x8000, 1,      0x8001, 0x03FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF,
+                                   0xFBFF, 0x7C00, 0xFC00, 0x7C01, 0xFC01, 0x7E00, 0xFE00, 0x7FFF, 0xFFFF};
     if (dtype == FST_T_F32) return i < sizeof f32 / 4 ? f32[i] : (uint32_t)rig_random(random);
     if (dtype == FST_T_BF16) return i < sizeof f32 / 4 ? f32[i] >> 16 : (uint32_t)rig_below(random, 1 << 16);
     if (dtype == FST_T_F16) return i < sizeof f16 / 4 ? f16[i] : (uint32_t)rig_below(random, 1 << 16);
@@ -220,18 +284,19 @@ static void put_scale(uint8_t *scales, int dtype, uint64_t i, uint32_t code) {
 }
 
 /* Compares a result with what the definition says; args is of the run. */
-static void check_values(const test_rig *rig, const fst_scaled_args *args, const uint8_t *codes, const uint8_t *scales,
-                         const uint8_t *got) {
+static void check_values(const test_rig *rig, const fst_scaled_args *args, const uint8_t *codes,
+                         const uint8_t *scales, const uint8_t *got) {
     for (uint64_t i = 0; i < args->count; i++) {
         const uint32_t code = code_at(args->src_dtype, codes, i);
         const uint32_t scale = code_at(args->scale_dtype, scales, scale_at(args, args->first + i));
         const uint32_t want = product(args->src_dtype, code, args->scale_dtype, scale, args->dst_dtype);
         if (want != code_at(args->dst_dtype, got, i))
-            test_fail(__FILE__, __LINE__, "%s: element %llu: %s %02X x %s %08X to %s: want %08X, got %08X (kind %d, %llu x %llu)",
-                      rig->gpu.kernels->target, (unsigned long long)(args->first + i), rig_dtype_name(args->src_dtype), code,
-                      rig_dtype_name(args->scale_dtype), scale, rig_dtype_name(args->dst_dtype), want,
-                      code_at(args->dst_dtype, got, i), args->kind, (unsigned long long)args->rows,
-                      (unsigned long long)args->cols);
+            test_fail(__FILE__, __LINE__,
+                      "%s: element %llu: %s %02X x %s %08X to %s: want %08X, got %08X (kind %d, %llu x %llu)",
+                      rig->gpu.kernels->target, (unsigned long long)(args->first + i),
+                      rig_dtype_name(args->src_dtype), code, rig_dtype_name(args->scale_dtype), scale,
+                      rig_dtype_name(args->dst_dtype), want, code_at(args->dst_dtype, got, i), args->kind,
+                      (unsigned long long)args->rows, (unsigned long long)args->cols);
     }
 }
 
@@ -239,13 +304,22 @@ static void check_every_code(int src) {
     enum { rows = 256 };
     uint8_t codes[rows * 256], scales[rows * 4];
     const uint64_t cols = 1u << fst_type_bits(src);
-    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(cols == 16 ? i % 8 * 2 | (i % 8 * 2 + 1) << 4 : i);
+    for (size_t i = 0; i < sizeof codes; i++)
+        codes[i] = (uint8_t)(cols == 16 ? i % 8 * 2 | (i % 8 * 2 + 1) << 4 : i);
     test_rig rig;
-    EACH_RIG(&rig, 1 << 19) for (int t = 0; t < target_count; t++) for (int s = 0; s < scale_type_count; s++) {
+    EACH_RIG(&rig, 1 << 19)
+    for (int t = 0; t < target_count; t++) for (int s = 0; s < scale_type_count; s++) {
         uint64_t random = 7;
-        for (unsigned i = 0; i < rows; i++) put_scale(scales, scale_types[s], i, a_scale(scale_types[s], &random, i));
-        const fst_scaled_args args = {.scales_count = rows, .rows = rows, .cols = cols, .count = rows * cols, .src_dtype = src,
-                                      .dst_dtype = targets[t], .scale_dtype = scale_types[s], .kind = FST_SCALE_ROW};
+        for (unsigned i = 0; i < rows; i++)
+            put_scale(scales, scale_types[s], i, a_scale(scale_types[s], &random, i));
+        const fst_scaled_args args = {.scales_count = rows,
+                                      .rows = rows,
+                                      .cols = cols,
+                                      .count = rows * cols,
+                                      .src_dtype = src,
+                                      .dst_dtype = targets[t],
+                                      .scale_dtype = scale_types[s],
+                                      .kind = FST_SCALE_ROW};
         check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, 0, scales, 0));
     }
 }
@@ -262,13 +336,17 @@ TEST(kernels_scaled, every_f4_under_many_scales) { check_every_code(FST_T_F4); }
 enum { most_elements = 6000 };
 
 static uint64_t a_length(uint64_t *random) {
-    static const uint64_t lengths[] = {1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 31, 32, 33, 61, 64, 127, 128, 129, 251};
+    static const uint64_t lengths[] = {1,  2,  3,  5,  7,  8,   13,  15,  16, 17,
+                                       31, 32, 33, 61, 64, 127, 128, 129, 251};
     return lengths[rig_below(random, sizeof lengths / sizeof *lengths)];
 }
 
 static fst_scaled_args a_matrix(uint64_t *random) {
-    fst_scaled_args args = {.rows = a_length(random), .cols = a_length(random), .kind = (fst_scale_kind)rig_below(random, 4),
-                            .block_rows = a_length(random), .block_cols = a_length(random)};
+    fst_scaled_args args = {.rows = a_length(random),
+                            .cols = a_length(random),
+                            .kind = (fst_scale_kind)rig_below(random, 4),
+                            .block_rows = a_length(random),
+                            .block_cols = a_length(random)};
     args.src_dtype = sources[rig_below(random, source_count)];
     args.dst_dtype = targets[rig_below(random, target_count)];
     args.scale_dtype = scale_types[rig_below(random, scale_type_count)];
@@ -291,32 +369,46 @@ TEST(kernels_scaled, any_range_of_any_matrix) {
         for (int trial = 0; trial < trials; trial++) {
             const fst_scaled_args args = a_matrix(&random);
             const size_t size = bytes_of(args.dst_dtype, 1);
-            for (size_t i = 0; i < bytes_of(args.src_dtype, args.count); i++) codes[i] = (uint8_t)rig_random(&random);
+            for (size_t i = 0; i < bytes_of(args.src_dtype, args.count); i++)
+                codes[i] = (uint8_t)rig_random(&random);
             for (uint64_t i = 0; i < args.scales_count; i++)
-                put_scale(scales, args.scale_dtype, i, a_scale(args.scale_dtype, &random, (unsigned)rig_below(&random, 256)));
-            const uint8_t *got = run_scaled(&rig, args, codes, rig_below(&random, 17), scales, rig_below(&random, 16 / size) * size);
+                put_scale(scales, args.scale_dtype, i,
+                          a_scale(args.scale_dtype, &random, (unsigned)rig_below(&random, 256)));
+            const uint8_t *got = run_scaled(&rig, args, codes, rig_below(&random, 17), scales,
+                                            rig_below(&random, 16 / size) * size);
             check_values(&rig, &args, codes, scales, got);
         }
     }
 }
 
-/* Every alignment of both sides under every kind, of a matrix whose rows, groups and blocks are no multiples of a vector. */
+/* Every alignment of both sides under every kind, of a matrix whose rows, groups and blocks are no multiples
+ * of a vector. */
 TEST(kernels_scaled, every_alignment) {
     static uint8_t codes[19 * 67], scales[19 * 67 * 4];
     uint64_t random = 3;
     for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)rig_random(&random);
-    for (uint64_t i = 0; i < 19 * 67; i++) put_scale(scales, FST_T_F32, i, a_scale(FST_T_F32, &random, (unsigned)i + 20));
+    for (uint64_t i = 0; i < 19 * 67; i++)
+        put_scale(scales, FST_T_F32, i, a_scale(FST_T_F32, &random, (unsigned)i + 20));
     test_rig rig;
-    EACH_RIG(&rig, 1 << 16) for (int s = 0; s < source_count; s++) for (int t = 0; t < target_count; t++)
-        for (int kind = 0; kind < 4; kind++) {
-            fst_scaled_args args = {.rows = 19, .cols = 67, .count = 19 * 67, .src_dtype = sources[s], .dst_dtype = targets[t],
-                                    .scale_dtype = FST_T_F32, .kind = (fst_scale_kind)kind, .block_rows = 5, .block_cols = 29};
-            args.scales_count = scales_for(&args);
-            for (size_t src_skew = 0; src_skew < 16; src_skew++) {
-                const size_t size = bytes_of(targets[t], 1), dst_skew = src_skew * 7 / size * size % 16;
-                check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, src_skew, scales, dst_skew));
-            }
+    EACH_RIG(&rig, 1 << 16)
+    for (int s = 0; s < source_count; s++) for (int t = 0; t < target_count; t++) for (int kind = 0; kind < 4;
+                                                                                       kind++) {
+        fst_scaled_args args = {.rows = 19,
+                                .cols = 67,
+                                .count = 19 * 67,
+                                .src_dtype = sources[s],
+                                .dst_dtype = targets[t],
+                                .scale_dtype = FST_T_F32,
+                                .kind = (fst_scale_kind)kind,
+                                .block_rows = 5,
+                                .block_cols = 29};
+        args.scales_count = scales_for(&args);
+        for (size_t src_skew = 0; src_skew < 16; src_skew++) {
+            const size_t size = bytes_of(targets[t], 1), dst_skew = src_skew * 7 / size * size % 16;
+            check_values(&rig, &args, codes, scales,
+                         run_scaled(&rig, args, codes, src_skew, scales, dst_skew));
         }
+    }
 }
 
 TEST(kernels_scaled, pieces_give_the_bytes_of_the_whole) {
@@ -324,18 +416,29 @@ TEST(kernels_scaled, pieces_give_the_bytes_of_the_whole) {
     static uint8_t codes[all], scales[3 * 8 * 4], whole[all * 2];
     uint64_t random = 5;
     for (size_t i = 0; i < all; i++) codes[i] = (uint8_t)rig_random(&random);
-    for (uint64_t i = 0; i < 3 * 8; i++) put_scale(scales, FST_T_F32, i, 0x3C000000 + (uint32_t)rig_below(&random, 1 << 26));
+    for (uint64_t i = 0; i < 3 * 8; i++)
+        put_scale(scales, FST_T_F32, i, 0x3C000000 + (uint32_t)rig_below(&random, 1 << 26));
     test_rig rig;
     EACH_RIG(&rig, 1 << 21) {
-        fst_scaled_args args = {.scales_count = 24, .rows = rows, .cols = cols, .count = all, .src_dtype = FST_T_F8_E4M3,
-                                .dst_dtype = FST_T_BF16, .scale_dtype = FST_T_F32, .kind = FST_SCALE_BLOCK, .block_rows = 128, .block_cols = 128};
+        fst_scaled_args args = {.scales_count = 24,
+                                .rows = rows,
+                                .cols = cols,
+                                .count = all,
+                                .src_dtype = FST_T_F8_E4M3,
+                                .dst_dtype = FST_T_BF16,
+                                .scale_dtype = FST_T_F32,
+                                .kind = FST_SCALE_BLOCK,
+                                .block_rows = 128,
+                                .block_cols = 128};
         memcpy(whole, run_scaled(&rig, args, codes, 0, scales, 0), sizeof whole);
         check_values(&rig, &args, codes, scales, whole);
         for (uint64_t first = 0; first < all; first += args.count) {
             args.first = first;
             args.count = 1 + rig_below(&random, 20000);
             if (args.count > all - first) args.count = all - first;
-            CHECK_BYTES(whole + first * 2, run_scaled(&rig, args, codes + first, first % 16, scales, first % 8 * 2), args.count * 2);
+            CHECK_BYTES(whole + first * 2,
+                        run_scaled(&rig, args, codes + first, first % 16, scales, first % 8 * 2),
+                        args.count * 2);
         }
     }
 }
@@ -353,15 +456,24 @@ static void check_huge(fst_scaled_args args, uint64_t first) {
     uint8_t *const scales = malloc(args.scales_count * 4);
     CHECK(scales);
     for (size_t i = 0; i < count; i++) codes[i] = (uint8_t)rig_random(&random);
-    for (uint64_t i = 0; i < args.scales_count; i++) put_scale(scales, FST_T_F32, i, 0x3F800000 + (uint32_t)i * 16);
+    for (uint64_t i = 0; i < args.scales_count; i++)
+        put_scale(scales, FST_T_F32, i, 0x3F800000 + (uint32_t)i * 16);
     test_rig rig;
-    EACH_RIG(&rig, 1 << 21) check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, 3, scales, 4));
+    EACH_RIG(&rig, 1 << 21)
+    check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, 3, scales, 4));
     free(scales);
 }
 
-static fst_scaled_args huge(fst_scale_kind kind, uint64_t rows, uint64_t cols, uint64_t block_rows, uint64_t block_cols) {
-    return (fst_scaled_args){.rows = rows, .cols = cols, .src_dtype = FST_T_F8_E4M3, .dst_dtype = FST_T_F32, .scale_dtype = FST_T_F32,
-                             .kind = kind, .block_rows = block_rows, .block_cols = block_cols};
+static fst_scaled_args huge(fst_scale_kind kind, uint64_t rows, uint64_t cols, uint64_t block_rows,
+                            uint64_t block_cols) {
+    return (fst_scaled_args){.rows = rows,
+                             .cols = cols,
+                             .src_dtype = FST_T_F8_E4M3,
+                             .dst_dtype = FST_T_F32,
+                             .scale_dtype = FST_T_F32,
+                             .kind = kind,
+                             .block_rows = block_rows,
+                             .block_cols = block_cols};
 }
 
 TEST(kernels_scaled, range_beyond_2_32_elements) {
@@ -371,9 +483,12 @@ TEST(kernels_scaled, range_beyond_2_32_elements) {
 
 TEST(kernels_scaled, rows_longer_than_2_32) {
     check_huge(huge(FST_SCALE_ROW, 70000, (1ull << 33) + 5, 0, 0), ((1ull << 33) + 5) * 66000 - 150);
-    check_huge(huge(FST_SCALE_GROUP, 100, (1ull << 33) + 5, 0, (1ull << 32) + 3), ((1ull << 33) + 5) * 99 + (1ull << 32) - 100);
-    check_huge(huge(FST_SCALE_BLOCK, 1000, (1ull << 33) + 5, 3, (1ull << 32) + 3), ((1ull << 33) + 5) * 999 - 1);
-    check_huge(huge(FST_SCALE_BLOCK, 7, (1ull << 56) + 1, UINT64_MAX, UINT64_MAX), ((1ull << 56) + 1) * 6 - 10);
+    check_huge(huge(FST_SCALE_GROUP, 100, (1ull << 33) + 5, 0, (1ull << 32) + 3),
+               ((1ull << 33) + 5) * 99 + (1ull << 32) - 100);
+    check_huge(huge(FST_SCALE_BLOCK, 1000, (1ull << 33) + 5, 3, (1ull << 32) + 3),
+               ((1ull << 33) + 5) * 999 - 1);
+    check_huge(huge(FST_SCALE_BLOCK, 7, (1ull << 56) + 1, UINT64_MAX, UINT64_MAX),
+               ((1ull << 56) + 1) * 6 - 10);
 }
 
 TEST(kernels_scaled, more_rows_than_2_32) {
@@ -387,23 +502,31 @@ TEST(kernels_scaled, no_byte_outside_codes_and_scales_is_read) {
     test_rig rig;
     EACH_RIG(&rig, 1 << 16) {
         if (!rig.gpu.host_access) continue;
-        for (int s = 0; s < source_count; s++) for (int t = 0; t < target_count; t++)
-            for (uint64_t cols = 2; cols < 100; cols += 3) for (size_t skew = 0; skew < 16; skew += 3) {
-                fst_scaled_args args = {.rows = 3, .cols = cols, .count = 3 * cols, .src_dtype = sources[s], .dst_dtype = targets[t],
-                                        .scale_dtype = FST_T_F8_E8M0, .kind = FST_SCALE_GROUP, .block_cols = 7};
-                args.scales_count = scales_for(&args);
-                const size_t size = skew + bytes_of(sources[s], args.count);
-                uint8_t *memory = calloc(1, size), *scales = calloc(1, args.scales_count);
-                CHECK(memory && scales);
-                POISON(memory, skew);
-                args.src = memory + skew;
-                args.dst = rig.dst;
-                args.scales = scales;
-                CHECK_INT(0, rig.gpu.kernels->scaled(NULL, &args));
-                UNPOISON(memory, skew);
-                free(memory);
-                free(scales);
-            }
+        for (int s = 0; s < source_count; s++)
+            for (int t = 0; t < target_count; t++)
+                for (uint64_t cols = 2; cols < 100; cols += 3)
+                    for (size_t skew = 0; skew < 16; skew += 3) {
+                        fst_scaled_args args = {.rows = 3,
+                                                .cols = cols,
+                                                .count = 3 * cols,
+                                                .src_dtype = sources[s],
+                                                .dst_dtype = targets[t],
+                                                .scale_dtype = FST_T_F8_E8M0,
+                                                .kind = FST_SCALE_GROUP,
+                                                .block_cols = 7};
+                        args.scales_count = scales_for(&args);
+                        const size_t size = skew + bytes_of(sources[s], args.count);
+                        uint8_t *memory = calloc(1, size), *scales = calloc(1, args.scales_count);
+                        CHECK(memory && scales);
+                        POISON(memory, skew);
+                        args.src = memory + skew;
+                        args.dst = rig.dst;
+                        args.scales = scales;
+                        CHECK_INT(0, rig.gpu.kernels->scaled(NULL, &args));
+                        UNPOISON(memory, skew);
+                        free(memory);
+                        free(scales);
+                    }
     }
 }
 
@@ -413,8 +536,14 @@ TEST(kernels_scaled, nothing_of_the_callers_fpu_state_shows) {
     static const uint32_t scale = 0x3BE68BA3, tiny = 0x00000003;
     test_rig rig;
     EACH_RIG(&rig, 4096) {
-        fst_scaled_args args = {.scales_count = 1, .rows = 1, .cols = 4, .count = 4, .src_dtype = FST_T_F8_E4M3,
-                                .dst_dtype = FST_T_F32, .scale_dtype = FST_T_F32, .kind = FST_SCALE_TENSOR};
+        fst_scaled_args args = {.scales_count = 1,
+                                .rows = 1,
+                                .cols = 4,
+                                .count = 4,
+                                .src_dtype = FST_T_F8_E4M3,
+                                .dst_dtype = FST_T_F32,
+                                .scale_dtype = FST_T_F32,
+                                .kind = FST_SCALE_TENSOR};
         const unsigned saved = __builtin_ia32_stmxcsr();
         uint8_t got[2][16];
         __builtin_ia32_ldmxcsr(saved | 0x8040 | 0x4000);
@@ -429,8 +558,15 @@ TEST(kernels_scaled, nothing_of_the_callers_fpu_state_shows) {
 /* ---- Wrong arguments: a status, and nothing is written ---- */
 
 static fst_scaled_args good(fst_scale_kind kind) {
-    fst_scaled_args args = {.rows = 4, .cols = 6, .count = 24, .src_dtype = FST_T_F8_E4M3, .dst_dtype = FST_T_BF16,
-                            .scale_dtype = FST_T_F32, .kind = kind, .block_rows = 3, .block_cols = 4};
+    fst_scaled_args args = {.rows = 4,
+                            .cols = 6,
+                            .count = 24,
+                            .src_dtype = FST_T_F8_E4M3,
+                            .dst_dtype = FST_T_BF16,
+                            .scale_dtype = FST_T_F32,
+                            .kind = kind,
+                            .block_rows = 3,
+                            .block_cols = 4};
     args.scales_count = scales_for(&args);
     return args;
 }
@@ -444,18 +580,20 @@ static void check_status(int want, fst_scaled_args args, unsigned faults) {
         rig_upload(&rig, rig.dst, rig.host, 4096);
         args.src = faults & no_src ? NULL : rig.src;
         args.dst = faults & no_dst ? NULL : rig.dst + (faults & odd_dst ? 1 : 0);
-        args.scales = faults & no_scales ? NULL : rig.src + 2048 + (faults & odd_scales ? fst_type_bits(args.scale_dtype) / 16 : 0);
+        args.scales = faults & no_scales
+                          ? NULL
+                          : rig.src + 2048 + (faults & odd_scales ? fst_type_bits(args.scale_dtype) / 16 : 0);
         CHECK_INT(want, rig.gpu.kernels->scaled(rig.stream, &args));
         rig_download(&rig, 4096);
         for (size_t i = 0; i < 4096; i++) CHECK_INT(0xA5, rig.host[i]);
     }
 }
 
-#define REFUSED(name, want, kind, faults, ...) \
-    TEST(kernels_scaled_refuse, name) {        \
-        fst_scaled_args args = good(kind);     \
-        __VA_ARGS__;                           \
-        check_status(want, args, faults);      \
+#define REFUSED(name, want, kind, faults, ...)                                                               \
+    TEST(kernels_scaled_refuse, name) {                                                                      \
+        fst_scaled_args args = good(kind);                                                                   \
+        __VA_ARGS__;                                                                                         \
+        check_status(want, args, faults);                                                                    \
     }
 
 REFUSED(f16_source, FST_K_NO_KERNEL, FST_SCALE_TENSOR, 0, args.src_dtype = FST_T_F16)
@@ -479,7 +617,8 @@ REFUSED(bytes_overflow, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.rows = 1ull << 32;
 REFUSED(range_beyond_the_end, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.first = 1)
 REFUSED(range_that_wraps_around, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.first = UINT64_MAX; args.count = 2)
 REFUSED(range_of_an_empty_matrix, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.rows = 0; args.count = 1)
-REFUSED(f4_from_half_a_byte, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.src_dtype = FST_T_F4; args.first = 1; args.count = 4)
+REFUSED(f4_from_half_a_byte, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.src_dtype = FST_T_F4; args.first = 1;
+        args.count = 4)
 REFUSED(f4_to_half_a_byte, FST_K_SIZE, FST_SCALE_TENSOR, 0, args.src_dtype = FST_T_F4; args.count = 5)
 REFUSED(i8_scales, FST_K_SCALE, FST_SCALE_TENSOR, 0, args.scale_dtype = FST_T_I8)
 REFUSED(e4m3_scales, FST_K_SCALE, FST_SCALE_TENSOR, 0, args.scale_dtype = FST_T_F8_E4M3)
@@ -495,12 +634,16 @@ REFUSED(too_many_block_scales, FST_K_SCALE, FST_SCALE_BLOCK, 0, args.scales_coun
 REFUSED(groups_of_nothing, FST_K_SCALE, FST_SCALE_GROUP, 0, args.block_cols = 0)
 REFUSED(blocks_without_columns, FST_K_SCALE, FST_SCALE_BLOCK, 0, args.block_cols = 0)
 REFUSED(blocks_without_rows, FST_K_SCALE, FST_SCALE_BLOCK, 0, args.block_rows = 0)
-REFUSED(scale_of_an_empty_tensor_missing, FST_K_SCALE, FST_SCALE_TENSOR, 0, args.rows = args.count = args.scales_count = 0)
-REFUSED(scales_of_empty_rows_missing, FST_K_SCALE, FST_SCALE_ROW, 0, args.cols = args.count = args.scales_count = 0)
+REFUSED(scale_of_an_empty_tensor_missing, FST_K_SCALE, FST_SCALE_TENSOR, 0,
+        args.rows = args.count = args.scales_count = 0)
+REFUSED(scales_of_empty_rows_missing, FST_K_SCALE, FST_SCALE_ROW, 0,
+        args.cols = args.count = args.scales_count = 0)
 
 /* Nothing to do is no fault, whatever the pointers. */
 REFUSED(not_an_empty_range, 0, FST_SCALE_BLOCK, no_src | no_dst | no_scales, args.count = 0)
 REFUSED(not_an_empty_tensor, 0, FST_SCALE_TENSOR, no_src | no_dst | no_scales, args.rows = args.count = 0)
 REFUSED(not_empty_rows, 0, FST_SCALE_ROW, no_src | no_dst, args.cols = args.count = 0)
-REFUSED(not_groups_of_no_rows, 0, FST_SCALE_GROUP, no_src | no_dst, args.rows = args.count = args.scales_count = 0)
-REFUSED(not_blocks_of_no_columns, 0, FST_SCALE_BLOCK, no_src | no_dst, args.cols = args.count = args.scales_count = 0)
+REFUSED(not_groups_of_no_rows, 0, FST_SCALE_GROUP, no_src | no_dst,
+        args.rows = args.count = args.scales_count = 0)
+REFUSED(not_blocks_of_no_columns, 0, FST_SCALE_BLOCK, no_src | no_dst,
+        args.cols = args.count = args.scales_count = 0)
