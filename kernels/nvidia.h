@@ -291,7 +291,7 @@ template <int Src, int Dst> FST_FN uint32_t byte_to_byte(uint32_t codes, bool sa
         // No number of 3 bits of mantissa is subnormal in E5M2.
         const uint32_t b = (fp8x2_of_f16x2<true>(x[0]) | fp8x2_of_f16x2<true>(x[1]) << 16) & four(0x7F);
         const uint32_t some = (b + four(0x7F)) & four(0x80);
-        return choose(nan, four(0x80), b + (some >> 5) + (some & codes));
+        return choose(nan, four(0x80), (b + (some >> 5)) | (some & codes));
     }
 }
 

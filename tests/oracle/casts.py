@@ -101,8 +101,9 @@ def ties(src):
 def inputs(src):
     src_type, src_bits = TYPES[src][:2]
     bits = src_bits().itemsize * 8
-    if bits <= 16:
-        return np.arange(1 << bits, dtype=src_bits)
+    if bits <= 16: # all in order, then beside others: nothing may pass from one to the next
+        codes = np.arange(1 << bits, dtype=src_bits)
+        return np.concatenate([codes, np.random.default_rng(4).permutation(np.tile(codes, 20 if bits == 8 else 1))])
     sign = src_bits(1 << (bits - 1))
     inf = src_bits({32: 0x7F800000, 64: 0x7FF0000000000000}[bits])
     special = np.array([0, 1, 2, int(inf) - 1, int(inf), int(inf) + 1, int(inf) + 2, int(sign) - 1,
