@@ -3,15 +3,24 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "harness.h"
 #include "kernels_rig.h"
 
+/* Without any tables the case is skipped, but not where everything must run. One table that is missing is a failure. */
+static FILE *open_table(const char *path) {
+    FILE *file = fopen(path, "rb");
+    if (file) return file;
+    if (access(FST_ORACLE_TABLES "/stamp", F_OK) == 0) test_fail(__FILE__, __LINE__, "there is no %s", path);
+    if (getenv("CI")) test_fail(__FILE__, __LINE__, "CI is set, but there are no tables of ml_dtypes");
+    test_skip(1, "the tables are not there: the build found no Python with ml_dtypes");
+}
+
 static void *read_table(const char *name, size_t *size) {
     char path[4096];
     snprintf(path, sizeof path, "%s/%s", FST_ORACLE_TABLES, name);
-    FILE *file = fopen(path, "rb");
-    if (!file) test_skip(0, "the tables are not there: the build found no Python with ml_dtypes");
+    FILE *file = open_table(path);
     CHECK_INT(0, fseek(file, 0, SEEK_END));
     *size = (size_t)ftell(file);
     rewind(file);

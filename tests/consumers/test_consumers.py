@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Real loads by libfst, their tensors handed through DLPack to consumers that are not ours.
 
-    python3 test_consumers.py --library PATH/libfst.so [unittest's arguments]
+    python3 test_consumers.py --library PATH/libfst.so PART [unittest's arguments]
 
-NumPy always, PyTorch where it can be imported, and a reader of the capsule for the types that neither knows.
-What is expected comes from the reference: it writes the files and reads their bytes. FST_TEST_DEVICE=N runs
-the device's cases on GPU N; they, and PyTorch, then fail where they would otherwise be skipped.
+PART is `numpy` (with a reader of the capsule for the types that no consumer knows), `pytorch` or `device` (PyTorch on
+GPU $FST_TEST_DEVICE). A part whose consumer is not there is skipped as a whole, exit status 77; with FST_TEST_DEVICE
+set it fails instead. What is expected comes from the reference: it writes the files and reads their bytes.
 """
 import argparse
 import ctypes
@@ -27,14 +27,9 @@ import fst_ctypes
 from fst_ctypes import DEVICE_CPU, FstError, device_gpu
 
 TEST_DEVICE = os.environ.get("FST_TEST_DEVICE")
-try:
-    import torch
-except ImportError:
-    if TEST_DEVICE is not None:
-        raise
-    torch = None
+SKIPPED = 77
 
-library = None  # set by main
+library = torch = None  # set by main
 
 KDL_CPU, KDL_CUDA, KDL_ROCM = 1, 2, 10
 
@@ -256,7 +251,7 @@ def mapped_bytes(start, size):
     return total
 
 
-class Lifetime(Case):
+class BigCase(Case):
     """On the CPU device a block is memory of its own: present in the process while anybody needs it."""
 
     SIZE = 64 << 20  # large beside what Python itself might map into the same place
@@ -275,6 +270,8 @@ class Lifetime(Case):
         gc.collect()
         self.assertLess(mapped_bytes(self.address, self.SIZE), self.SIZE // 4)
 
+
+class Lifetime(BigCase):
     def test_model_alone(self):
         self.model.free()
         self.check_gone()
@@ -347,19 +344,6 @@ class Lifetime(Case):
         self.check_deleted(exports)
         self.check_gone()
 
-    @unittest.skipIf(torch is None, "no PyTorch")
-    def test_pytorch_model_freed_first(self):
-        export = self.model.export("big")
-        tensor = torch.from_dlpack(export)
-        view = tensor[5:]
-        self.model.free()
-        del tensor
-        self.check_present()
-        self.assertEqual(view.sum().item(), 0)
-        del view
-        self.check_deleted([export])
-        self.check_gone()
-
 
 class PyTorchCases:
     """What holds for PyTorch on any device. `device` and `placed` are the subclasses'."""
@@ -413,7 +397,20 @@ class PyTorchCases:
         self.assertTrue(torch.equal(torch.from_dlpack(model.export("x")).cpu(), values.bfloat16()))
 
 
-@unittest.skipIf(torch is None, "no PyTorch")
+class PyTorchLifetime(BigCase):
+    def test_model_freed_first(self):
+        export = self.model.export("big")
+        tensor = torch.from_dlpack(export)
+        view = tensor[5:]
+        self.model.free()
+        del tensor
+        self.check_present()
+        self.assertEqual(view.sum().item(), 0)
+        del view
+        self.check_deleted([export])
+        self.check_gone()
+
+
 class PyTorchCpu(PyTorchCases, Case):
     device = DEVICE_CPU
 
@@ -422,7 +419,6 @@ class PyTorchCpu(PyTorchCases, Case):
         return torch.device("cpu")
 
 
-@unittest.skipIf(TEST_DEVICE is None, "FST_TEST_DEVICE is not set")
 class PyTorchDevice(PyTorchCases, Case):
     @property
     def index(self):
@@ -465,13 +461,37 @@ class PyTorchDevice(PyTorchCases, Case):
         self.assertGreater(self.free_bytes(), before - size // 4)
 
 
+PARTS = {"numpy": [Capsules, NumPy, Lifetime], "pytorch": [PyTorchCpu, PyTorchLifetime], "device": [PyTorchDevice]}
+
+
+def why_not(part):
+    """Why a part cannot run here, or None; with FST_TEST_DEVICE every part must."""
+    global torch
+    if part == "device" and TEST_DEVICE is None:
+        return "FST_TEST_DEVICE is not set"
+    if part != "numpy":
+        try:
+            import torch
+        except ImportError:
+            if TEST_DEVICE is not None:
+                raise
+            return "no PyTorch"
+    return None
+
+
 def main():
     global library
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--library", required=True)
+    parser.add_argument("part", choices=PARTS)
     arguments, rest = parser.parse_known_args()
+    reason = why_not(arguments.part)
+    if reason:
+        print("skipped:", reason)
+        sys.exit(SKIPPED)
     library = fst_ctypes.Library(os.path.abspath(arguments.library))
-    unittest.main(argv=[sys.argv[0], *rest])
+    cases = [case.__name__ for case in PARTS[arguments.part]]
+    unittest.main(argv=[sys.argv[0], *([] if any(not r.startswith("-") for r in rest) else cases), *rest])
 
 
 if __name__ == "__main__":

@@ -4,11 +4,15 @@ cast by ml_dtypes and NumPy.
 
     compare.py --fst build/bin/fst [--device cpu] [--cast bf16 ...] PATH...
     compare.py --fst build/bin/fst --mixed 20e6      a generated checkpoint of so many bytes instead of PATH
+    compare.py --fst build/bin/fst --real            the one of scripts/setup --model; exit status 77 when it is not there
 
-PATH is a .safetensors file. Without --cast: as stored, and every target that has kernels.
+PATH is a .safetensors file. Without --cast: as stored, and every target that has kernels. Without --device: the CPU
+and, with FST_TEST_DEVICE=N, GPU N.
 """
 import argparse
+import itertools
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -30,6 +34,8 @@ FLOATS = {
     "F8_E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, 0x80, 240.0),
     "F8_E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, 0x80, 57344.0),
 }
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SKIPPED = 77
 STEP = 1 << 22  # elements that are cast at a time
 
 
@@ -114,12 +120,12 @@ def differences(inputs, output, target):
 def check(args, paths, targets, folder):
     inputs, failed = [read(path) for path in paths], 0
     output = os.path.join(folder, "out.safetensors")
-    for target in targets:
+    for device, target in itertools.product(args.device, targets):
         flags = ["--cast", target.lower()] if target else []
-        subprocess.run([args.fst, "convert", "--device", args.device, *flags, "-o", output, *paths], check=True,
+        subprocess.run([args.fst, "convert", "--device", device, *flags, "-o", output, *paths], check=True,
                        stdout=subprocess.DEVNULL)
         lines = list(differences(inputs, output, target))
-        print(f"{target or 'as stored'}: {sum(len(i[0]) for i in inputs)} tensors, "
+        print(f"{device}: {target or 'as stored'}: {sum(len(i[0]) for i in inputs)} tensors, "
               f"{os.path.getsize(output)} bytes: {'DIFFERENT' if lines else 'equal'}")
         for line in lines[:20]:
             print("   ", line)
@@ -137,11 +143,18 @@ def generate(path, nbytes, *flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fst", required=True)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", action="append")
     parser.add_argument("--cast", action="append", choices=[f.lower() for f in FLOATS] + ["none"])
     parser.add_argument("--mixed", type=float)
+    parser.add_argument("--real", action="store_true")
     parser.add_argument("paths", nargs="*")
     args = parser.parse_args()
+    args.device = args.device or ["cpu", *filter(None, [os.environ.get("FST_TEST_DEVICE")])]
+    if args.real:
+        args.paths = [os.path.join(os.environ.get("FST_DEPS", REPO / ".deps"), "model/model.safetensors")]
+        if not os.path.exists(args.paths[0]):
+            print(f"skipped: no {args.paths[0]}: scripts/setup --model fetches it")
+            return SKIPPED
     np.seterr(all="ignore")
     warnings.simplefilter("ignore")
     targets = [None if c == "none" else c.upper() for c in args.cast or ["none", *map(str.lower, FLOATS)]]
