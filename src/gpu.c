@@ -14,13 +14,14 @@
 #define MAX_GPUS 64
 
 /* What was found out about a runtime's module. Asked once for the process: modules stay loaded, because
- * results may outlive everything else, and a GPU that fails once is not tried again. */
+ * results may outlive everything else, and a GPU that fails is not tried again, unless it was only full. */
 static struct runtime {
     const char *name;
     const fst_gpu_module *module;
     int  count;
     char why[512];                    /* why there are none */
     char gpu_why[MAX_GPUS][256];      /* why that one does not work; "" when it does or was not tried */
+    int  gpu_failed[MAX_GPUS];        /* not to be tried again */
     fst_gpu *gpus[MAX_GPUS];          /* those that work */
 } runtimes[RUNTIMES] = {{.name = "hip"}, {.name = "cuda"}};
 
@@ -86,7 +87,7 @@ static void search(void) {
 
 /* GPU `index` of a runtime, opened and tested; NULL when it does not work. */
 static const fst_gpu *use(struct runtime *runtime, int index) {
-    if (runtime->gpus[index] || runtime->gpu_why[index][0]) return runtime->gpus[index];
+    if (runtime->gpus[index] || runtime->gpu_failed[index]) return runtime->gpus[index];
     fst_gpu *gpu = calloc(1, sizeof *gpu);
     if (!gpu) return NULL;
     int code = runtime->module->open(index, gpu);
@@ -96,6 +97,7 @@ static const fst_gpu *use(struct runtime *runtime, int index) {
     }
     snprintf(runtime->gpu_why[index], sizeof runtime->gpu_why[index], "%s:%d does not work: %s", runtime->name,
              index, runtime->module->describe(code));
+    runtime->gpu_failed[index] = code != FST_GPU_OUT_OF_MEMORY; /* full now is no word on the next load */
     free(gpu);
     return NULL;
 }

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 
 #include "dtype.h"
 #include "os.h"
@@ -13,7 +14,9 @@
 
 #define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
-#define BLOCK_BYTES ((uint64_t)1 << 30)
+
+/* So large that there are few, so small that the first is there soon. */
+uint64_t fst_block_bytes = (uint64_t)256 << 20;
 
 /* ---- Blocks ---------------------------------------------------------------------------------- */
 
@@ -143,16 +146,37 @@ static fst_status apply_index(loading *l) {
     return status;
 }
 
-/* FNV-1a: short keys, no adversary that a sorted table would stop better. */
-static uint64_t hash_name(const char *name, size_t length) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < length; i++) hash = (hash ^ (unsigned char)name[i]) * 0x100000001b3u;
-    return hash ^ hash >> 32;
+static uint64_t rotate(uint64_t x, int by) { return x << by | x >> (64 - by); }
+
+static void sip_round(uint64_t v[4]) {
+    v[0] += v[1], v[1] = rotate(v[1], 13) ^ v[0], v[0] = rotate(v[0], 32);
+    v[2] += v[3], v[3] = rotate(v[3], 16) ^ v[2];
+    v[0] += v[3], v[3] = rotate(v[3], 21) ^ v[0];
+    v[2] += v[1], v[1] = rotate(v[1], 17) ^ v[2], v[2] = rotate(v[2], 32);
+}
+
+/* SipHash-1-3 (Aumasson and Bernstein) under the model's own random key: names come from files, and a file made to
+ * let all its names collide would take hours. */
+static uint64_t hash_name(const fst_model *model, const char *name, size_t length) {
+    uint64_t k0 = model->hash_key[0], k1 = model->hash_key[1], word = 0;
+    uint64_t v[4] = {k0 ^ 0x736f6d6570736575u, k1 ^ 0x646f72616e646f6du, k0 ^ 0x6c7967656e657261u,
+                     k1 ^ 0x7465646279746573u};
+    for (size_t i = 0; i <= length; i++) {
+        word |= (uint64_t)(i < length ? (unsigned char)name[i] : length & 0xFF) << (i == length ? 56 : 8 * (i % 8));
+        if (i % 8 != 7 && i != length) continue;
+        v[3] ^= word;
+        sip_round(v);
+        v[0] ^= word;
+        word = 0;
+    }
+    v[2] ^= 0xFF;
+    for (int i = 0; i < 3; i++) sip_round(v);
+    return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
 /* The slot of the table that has this name, or the free one where it would go. */
 static size_t find_slot(const fst_model *model, const char *name, size_t length) {
-    size_t at = (size_t)hash_name(name, length) & (model->names_size - 1);
+    size_t at = (size_t)hash_name(model, name, length) & (model->names_size - 1);
     for (; model->names[at]; at = (at + 1) & (model->names_size - 1)) {
         const fst_entry *entry = model->tensors[model->names[at] - 1].entry;
         if (entry->name_length == length && memcmp(entry->name, name, length) == 0) break;
@@ -162,6 +186,8 @@ static size_t find_slot(const fst_model *model, const char *name, size_t length)
 
 static fst_status fill_names(loading *l) {
     fst_model *model = l->model;
+    if (getrandom(model->hash_key, sizeof model->hash_key, GRND_NONBLOCK) < 0)
+        model->hash_key[0] = (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
@@ -251,14 +277,36 @@ static fst_status check_unchanged(loading *l) {
     return FST_OK;
 }
 
-static fst_status allocate_blocks(loading *l, const fst_plan *plan) {
-    fst_model *model = l->model;
-    model->blocks = calloc(plan->blocks_count + 1, sizeof *model->blocks);
-    if (!model->blocks) return no_memory(l->error);
-    for (size_t i = 0; i < plan->blocks_count; i++) {
-        fst_status status = block_new(model->gpu, plan->blocks[i], &model->blocks[i], l->error);
+/* What the pipeline needs to allocate blocks while it runs. */
+typedef struct allocation {
+    loading        *l;
+    const fst_plan *plan;
+    void          **addresses;
+    double          seconds;
+} allocation;
+
+static fst_status allocate_block(void *arg, size_t i, fst_error *error) {
+    allocation *a = arg;
+    fst_model *model = a->l->model;
+    double start = fst_os_now();
+    fst_status status = block_new(model->gpu, a->plan->blocks[i], &model->blocks[i], error);
+    a->seconds += fst_os_now() - start;
+    if (status) return status;
+    model->blocks_count++;
+    a->addresses[i] = model->blocks[i]->data;
+    return FST_OK;
+}
+
+/* Blocks are allocated while the first chunks are read, if there is plenty of memory; otherwise all of them, before
+ * anything is read. */
+static fst_status allocate_now(allocation *a) {
+    const fst_gpu *gpu = a->l->model->gpu;
+    uint64_t available = 0, total;
+    size_t count = a->plan->blocks_count;
+    if (gpu->calls->memory(gpu, &available, &total) == 0 && available / 2 >= a->plan->bytes_blocks && count > 1) count = 1;
+    for (size_t i = 0; i < count; i++) {
+        fst_status status = allocate_block(a, i, a->l->error);
         if (status) return status;
-        model->blocks_count++;
     }
     return FST_OK;
 }
@@ -298,15 +346,18 @@ static void fill_stats(loading *l, const fst_plan *plan, const fst_engine_facts 
 static fst_status run_plan(loading *l, const fst_options *options, const fst_plan *plan, fst_engine *engine,
                            double started, fst_pipeline_stats *pipeline) {
     fst_model *model = l->model;
-    void **addresses = malloc((model->blocks_count + 1) * sizeof *addresses);
-    if (!addresses) return no_memory(l->error);
-    for (size_t i = 0; i < model->blocks_count; i++) addresses[i] = model->blocks[i]->data;
+    allocation blocks = {l, plan, calloc(plan->blocks_count + 1, sizeof *blocks.addresses), 0};
+    model->blocks = calloc(plan->blocks_count + 1, sizeof *model->blocks);
+    fst_status status = model->blocks && blocks.addresses ? allocate_now(&blocks) : no_memory(l->error);
     fst_load_job job = {
         .plan = plan,
         .headers = model->headers,
         .fds = l->fds,
         .paths = (const char *const *)model->paths.files,
-        .blocks = addresses,
+        .blocks = blocks.addresses,
+        .blocks_ready = model->blocks_count,
+        .allocate = allocate_block,
+        .allocate_arg = &blocks,
         .flags = options->flags,
         .progress = options->progress,
         .progress_arg = options->progress_arg,
@@ -314,8 +365,9 @@ static fst_status run_plan(loading *l, const fst_options *options, const fst_pla
         .started = started,
         .bytes_total = plan->bytes_read,
     };
-    fst_status status = fst_pipeline_run(engine, &job, pipeline, l->error);
-    free(addresses);
+    if (!status) status = fst_pipeline_run(engine, &job, pipeline, l->error);
+    model->stats.allocate_seconds += blocks.seconds;
+    free(blocks.addresses);
     return status;
 }
 
@@ -344,14 +396,12 @@ static fst_status load_data(loading *l, const fst_options *options, double start
     double engine_seconds = fst_os_now() - before;
     if (!status) {
         fst_plan_options plan_options = {options->cast, facts.slot_bytes,
-                                         model->gpu->host_access ? CPU_PLACE : GPU_PLACE, BLOCK_BYTES};
+                                         model->gpu->host_access ? CPU_PLACE : GPU_PLACE, fst_block_bytes};
         status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count, l->skip,
                                &plan_options, &plan, l->error);
     }
-    before = fst_os_now();
-    model->stats.open_seconds = before - started - engine_seconds;
-    if (!status) status = allocate_blocks(l, &plan);
-    model->stats.allocate_seconds = engine_seconds + fst_os_now() - before;
+    model->stats.open_seconds = fst_os_now() - started - engine_seconds;
+    model->stats.allocate_seconds = engine_seconds;
     if (!status) status = run_plan(l, options, &plan, engine, started, &pipeline);
     if (!status) status = check_unchanged(l);
     if (!status) {

@@ -16,6 +16,9 @@ typedef struct fst_block {
     uint64_t       nbytes;
 } fst_block;
 
+/* Size of the blocks that tensors share; a larger tensor has its own. Tests make it small. */
+extern uint64_t fst_block_bytes;
+
 void fst_block_hold(fst_block *block);
 void fst_block_drop(fst_block *block); /* NULL is allowed */
 
@@ -35,6 +38,7 @@ struct fst_model {
     fst_model_tensor *tensors;
     uint32_t         *names;      /* open-addressing hash table: 1 + index, 0 is free */
     size_t            names_size; /* a power of two */
+    uint64_t          hash_key[2];
     size_t            blocks_count;
     fst_block       **blocks;
     const fst_gpu    *gpu;        /* NULL after fst_open */

@@ -15,6 +15,9 @@
 #define PAGE 4096u
 #define SLOTS_PER_THREAD 2u
 #define MAX_THREADS 64u
+#define MAX_IDLE 2u                 /* engines kept for the next load */
+#define MAX_RING ((size_t)256 << 20) /* bytes of slots, unless more is asked for in so many words */
+#define MIN_SLOT ((size_t)64 << 10)
 #define PROGRESS_SECONDS 0.05
 #define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
 
@@ -56,6 +59,8 @@ struct fst_engine {
     pthread_mutex_t lock;
     pthread_cond_t  wake;         /* workers: a job, or the end */
     pthread_cond_t  done;         /* the caller: all workers are idle */
+    pthread_cond_t  allocated;    /* workers: one more block is there, or none will come */
+    atomic_size_t   blocks_ready; /* of the job's blocks */
     int             quit;
     unsigned        generation;   /* counts jobs */
     unsigned        running;      /* workers at the job, or, at first, at touching their slots */
@@ -71,7 +76,11 @@ struct fst_engine {
 
 /* The first failure of a job counts; it stops all the others. */
 static fst_error *claim_error(fst_engine *engine) {
-    return atomic_exchange(&engine->stop, 1) ? NULL : engine->error;
+    if (atomic_exchange(&engine->stop, 1)) return NULL;
+    pthread_mutex_lock(&engine->lock);
+    pthread_cond_broadcast(&engine->allocated);
+    pthread_mutex_unlock(&engine->lock);
+    return engine->error;
 }
 
 static void fail_device(fst_engine *engine, int code, const char *what) {
@@ -305,6 +314,20 @@ static int load_chunk_on_device(worker *w, const fst_load_job *job, const fst_pl
     return code == 0;
 }
 
+/* Waits until the blocks of a chunk's tensors are there. Tensors are in the order of their blocks, and so the last
+ * one tells. 0 when the job was stopped. */
+static int wait_for_blocks(fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    const fst_plan_run *last = &job->plan->runs[chunk->first_run + chunk->runs - 1];
+    const fst_plan_piece *piece = &job->plan->pieces[last->first_piece + last->pieces - 1];
+    size_t needed = (size_t)job->plan->tensors[piece->tensor].block + 1;
+    if (atomic_load(&engine->blocks_ready) >= needed) return 1;
+    pthread_mutex_lock(&engine->lock);
+    while (atomic_load(&engine->blocks_ready) < needed && !atomic_load(&engine->stop))
+        pthread_cond_wait(&engine->allocated, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+    return !atomic_load(&engine->stop);
+}
+
 /* ---- Workers --------------------------------------------------------------------------------- */
 
 static void work(worker *w, const fst_load_job *job) {
@@ -314,6 +337,7 @@ static void work(worker *w, const fst_load_job *job) {
         size_t i = atomic_fetch_add(&engine->next_chunk, 1);
         if (i >= job->plan->chunks_count) break;
         const fst_plan_chunk *chunk = &job->plan->chunks[i];
+        if (!wait_for_blocks(engine, job, chunk)) break;
         w->stats.chunks++;
         if (!(gpu->host_access ? load_chunk_on_host(w, job, chunk)
                                : load_chunk_on_device(w, job, chunk, &w->slots[turn % SLOTS_PER_THREAD])))
@@ -395,6 +419,7 @@ static void engine_free(fst_engine *engine) {
     pthread_mutex_destroy(&engine->lock);
     pthread_cond_destroy(&engine->wake);
     pthread_cond_destroy(&engine->done);
+    pthread_cond_destroy(&engine->allocated);
     free(engine);
 }
 
@@ -445,6 +470,7 @@ static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_b
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->done, NULL);
     pthread_cond_init(&engine->wake, NULL);
+    pthread_cond_init(&engine->allocated, NULL);
     engine->gpu = gpu;
     engine->process = getpid();
     engine->facts = (fst_engine_facts){.threads = threads, .slots = threads * slots, .slot_bytes = slot_bytes};
@@ -496,10 +522,15 @@ static fst_engine *take_idle(const fst_gpu *gpu, unsigned threads, size_t slot_b
 fst_status fst_engine_take(const fst_gpu *gpu, const fst_engine_config *config, fst_engine **out,
                            fst_engine_facts *facts, fst_error *error) {
     unsigned cpus = fst_os_cpus(), threads = config->threads;
-    size_t slot_bytes = config->slot_bytes ? config->slot_bytes : gpu->host_access ? CPU_SLOT : GPU_SLOT;
+    size_t slot_bytes = config->slot_bytes;
     fst_status status = FST_OK;
     if (threads == 0) threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (slot_bytes == 0) {
+        size_t most = MAX_RING / SLOTS_PER_THREAD / threads;
+        slot_bytes = gpu->host_access ? CPU_SLOT : GPU_SLOT;
+        if (slot_bytes > most) slot_bytes = most > MIN_SLOT ? most : MIN_SLOT;
+    }
     slot_bytes = (slot_bytes + PAGE - 1) / PAGE * PAGE;
     *out = take_idle(gpu, threads, slot_bytes);
     if (!*out) {
@@ -512,13 +543,30 @@ fst_status fst_engine_take(const fst_gpu *gpu, const fst_engine_config *config, 
     return status;
 }
 
+static void free_list(fst_engine *list) {
+    while (list) {
+        fst_engine *engine = list;
+        list = engine->next;
+        if (engine->process == getpid()) engine_free(engine);
+    }
+}
+
 void fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts) { *facts = engine->facts; }
 
 void fst_engine_put(fst_engine *engine) {
+    fst_engine *dropped = NULL;
+    unsigned count = 0;
     pthread_mutex_lock(&idle_lock);
     engine->next = idle;
     idle = engine;
+    for (fst_engine **at = &idle; *at; at = &(*at)->next)
+        if (++count == MAX_IDLE) { /* the oldest go: their rings hold memory that others could use */
+            dropped = (*at)->next;
+            (*at)->next = NULL;
+            break;
+        }
     pthread_mutex_unlock(&idle_lock);
+    free_list(dropped);
 }
 
 void fst_engines_release(void) {
@@ -526,11 +574,7 @@ void fst_engines_release(void) {
     fst_engine *list = idle;
     idle = NULL;
     pthread_mutex_unlock(&idle_lock);
-    while (list) {
-        fst_engine *engine = list;
-        list = engine->next;
-        if (engine->process == getpid()) engine_free(engine);
-    }
+    free_list(list);
 }
 
 /* ---- A load ---------------------------------------------------------------------------------- */
@@ -551,6 +595,20 @@ static fst_status make_staging(fst_engine *engine, const fst_plan *plan, fst_err
             engine->workers[i].slots[k].staging =
                 (unsigned char *)engine->staging + engine->slot_room * (i * SLOTS_PER_THREAD + k);
     return FST_OK;
+}
+
+/* Allocates what is not there yet, while the workers begin with what is. */
+static void allocate_blocks(fst_engine *engine, const fst_load_job *job) {
+    for (size_t i = job->blocks_ready; i < job->plan->blocks_count && !atomic_load(&engine->stop); i++) {
+        fst_error why = {.status = FST_OK};
+        fst_status status = job->allocate(job->allocate_arg, i, &why);
+        fst_error *error = status ? claim_error(engine) : NULL;
+        if (error) *error = why;
+        pthread_mutex_lock(&engine->lock);
+        if (!status) atomic_store(&engine->blocks_ready, i + 1);
+        pthread_cond_broadcast(&engine->allocated);
+        pthread_mutex_unlock(&engine->lock);
+    }
 }
 
 /* Reports progress and looks for a cancel, until all workers are idle. */
@@ -604,6 +662,7 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
     atomic_store(&engine->next_chunk, 0);
     atomic_store(&engine->stop, 0);
     atomic_store(&engine->bytes_done, 0);
+    atomic_store(&engine->blocks_ready, job->blocks_ready);
     for (unsigned i = 0; i < engine->facts.threads; i++)
         memset(&engine->workers[i].stats, 0, sizeof engine->workers[i].stats);
     pthread_mutex_lock(&engine->lock);
@@ -613,6 +672,7 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
     engine->generation++;
     pthread_cond_broadcast(&engine->wake);
     pthread_mutex_unlock(&engine->lock);
+    allocate_blocks(engine, job);
     attend(engine, job);
     engine->job = NULL;
     sum_stats(engine, stats);

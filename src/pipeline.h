@@ -35,7 +35,11 @@ typedef struct fst_load_job {
     const fst_header  *headers;
     const int         *fds;        /* of each file */
     const char *const *paths;
-    void *const       *blocks;     /* device memory of each block */
+    void             **blocks;     /* device memory of each block; those from blocks_ready on come later */
+    size_t             blocks_ready;
+    /* Allocates block i into blocks[i], in the caller's thread, while others read: mapping memory takes time. */
+    fst_status       (*allocate)(void *arg, size_t i, fst_error *error);
+    void              *allocate_arg;
     unsigned           flags;      /* FST_NON_SATURATING */
     fst_progress_fn    progress;
     void              *progress_arg;

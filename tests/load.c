@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "harness.h"
+#include "model.h"
 #include "pipeline.h"
 #include "support.h"
 
@@ -364,7 +365,7 @@ TEST(load, cancel_flag) {
 
 /* ---- Faults ---- */
 
-TEST(load, every_device_call_may_fail) {
+static void every_call_may_fail(void) {
     const char *path = test_path("mixed.safetensors");
     fst_options options = options_for(FST_DEVICE_GPU(0));
     unsigned descriptors = support_open_descriptors(), threads;
@@ -395,6 +396,8 @@ TEST(load, every_device_call_may_fail) {
     }
     CHECK(failures > 50);
 }
+
+TEST(load, every_device_call_may_fail) { every_call_may_fail(); }
 
 TEST(load, every_system_call_may_fail) {
     const char *path = test_path("mixed.safetensors");
@@ -445,6 +448,19 @@ TEST(load, a_read_error_names_file_byte_and_tensor) {
     CHECK_INT(start, error.offset);
     CHECK_INT(0, error.file);
     CHECK(strstr(error.text, "the.tensor") != NULL);
+}
+
+TEST(load, blocks_that_come_while_others_are_filled) {
+    uint64_t usual = fst_block_bytes;
+    fst_block_bytes = 64 << 10;
+    for (uint64_t seed = 1; seed <= 10; seed++) {
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
+        load_mixed(FST_DEVICE_GPU(0), seed % 2 ? FST_BF16 : FST_NATIVE, seed % 5);
+        fake_gpu_end();
+    }
+    load_mixed(FST_DEVICE_CPU, FST_BF16, 0);
+    every_call_may_fail();
+    fst_block_bytes = usual;
 }
 
 TEST(load, device_memory_runs_out) {
@@ -510,6 +526,17 @@ TEST(load, file_cut_short_during_the_load) {
     int right;
     CHECK_INT(FST_E_CHANGED, load_with(cut_short, &error, &right));
     CHECK_STR(hook_path, error.path);
+}
+TEST(load, file_cut_short_inside_its_header) {
+    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_model *model;
+    fst_error error;
+    hook_path = test_path("changing.safetensors");
+    mixed_file(hook_path, 0);
+    fake_os_begin(&(fake_os_options){.after = 8, .hook = cut_short}); /* behind the length, before the JSON */
+    CHECK_INT(FST_E_CHANGED, fst_load(list(hook_path), &options, &model, &error));
+    fake_os_end();
+    CHECK_INT(4000, error.offset);
 }
 TEST(load, file_written_during_the_load) {
     fst_error error;

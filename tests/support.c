@@ -166,7 +166,10 @@ static int enqueue(fst_stream to, const op *what) {
 static int fake_enter(const fst_gpu *gpu, int *saved) {
     (void)gpu;
     *saved = 0;
-    return 0;
+    pthread_mutex_lock(&fake.lock);
+    int fails = must_fail();
+    pthread_mutex_unlock(&fake.lock);
+    return fails ? 719 : 0;
 }
 static void fake_leave(const fst_gpu *gpu, int saved) { (void)gpu, (void)saved; }
 static const char *fake_describe(int code) { return code == 719 ? "made to fail" : "error"; }
