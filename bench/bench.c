@@ -90,8 +90,8 @@ void bench_pinned_free(const fst_gpu *gpu, void *memory, size_t size) {
     fst_os_calls.unmap(memory, size);
 }
 
-static double copy_rate(const fst_gpu *gpu, unsigned char *device, const unsigned char *host, size_t room, size_t piece,
-                        unsigned streams_count, uint64_t bytes) {
+static double copy_rate(const fst_gpu *gpu, unsigned char *device, const unsigned char *host, size_t room,
+                        size_t piece, unsigned streams_count, uint64_t bytes) {
     fst_stream streams[4];
     for (unsigned i = 0; i < streams_count; i++)
         if (gpu->calls->stream_new(gpu, &streams[i])) bench_die("no stream");
@@ -129,18 +129,18 @@ double bench_copy_ceiling(const fst_gpu *gpu, uint64_t bytes) {
 
 typedef struct reading {
     const char *const *files;
-    int      *fds;
-    uint64_t *first;     /* chunks before each file */
-    size_t    count, chunk;
-    uint64_t  chunks;
-    unsigned  slots;
+    int *fds;
+    uint64_t *first; /* chunks before each file */
+    size_t count, chunk;
+    uint64_t chunks;
+    unsigned slots;
     atomic_uint_fast64_t next, bytes;
     atomic_int failed;
 } reading;
 
 typedef struct reader {
     pthread_t thread;
-    reading  *what;
+    reading *what;
     unsigned char *ring;
 } reader;
 

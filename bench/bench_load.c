@@ -1,6 +1,7 @@
 /* bench_load: whole loads against their ceilings, in one run.
  *
- *     bench_load [--device auto|cpu|N] [--runs N] [--cast DTYPE]... [--threads N] [--slot BYTES] [--json FILE]
+ *     bench_load [--device auto|cpu|N] [--runs N] [--cast DTYPE]... [--threads N] [--slot BYTES]
+ *                [--json FILE]
  *                [--no-verify] PATH...
  *
  * Cases: the first load of the process as is; then, alternated, as is and with each --cast, with everything
@@ -20,20 +21,20 @@
 enum { MAX_CASES = 8, MAX_RUNS = 64 };
 
 typedef struct measured {
-    char      name[64];
+    char name[64];
     fst_dtype cast;
-    double    seconds[MAX_RUNS], cpu[MAX_RUNS];
-    size_t    runs;
-    uint64_t  bytes_read, bytes_out, peak, pinned;
-    double    open_seconds[MAX_RUNS], allocate_seconds[MAX_RUNS], wait_seconds[MAX_RUNS];
-    char      limit[16];
+    double seconds[MAX_RUNS], cpu[MAX_RUNS];
+    size_t runs;
+    uint64_t bytes_read, bytes_out, peak, pinned;
+    double open_seconds[MAX_RUNS], allocate_seconds[MAX_RUNS], wait_seconds[MAX_RUNS];
+    char limit[16];
 } measured;
 
 typedef struct setup {
     const char *const *paths;
-    int      device, verify;
+    int device, verify;
     unsigned threads, runs;
-    size_t   slot_bytes;
+    size_t slot_bytes;
     const char *json;
 } setup;
 
@@ -41,7 +42,7 @@ typedef struct setup {
 
 static struct {
     const fst_gpu *gpu;
-    atomic_int     quit;
+    atomic_int quit;
     atomic_uint_fast64_t least;
 } sampler;
 
@@ -107,8 +108,8 @@ static void measure(const setup *s, const fst_gpu *gpu, measured *m, uint64_t ba
     fst_model_free(model);
 }
 
-static int same(const fst_gpu *gpu, fst_stream stream, unsigned char *buffer, size_t room, const fst_tensor *there,
-                const fst_tensor *here) {
+static int same(const fst_gpu *gpu, fst_stream stream, unsigned char *buffer, size_t room,
+                const fst_tensor *there, const fst_tensor *here) {
     for (uint64_t at = 0; at < there->nbytes; at += room) {
         size_t size = there->nbytes - at < room ? (size_t)(there->nbytes - at) : room;
         if (gpu->calls->to_host(gpu, stream, buffer, (unsigned char *)there->data + at, size) ||
@@ -129,7 +130,8 @@ static void verify(const setup *s, const fst_gpu *gpu, const measured *m) {
         fst_tensor a, b;
         fst_model_at(there, i, &a);
         fst_model_at(here, i, &b);
-        if (!same(gpu, stream, buffer, room, &a, &b)) bench_die("case %s: tensor %s is wrong", m->name, a.name);
+        if (!same(gpu, stream, buffer, room, &a, &b))
+            bench_die("case %s: tensor %s is wrong", m->name, a.name);
     }
     gpu->calls->stream_free(gpu, stream);
     fst_model_free(there);
@@ -139,7 +141,8 @@ static void verify(const setup *s, const fst_gpu *gpu, const measured *m) {
 
 /* ---- Reports ---- */
 
-static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases, size_t count, double copy, double read) {
+static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases, size_t count, double copy,
+                       double read) {
     char machine[512], commit[64], date[32];
     FILE *file = fopen(s->json, "w");
     if (!file) bench_die("cannot write %s", s->json);
@@ -148,20 +151,24 @@ static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases
     bench_date(date, sizeof date);
     fprintf(file, "{\n  \"machine\": ");
     bench_json_string(file, machine);
-    fprintf(file, ",\n  \"device\": \"%s\",\n  \"date\": \"%s\",\n  \"commit\": \"%s\",\n", gpu->label, date, commit);
-    fprintf(file, "  \"ceilings\": {\"h2d_gb_per_s\": %.2f, \"page_cache_gb_per_s\": %.2f},\n  \"runs\": [", copy, read);
+    fprintf(file, ",\n  \"device\": \"%s\",\n  \"date\": \"%s\",\n  \"commit\": \"%s\",\n", gpu->label, date,
+            commit);
+    fprintf(file, "  \"ceilings\": {\"h2d_gb_per_s\": %.2f, \"page_cache_gb_per_s\": %.2f},\n  \"runs\": [",
+            copy, read);
     for (size_t i = 0; i < count; i++) {
         measured m = cases[i];
         double seconds = bench_median(m.seconds, m.runs), cpu = bench_median(m.cpu, m.runs);
         double rate = (double)m.bytes_read / seconds / 1e9, ceiling = copy < read ? copy : read;
-        fprintf(file, "%s\n    {\"case\": \"%s\", \"seconds\": %.6f, \"gb_per_s\": %.2f, \"share_of_ceiling\": %.3f, "
-                      "\"peak_device_bytes\": %llu, \"pinned_bytes\": %llu, \"cpu_seconds\": %.3f, \"bytes_read\": %llu, "
-                      "\"bytes_out\": %llu, \"open_seconds\": %.6f, \"allocate_seconds\": %.6f, \"wait_seconds\": %.6f, "
-                      "\"limit\": \"%s\", \"measured\": %zu}",
-                i ? "," : "", m.name, seconds, rate, rate / ceiling, (unsigned long long)m.peak,
-                (unsigned long long)m.pinned, cpu, (unsigned long long)m.bytes_read, (unsigned long long)m.bytes_out,
-                bench_median(m.open_seconds, m.runs), bench_median(m.allocate_seconds, m.runs),
-                bench_median(m.wait_seconds, m.runs), m.limit, m.runs);
+        fprintf(
+            file,
+            "%s\n    {\"case\": \"%s\", \"seconds\": %.6f, \"gb_per_s\": %.2f, \"share_of_ceiling\": %.3f, "
+            "\"peak_device_bytes\": %llu, \"pinned_bytes\": %llu, \"cpu_seconds\": %.3f, "
+            "\"bytes_read\": %llu, \"bytes_out\": %llu, \"open_seconds\": %.6f, "
+            "\"allocate_seconds\": %.6f, \"wait_seconds\": %.6f, \"limit\": \"%s\", \"measured\": %zu}",
+            i ? "," : "", m.name, seconds, rate, rate / ceiling, (unsigned long long)m.peak,
+            (unsigned long long)m.pinned, cpu, (unsigned long long)m.bytes_read,
+            (unsigned long long)m.bytes_out, bench_median(m.open_seconds, m.runs),
+            bench_median(m.allocate_seconds, m.runs), bench_median(m.wait_seconds, m.runs), m.limit, m.runs);
     }
     fprintf(file, "\n  ]\n}\n");
     if (fclose(file)) bench_die("cannot write %s", s->json);
@@ -169,15 +176,16 @@ static void write_json(const setup *s, const fst_gpu *gpu, const measured *cases
 
 static void print(const measured *cases, size_t count, double copy, double read) {
     printf("ceilings: host to device %.1f GB/s, page cache %.1f GB/s\n", copy, read);
-    printf("%-20s %9s %7s %8s %11s %11s %9s %8s %9s %8s  %s\n", "case", "seconds", "GB/s", "ceiling", "device MiB",
-           "result MiB", "CPU s/GB", "open ms", "alloc ms", "wait ms", "limit");
+    printf("%-20s %9s %7s %8s %11s %11s %9s %8s %9s %8s  %s\n", "case", "seconds", "GB/s", "ceiling",
+           "device MiB", "result MiB", "CPU s/GB", "open ms", "alloc ms", "wait ms", "limit");
     for (size_t i = 0; i < count; i++) {
         measured m = cases[i];
         double seconds = bench_median(m.seconds, m.runs), rate = (double)m.bytes_read / seconds / 1e9;
         printf("%-20s %9.4f %7.2f %8.3f %11.1f %11.1f %9.3f %8.2f %9.2f %8.1f  %s\n", m.name, seconds, rate,
                rate / (copy < read ? copy : read), (double)m.peak / 1048576, (double)m.bytes_out / 1048576,
-               bench_median(m.cpu, m.runs) / ((double)m.bytes_read / 1e9), bench_median(m.open_seconds, m.runs) * 1e3,
-               bench_median(m.allocate_seconds, m.runs) * 1e3, bench_median(m.wait_seconds, m.runs) * 1e3, m.limit);
+               bench_median(m.cpu, m.runs) / ((double)m.bytes_read / 1e9),
+               bench_median(m.open_seconds, m.runs) * 1e3, bench_median(m.allocate_seconds, m.runs) * 1e3,
+               bench_median(m.wait_seconds, m.runs) * 1e3, m.limit);
     }
 }
 
@@ -201,12 +209,19 @@ int main(int argc, char **argv) {
     if (!paths) bench_die("out of memory");
     for (int i = 1; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
-        if (strcmp(argv[i], "--no-verify") == 0) { s.verify = 0; continue; }
-        if (strncmp(argv[i], "--", 2)) { paths[paths_count++] = argv[i]; continue; }
+        if (strcmp(argv[i], "--no-verify") == 0) {
+            s.verify = 0;
+            continue;
+        }
+        if (strncmp(argv[i], "--", 2)) {
+            paths[paths_count++] = argv[i];
+            continue;
+        }
         i++;
         if (strcmp(argv[i - 1], "--device") == 0)
-            s.device = strcmp(value, "auto") == 0 ? FST_DEVICE_AUTO : strcmp(value, "cpu") == 0 ? FST_DEVICE_CPU
-                                                                                              : FST_DEVICE_GPU(atoi(value));
+            s.device = strcmp(value, "auto") == 0  ? FST_DEVICE_AUTO
+                       : strcmp(value, "cpu") == 0 ? FST_DEVICE_CPU
+                                                   : FST_DEVICE_GPU(atoi(value));
         else if (strcmp(argv[i - 1], "--runs") == 0) s.runs = (unsigned)atoi(value);
         else if (strcmp(argv[i - 1], "--threads") == 0) s.threads = (unsigned)atoi(value);
         else if (strcmp(argv[i - 1], "--slot") == 0) s.slot_bytes = (size_t)atoll(value);

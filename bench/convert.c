@@ -14,7 +14,7 @@ enum {
     MAX_SETS = 64,
     BATCH_TENSORS = 20000,
     POISON = 16 << 20, /* bytes */
-    WHOLE = 4 << 20, /* elements, from here on */
+    WHOLE = 4 << 20,   /* elements, from here on */
     EDGE = 256 << 10,
     WINDOW = 64 << 10,
     WINDOWS = 8
@@ -25,21 +25,21 @@ static const char usage[] =
     "                     [--threads N] [--verify-only] [--json FILE] [--plot FILE.svg] [--list]\n";
 
 typedef struct options {
-    int         device, verify_only, list;
-    uint64_t    bytes; /* 0: the default sizes */
+    int device, verify_only, list;
+    uint64_t bytes; /* 0: the default sizes */
     const char *filter, *json, *plot;
-    unsigned    runs, threads;
+    unsigned runs, threads;
 } options;
 
 typedef struct bench {
-    options     o;
+    options o;
     const fst_gpu *gpu;
-    fst_stream  stream;
+    fst_stream stream;
     convert_data *data;
-    uint64_t    src_room, dst_room, extra_room; /* of all sets */
-    uint64_t    src_filled;
-    unsigned char *src, *dst, *extra, *poison;  /* on the device */
-    unsigned char *host, *want;                 /* room for a window each */
+    uint64_t src_room, dst_room, extra_room; /* of all sets */
+    uint64_t src_filled;
+    unsigned char *src, *dst, *extra, *poison; /* on the device */
+    unsigned char *host, *want;                /* room for a window each */
 } bench;
 
 /* ---- Options ---- */
@@ -344,7 +344,8 @@ static int check_scales(const bench *b, const convert_case *c, const convert_set
     return 1;
 }
 
-static int check_nans(const bench *b, const convert_case *c, const convert_set *set, const convert_reference *r) {
+static int check_nans(const bench *b, const convert_case *c, const convert_set *set,
+                      const convert_reference *r) {
     const uint64_t want = convert_expect_nans(r);
     uint64_t got;
     download(b, &got, set->nans, sizeof got);

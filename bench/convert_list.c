@@ -48,8 +48,10 @@ static convert_spec *add(list *l, convert_kernel kernel, int src, int dst) {
 }
 
 static void add_casts(list *l) {
-    static const struct { int src, dst; unsigned misaligned; } shifted[] = {
-        {FST_BF16, FST_F16, 1}, {FST_F8_E4M3, FST_BF16, 1}, {FST_F32, FST_BF16, 2}};
+    static const struct {
+        int src, dst;
+        unsigned misaligned;
+    } shifted[] = {{FST_BF16, FST_F16, 1}, {FST_F8_E4M3, FST_BF16, 1}, {FST_F32, FST_BF16, 2}};
     static const int fp8[][2] = {{FST_F32, FST_F8_E4M3}, {FST_BF16, FST_F8_E4M3}, {FST_BF16, FST_F8_E5M2}};
     static const int fnuz[][2] = {{FST_F8_E4M3, FST_F8_E4M3FNUZ}, {FST_F8_E5M2, FST_F8_E5M2FNUZ}};
     for (size_t i = 0; i < sizeof floats / sizeof *floats; i++)
@@ -125,9 +127,11 @@ static void add_quantize(list *l) {
 }
 
 static void add_realign(list *l) {
-    static const struct { int type; unsigned misaligned; } shifts[] = {
-        {FST_U8, 1},  {FST_U8, 7},  {FST_BF16, 1}, {FST_F16, 15}, {FST_F32, 1},
-        {FST_F32, 2}, {FST_F32, 4}, {FST_F64, 1},  {FST_I64, 4}};
+    static const struct {
+        int type;
+        unsigned misaligned;
+    } shifts[] = {{FST_U8, 1},  {FST_U8, 7},  {FST_BF16, 1}, {FST_F16, 15}, {FST_F32, 1},
+                  {FST_F32, 2}, {FST_F32, 4}, {FST_F64, 1},  {FST_I64, 4}};
     for (size_t i = 0; i < sizeof shifts / sizeof *shifts; i++) {
         convert_spec *spec = add(l, CONVERT_REALIGN, shifts[i].type, shifts[i].type);
         spec->misaligned = shifts[i].misaligned;
@@ -229,9 +233,7 @@ static void choose_shape(convert_case *c, uint64_t elements) {
         c->rows = row;
         c->cols = elements < row ? 1 : elements / row;
         break;
-    default:
-        c->rows = elements < row ? 1 : elements / row;
-        c->cols = row;
+    default: c->rows = elements < row ? 1 : elements / row; c->cols = row;
     }
 }
 

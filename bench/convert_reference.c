@@ -13,7 +13,7 @@ typedef enum input_kind { INPUT_BITS, INPUT_NUMBERS, INPUT_FINITE } input_kind;
 
 struct convert_data {
     input_kind input;
-    int   dtype; /* of the numbers */
+    int dtype;            /* of the numbers */
     unsigned char *bytes; /* PERIOD, and the first of them again */
 };
 
@@ -91,7 +91,7 @@ uint32_t convert_scale(int dtype, uint64_t index) {
 
 typedef struct narrow_float {
     unsigned bits, mantissa;
-    int      bias;
+    int bias;
 } narrow_float;
 
 /* By the definition in the OCP MX specification. */
@@ -132,11 +132,11 @@ static uint32_t decode(uint32_t code, int dtype) {
 struct convert_reference {
     convert_case c;
     const unsigned char *bytes; /* of the data */
-    unsigned  src_bits, dst_size;
+    unsigned src_bits, dst_size;
     fst_float from, to;
-    uint64_t  limit;
-    int       by_f32;          /* a narrow source: decoded here, then cast from F32 */
-    uint64_t  computed;        /* 1 + the band of blocks or row whose scales are in `scales`; 0: none */
+    uint64_t limit;
+    int by_f32;        /* a narrow source: decoded here, then cast from F32 */
+    uint64_t computed; /* 1 + the band of blocks or row whose scales are in `scales`; 0: none */
     uint32_t *scales;
 };
 

@@ -55,8 +55,7 @@ static void json_result(FILE *file, const convert_result *r) {
                 "\"ms\": %.6f, \"gb_per_s\": %.3f, \"share_of_copy\": %.4f, \"copy_ms\": %.6f, "
                 "\"launches\": %u, ",
                 r->ms, convert_gb_per_s(r), r->copy_ms / r->ms, r->copy_ms, r->launches);
-    else
-        fprintf(file, "\"ms\": null, \"gb_per_s\": null, \"share_of_copy\": null, ");
+    else fprintf(file, "\"ms\": null, \"gb_per_s\": null, \"share_of_copy\": null, ");
     fprintf(file, "\"ok\": %s}", r->ok ? "true" : "false");
 }
 

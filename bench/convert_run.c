@@ -21,7 +21,7 @@ static uint64_t cut(uint64_t total, unsigned part, unsigned parts, uint64_t unit
 
 typedef struct part_of {
     const convert_case *c;
-    const convert_set  *set;
+    const convert_set *set;
     unsigned part, parts;
 } part_of;
 
@@ -93,8 +93,13 @@ static int launch_rows(const fst_kernels *k, fst_stream stream, const part_of *p
     const int apart = c->spec.kernel == CONVERT_DEINTERLEAVE;
     const uint64_t rows = apart ? c->rows / 2 : c->rows;
     const uint64_t begin = from(p, rows, 1), count = to(p, rows, 1) - begin;
-    fst_rows_args args = {.cols = c->cols, .ndim = 1, .extent = {count}, .src_stride = {c->src_stride},
-                          .dst_stride = {c->dst_stride}, .src_dtype = c->spec.src, .dst_dtype = c->spec.dst};
+    fst_rows_args args = {.cols = c->cols,
+                          .ndim = 1,
+                          .extent = {count},
+                          .src_stride = {c->src_stride},
+                          .dst_stride = {c->dst_stride},
+                          .src_dtype = c->spec.src,
+                          .dst_dtype = c->spec.dst};
     if (apart) {
         args.ndim = 2;
         args.extent[0] = 2, args.extent[1] = count;
@@ -188,8 +193,8 @@ typedef int launcher(const fst_gpu *, fst_stream, const convert_case *, const co
 
 typedef struct crew {
     const convert_timer *t;
-    const convert_case  *c;
-    const convert_set   *set;
+    const convert_case *c;
+    const convert_set *set;
     launcher *what; /* NULL: go home */
     pthread_barrier_t barrier;
     int codes[CONVERT_MAX_PARTS];
@@ -197,8 +202,8 @@ typedef struct crew {
 
 typedef struct worker {
     pthread_t thread;
-    crew     *crew;
-    unsigned  part;
+    crew *crew;
+    unsigned part;
 } worker;
 
 static void work(crew *w, unsigned part) {

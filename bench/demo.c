@@ -2,8 +2,8 @@
  *
  *     fst_demo MODEL.safetensors
  *
- * Before: loaded as stored, on the CPU. After: loaded as BF16 on the first GPU that works, otherwise the CPU; saved
- * from there, and the saved file loaded as stored on the CPU, so that its values can be printed. */
+ * Before: loaded as stored, on the CPU. After: loaded as BF16 on the first GPU that works, otherwise the CPU;
+ * saved from there, and the saved file loaded as stored on the CPU, so that its values can be printed. */
 #include <fst.h>
 
 #include <errno.h>
@@ -18,8 +18,8 @@ enum { rows = 8, values = 4 };
 static fst_model *load(const char *path, fst_dtype cast, int device) {
     const char *const files[] = {path, NULL};
     fst_options options = FST_OPTIONS_INIT;
-    fst_model  *model;
-    fst_error   error;
+    fst_model *model;
+    fst_error error;
     options.cast = cast;
     options.device = device;
     if (fst_load(files, &options, &model, &error) != FST_OK) {
@@ -48,8 +48,8 @@ static uint64_t elements(const fst_tensor *tensor) {
 static void print_value(const fst_tensor *tensor, uint64_t i) {
     const unsigned char *data = tensor->data;
     uint32_t bits = 0;
-    int64_t  integer;
-    float    number;
+    int64_t integer;
+    float number;
     switch (tensor->dtype) {
     case FST_BF16:
         memcpy((unsigned char *)&bits + 2, data + 2 * i, 2); /* the upper half of an F32, on x86-64 */
@@ -64,8 +64,7 @@ static void print_value(const fst_tensor *tensor, uint64_t i) {
         memcpy(&integer, data + 8 * i, sizeof integer);
         printf(" %13" PRId64, integer);
         break;
-    default:
-        printf(" %13s", "...");
+    default: printf(" %13s", "...");
     }
 }
 
@@ -100,7 +99,7 @@ static int print_table(const fst_model *before, const fst_model *after) {
 int main(int argc, char **argv) {
     const char *folder = getenv("TMPDIR");
     char path[4096];
-    int  file = -1, right = 0;
+    int file = -1, right = 0;
     if (argc != 2) {
         fprintf(stderr, "usage: fst_demo MODEL.safetensors\n");
         return 2;

@@ -37,13 +37,11 @@ static const char *fill_extents(const fst_model_tensor *tensor, int64_t *shape, 
     const fst_entry *entry = tensor->entry;
     unsigned lanes = lanes_of(tensor->dtype);
     int64_t stride = 1;
-    if (lanes > 1 && entry->ndim == 0)
-        return F4_REFUSED "and there is none; read it through fst_tensor";
+    if (lanes > 1 && entry->ndim == 0) return F4_REFUSED "and there is none; read it through fst_tensor";
     for (uint32_t d = entry->ndim; d-- > 0;) {
         uint64_t extent = entry->shape[d];
         if (d + 1 == entry->ndim) {
-            if (extent % lanes)
-                return F4_REFUSED "which is odd; read it through fst_tensor";
+            if (extent % lanes) return F4_REFUSED "which is odd; read it through fst_tensor";
             extent /= lanes;
         }
         if (extent > INT64_MAX) return "an extent is over 2^63 - 1, DLPack's largest";
@@ -102,8 +100,7 @@ fst_status fst_model_dlpack(fst_model *model, size_t i, DLManagedTensorVersioned
     if (out) *out = NULL;
     if (!model || !out)
         status = fst_fail(&error, FST_E_ARG, 0, NULL, "fst_model_dlpack: %s is NULL", out ? "model" : "out");
-    else
-        status = export_tensor(model, i, out, &error);
+    else status = export_tensor(model, i, out, &error);
     if (status) fst_set_last_error(&error);
     return status;
 }

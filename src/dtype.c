@@ -8,7 +8,7 @@
 #include "kernels.h"
 
 typedef struct dtype_facts {
-    const char   *name;
+    const char *name;
     unsigned char length; /* of the name */
     unsigned char bits;
     unsigned char dlpack_code;

@@ -18,11 +18,11 @@
 static struct runtime {
     const char *name;
     const fst_gpu_module *module;
-    int  count;
-    char why[512];                    /* why there are none */
-    char gpu_why[MAX_GPUS][256];      /* why that one does not work; "" when it does or was not tried */
-    int  gpu_failed[MAX_GPUS];        /* not to be tried again */
-    fst_gpu *gpus[MAX_GPUS];          /* those that work */
+    int count;
+    char why[512];               /* why there are none */
+    char gpu_why[MAX_GPUS][256]; /* why that one does not work; "" when it does or was not tried */
+    int gpu_failed[MAX_GPUS];    /* not to be tried again */
+    fst_gpu *gpus[MAX_GPUS];     /* those that work */
 } runtimes[RUNTIMES] = {{.name = "hip"}, {.name = "cuda"}};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -31,8 +31,8 @@ static const fst_gpu *fake;
 
 static void *open_module(const char *name, char *why, size_t size) {
     /* Beside the library in a build tree or a private prefix, then where it is installed. */
-    static const char *const places[] = {"%.*slibfst-%s.so", "%.*sfst/libfst-%s.so", "%.*s../lib/libfst-%s.so",
-                                         "%.*s../lib/fst/libfst-%s.so"};
+    static const char *const places[] = {"%.*slibfst-%s.so", "%.*sfst/libfst-%s.so",
+                                         "%.*s../lib/libfst-%s.so", "%.*s../lib/fst/libfst-%s.so"};
     char path[4096];
     const char *message = NULL;
     Dl_info info;
@@ -95,8 +95,8 @@ static const fst_gpu *use(struct runtime *runtime, int index) {
         runtime->gpus[index] = gpu;
         return gpu;
     }
-    snprintf(runtime->gpu_why[index], sizeof runtime->gpu_why[index], "%s:%d does not work: %s", runtime->name,
-             index, runtime->module->describe(code));
+    snprintf(runtime->gpu_why[index], sizeof runtime->gpu_why[index], "%s:%d does not work: %s",
+             runtime->name, index, runtime->module->describe(code));
     runtime->gpu_failed[index] = code != FST_GPU_OUT_OF_MEMORY; /* full now is no word on the next load */
     free(gpu);
     return NULL;
@@ -133,7 +133,8 @@ fst_status fst_gpu_find(int device, const fst_gpu **out, char *reason, size_t si
     const fst_gpu *gpu;
     *out = NULL;
     if (device < 0)
-        return fst_fail(error, FST_E_ARG, 0, NULL, "device %d: want FST_DEVICE_AUTO, _CPU or _GPU(n)", device);
+        return fst_fail(error, FST_E_ARG, 0, NULL, "device %d: want FST_DEVICE_AUTO, _CPU or _GPU(n)",
+                        device);
     if (device == FST_DEVICE_CPU) {
         snprintf(reason, size, "asked for");
         *out = fst_gpu_cpu();
@@ -150,8 +151,8 @@ fst_status fst_gpu_find(int device, const fst_gpu **out, char *reason, size_t si
     }
     pthread_mutex_unlock(&lock);
     if (gpu) {
-        snprintf(reason, size, "%s%s%s",
-                 device == FST_DEVICE_AUTO ? "the first GPU that works" : "asked for", *tried ? "; " : "", tried);
+        snprintf(reason, size, "%s%s%s", device == FST_DEVICE_AUTO ? "the first GPU that works" : "asked for",
+                 *tried ? "; " : "", tried);
     } else if (device == FST_DEVICE_AUTO) {
         gpu = fst_gpu_cpu();
         snprintf(reason, size, "no GPU works (%s)", tried);
@@ -172,7 +173,8 @@ fst_status fst_gpu_fail(fst_error *error, const fst_gpu *gpu, int code, const ch
     if (code == FST_GPU_OUT_OF_MEMORY)
         return fst_fail(error, gpu->host_access ? FST_E_MEMORY : FST_E_DEVICE_MEMORY, code, NULL,
                         "%s: out of memory on %s", what, gpu->label);
-    if (code < 0) return fst_fail(error, FST_E_DEVICE, code, NULL, "%s: refused by the kernel (%d)", what, code);
+    if (code < 0)
+        return fst_fail(error, FST_E_DEVICE, code, NULL, "%s: refused by the kernel (%d)", what, code);
     return fst_fail(error, FST_E_DEVICE, code, NULL, "%s failed on %s: %s", what, gpu->label,
                     gpu->calls->describe(code));
 }

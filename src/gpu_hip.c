@@ -44,14 +44,15 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
  * other allocators of the process can have it. */
 static struct pool {
     hipMemPool_t pool;
-    hipStream_t  stream;
+    hipStream_t stream;
 } pools[64];
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static int make_pool(int index, struct pool *pool) {
     int supported = 0;
     hipMemPoolProps properties;
-    if (hipDeviceGetAttribute(&supported, hipDeviceAttributeMemoryPoolsSupported, index) || !supported) return 0;
+    if (hipDeviceGetAttribute(&supported, hipDeviceAttributeMemoryPoolsSupported, index) || !supported)
+        return 0;
     memset(&properties, 0, sizeof properties);
     properties.allocType = hipMemAllocationTypePinned;
     properties.location.type = hipMemLocationTypeDevice;
@@ -82,10 +83,8 @@ static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
     int saved;
     (void)size;
     if (enter(gpu, &saved)) return;
-    if (pools[gpu->index].pool)
-        (void)hipFreeAsync(block, NULL);
-    else
-        (void)hipFree(block);
+    if (pools[gpu->index].pool) (void)hipFreeAsync(block, NULL);
+    else (void)hipFree(block);
     leave(gpu, saved);
 }
 

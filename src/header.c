@@ -19,8 +19,8 @@
 
 typedef struct block {
     struct block *next;
-    size_t        used, size;
-    uint64_t      data[];
+    size_t used, size;
+    uint64_t data[];
 } block;
 
 static void *allocate(fst_header *header, size_t size) {
@@ -61,19 +61,19 @@ void fst_header_free(fst_header *header) {
 
 typedef struct row { /* a tensor on its way to an entry; positions are in the JSON */
     fst_entry entry;
-    uint64_t  elements;
-    uint32_t  name_at, begin_at, end_at;
+    uint64_t elements;
+    uint32_t name_at, begin_at, end_at;
 } row;
 
 typedef struct reader {
     const char *json;
     fst_header *header;
-    row        *rows;
-    fst_where   where;
-    fst_error  *error;
-    const char *name;       /* of the tensor at hand */
-    size_t      name_length;
-    char        label[160]; /* the same for texts: escaped, cut */
+    row *rows;
+    fst_where where;
+    fst_error *error;
+    const char *name; /* of the tensor at hand */
+    size_t name_length;
+    char label[160]; /* the same for texts: escaped, cut */
 } reader;
 
 static const fst_where *where_at(reader *r, uint64_t position) {
@@ -120,8 +120,8 @@ static const char *kind(yyjson_val *value) {
 /* A plain integer, 0 to 2^64 - 1: digits alone. yyjson has refused leading zeros. */
 static int read_integer(yyjson_val *value, uint64_t *out) {
     const char *text = yyjson_get_raw(value);
-    size_t      length = yyjson_get_len(value);
-    uint64_t    number = 0;
+    size_t length = yyjson_get_len(value);
+    uint64_t number = 0;
     if (!text) return 0;
     for (size_t i = 0; i < length; i++) {
         unsigned digit = (unsigned)(unsigned char)text[i] - '0';
@@ -158,8 +158,8 @@ static int is_finite(uint64_t significand, int64_t exponent) {
  * double. Digits past 2^64 - 1 only count as places; digits after the point are dropped with them. */
 static int is_in_range(const char *text, size_t length) {
     const char *end = text + length;
-    uint64_t    significand = 0;
-    int64_t     exponent = 0;
+    uint64_t significand = 0;
+    int64_t exponent = 0;
     if (text < end && *text == '-') text++;
     while (is_digit(text, end) && append_digit(&significand, *text)) text++;
     for (; is_digit(text, end); text++) exponent++;
@@ -184,14 +184,14 @@ static int is_in_range(const char *text, size_t length) {
 
 typedef struct text {
     const char *data;
-    uint64_t    hash;
-    uint32_t    length;
-    uint32_t    index; /* order in the file */
+    uint64_t hash;
+    uint32_t length;
+    uint32_t index; /* order in the file */
 } text;
 
 static uint64_t hash_bytes(const char *data, size_t length) {
     const uint64_t factor = 0x9E3779B97F4A7C15u;
-    uint64_t       hash = length * factor, word;
+    uint64_t hash = length * factor, word;
     for (; length >= 8; data += 8, length -= 8) {
         memcpy(&word, data, 8);
         hash = (hash ^ word) * factor;
@@ -253,7 +253,7 @@ static fst_status check_ignored(reader *r, yyjson_val *key, yyjson_val *value, i
                         "tensor \"%s\": the header is nested more than %d levels deep here", label(r),
                         LEVELS_MAX);
     }
-    fst_status  status = FST_OK;
+    fst_status status = FST_OK;
     yyjson_val *inner, *inner_key;
     if (yyjson_is_arr(value)) {
         yyjson_arr_iter items = yyjson_arr_iter_with(value);
@@ -289,8 +289,7 @@ static fst_status wrong_kind(reader *r, const field *f, const char *name, const 
                     "tensor \"%s\": `%s` is %s; it must be %s", label(r), name, kind(f->value), wanted);
 }
 
-static fst_status read_number(reader *r, const field *f, const char *name, yyjson_val *value,
-                              uint64_t *out) {
+static fst_status read_number(reader *r, const field *f, const char *name, yyjson_val *value, uint64_t *out) {
     if (read_integer(value, out)) return FST_OK;
     char shown[32] = "";
     if (yyjson_is_raw(value)) fst_escape(shown, sizeof shown, yyjson_get_raw(value), yyjson_get_len(value));
@@ -302,10 +301,10 @@ static fst_status read_number(reader *r, const field *f, const char *name, yyjso
 /* Finds the three fields, each once; the others are only looked through. */
 static fst_status find_fields(reader *r, yyjson_val *name, yyjson_val *tensor, field fields[FIELDS]) {
     yyjson_obj_iter iter = yyjson_obj_iter_with(tensor);
-    yyjson_val     *key;
+    yyjson_val *key;
     while ((key = yyjson_obj_iter_next(&iter))) {
         yyjson_val *value = yyjson_obj_iter_get_val(key);
-        int         which = field_of(key);
+        int which = field_of(key);
         if (which == FIELDS) {
             fst_status status = check_ignored(r, key, value, 3);
             if (status) return status;
@@ -339,9 +338,9 @@ static fst_status read_dtype(reader *r, const field *f, fst_entry *entry) {
  * overflows in some order is refused in every order. */
 static fst_status read_shape(reader *r, const field *f, row *out) {
     if (!yyjson_is_arr(f->value)) return wrong_kind(r, f, "shape", "an array of integers");
-    size_t      ndim = yyjson_arr_size(f->value), i, max;
-    uint64_t    shape[FST_MAX_DIMS], product = 1;
-    int         empty = 0;
+    size_t ndim = yyjson_arr_size(f->value), i, max;
+    uint64_t shape[FST_MAX_DIMS], product = 1;
+    int empty = 0;
     yyjson_val *value;
     yyjson_arr_foreach(f->value, i, max, value) {
         if (i == FST_MAX_DIMS) {
@@ -374,7 +373,7 @@ static fst_status read_offsets(reader *r, const field *f, row *out) {
                         label(r), yyjson_arr_size(f->value));
     }
     yyjson_val *begin = yyjson_arr_get_first(f->value), *end = yyjson_arr_get_last(f->value);
-    fst_status  status = read_number(r, f, "data_offsets", begin, &out->entry.begin);
+    fst_status status = read_number(r, f, "data_offsets", begin, &out->entry.begin);
     if (!status) status = read_number(r, f, "data_offsets", end, &out->entry.end);
     if (status) return status;
     out->begin_at = (uint32_t)value_position(r, f->key, begin);
@@ -384,8 +383,8 @@ static fst_status read_offsets(reader *r, const field *f, row *out) {
 
 static fst_status read_tensor(reader *r, yyjson_val *key, yyjson_val *value, row *out) {
     const char *name = yyjson_get_str(key);
-    size_t      length = yyjson_get_len(key);
-    field       fields[FIELDS] = {{NULL, NULL}};
+    size_t length = yyjson_get_len(key);
+    field fields[FIELDS] = {{NULL, NULL}};
     turn_to(r, name, length);
     out->name_at = (uint32_t)key_position(r, key);
     if (memchr(name, 0, length)) {
@@ -429,8 +428,8 @@ static size_t drop_repeated(fst_string *pairs, text *grouped, size_t count) {
 
 static fst_status merge_repeated(reader *r) {
     fst_header *header = r->header;
-    size_t      count = header->metadata_count;
-    text       *texts = calloc(2 * count + 1, sizeof *texts);
+    size_t count = header->metadata_count;
+    text *texts = calloc(2 * count + 1, sizeof *texts);
     if (!texts) return out_of_memory(r);
     text *grouped = texts + count;
     for (size_t i = 0; i < count; i++) {
@@ -453,7 +452,7 @@ static fst_status read_metadata(reader *r, yyjson_val *key, yyjson_val *value) {
     header->has_metadata = 1;
     header->metadata = allocate(header, 2 * yyjson_obj_size(value) * sizeof *header->metadata);
     if (!header->metadata) return out_of_memory(r);
-    size_t      i, max;
+    size_t i, max;
     yyjson_val *inner_key, *inner;
     yyjson_obj_foreach(value, i, max, inner_key, inner) {
         if (!yyjson_is_str(inner)) {
@@ -464,7 +463,7 @@ static fst_status read_metadata(reader *r, yyjson_val *key, yyjson_val *value) {
         }
         yyjson_val *both[2] = {inner_key, inner};
         for (int part = 0; part < 2; part++) {
-            size_t      length = yyjson_get_len(both[part]);
+            size_t length = yyjson_get_len(both[part]);
             const char *copy = copy_text(header, yyjson_get_str(both[part]), length);
             if (!copy) return out_of_memory(r);
             header->metadata[2 * i + (size_t)part] = (fst_string){copy, length};
@@ -479,14 +478,14 @@ static fst_status read_metadata(reader *r, yyjson_val *key, yyjson_val *value) {
 /* Refuses the earliest name that was there before. */
 static fst_status check_names(reader *r) {
     size_t count = r->header->count;
-    text  *texts = calloc(2 * count + 1, sizeof *texts);
+    text *texts = calloc(2 * count + 1, sizeof *texts);
     if (!texts) return out_of_memory(r);
     text *grouped = texts + count;
     for (size_t i = 0; i < count; i++) {
         texts[i] = make_text(r->rows[i].entry.name, r->rows[i].entry.name_length, i);
     }
     const text *again = NULL, *before = NULL;
-    int         grouped_all = group_texts(texts, grouped, count);
+    int grouped_all = group_texts(texts, grouped, count);
     for (size_t i = 1; grouped_all && i < count; i++) {
         if (!same_text(&grouped[i], &grouped[i - 1]) || (again && again->index < grouped[i].index)) continue;
         again = &grouped[i];
@@ -506,9 +505,9 @@ static fst_status check_names(reader *r) {
 
 /* One tensor's elements and its range say the same. */
 static fst_status check_size(reader *r, const row *in) {
-    const fst_entry   *entry = &in->entry;
-    const char        *dtype = fst_dtype_name(entry->dtype);
-    unsigned           bits = fst_dtype_bits(entry->dtype);
+    const fst_entry *entry = &in->entry;
+    const char *dtype = fst_dtype_name(entry->dtype);
+    unsigned bits = fst_dtype_bits(entry->dtype);
     unsigned long long all_bits, count = in->elements, begin = entry->begin, end = entry->end;
     turn_to(r, entry->name, entry->name_length);
     if (end < begin) {
@@ -518,8 +517,8 @@ static fst_status check_size(reader *r, const row *in) {
     }
     if (__builtin_mul_overflow(count, bits, &all_bits)) {
         return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
-                        "tensor \"%s\": %llu elements of %s are more than 2^64 - 1 bits", label(r),
-                        count, dtype);
+                        "tensor \"%s\": %llu elements of %s are more than 2^64 - 1 bits", label(r), count,
+                        dtype);
     }
     if (all_bits % 8) {
         return fst_fail(r->error, FST_E_SIZE, 0, where_at(r, in->name_at),
@@ -542,7 +541,7 @@ static int compare_rows(const void *left, const void *right) {
 /* Tensors in the order of their data, into the result. Most files have them so already. */
 static fst_status sort_rows(reader *r, const row **order) {
     fst_header *header = r->header;
-    int         sorted = 1;
+    int sorted = 1;
     for (size_t i = 0; i < header->count; i++) {
         order[i] = &r->rows[i];
         sorted &= i == 0 || compare_rows(&order[i - 1], &order[i]) < 0;
@@ -558,15 +557,15 @@ static fst_status wrong_begin(reader *r, const row *in, uint64_t covered) {
     const fst_entry *entry = &in->entry;
     turn_to(r, entry->name, entry->name_length);
     return fst_fail(r->error, FST_E_OFFSETS, 0, where_at(r, in->begin_at),
-                    "tensor \"%s\": its data begins at %llu, %s that before it, which ends at %llu",
-                    label(r), (unsigned long long)entry->begin,
+                    "tensor \"%s\": its data begins at %llu, %s that before it, which ends at %llu", label(r),
+                    (unsigned long long)entry->begin,
                     entry->begin < covered ? "inside" : "leaving a hole after", (unsigned long long)covered);
 }
 
 /* The ranges, one after the other, are the data section. */
 static fst_status check_cover(reader *r, const row *const *order) {
-    const fst_header  *header = r->header;
-    uint64_t           covered = 0;
+    const fst_header *header = r->header;
+    uint64_t covered = 0;
     unsigned long long data = header->file_size - header->data_start;
     for (size_t i = 0; i < header->count; i++) {
         const fst_entry *entry = &order[i]->entry;
@@ -608,7 +607,7 @@ static fst_status read_root(reader *r, yyjson_val *root) {
     r->rows = calloc(yyjson_obj_size(root) + 1, sizeof *r->rows);
     if (!r->rows) return out_of_memory(r);
     yyjson_obj_iter iter = yyjson_obj_iter_with(root);
-    fst_status      status = FST_OK;
+    fst_status status = FST_OK;
     while (!status && (key = yyjson_obj_iter_next(&iter))) {
         yyjson_val *value = yyjson_obj_iter_get_val(key);
         if (!yyjson_equals_strn(key, "__metadata__", 12)) {
@@ -650,7 +649,7 @@ static fst_status read_json(reader *r, char *json, size_t length) {
     if (length == 0) return fst_fail(r->error, FST_E_JSON, 0, where_at(r, 0), "the header is empty: no JSON");
     memset(json + length, 0, YYJSON_PADDING_SIZE);
     yyjson_read_err problem;
-    yyjson_doc     *doc =
+    yyjson_doc *doc =
         yyjson_read_opts(json, length, YYJSON_READ_INSITU | YYJSON_READ_NUMBER_AS_RAW, NULL, &problem);
     if (!doc && problem.code == YYJSON_READ_ERROR_MEMORY_ALLOCATION) return out_of_memory(r);
     if (!doc) {
@@ -680,7 +679,7 @@ fst_status fst_header_parse(char *json, size_t length, uint64_t file_size, const
 fst_status fst_header_length(const unsigned char *first, uint64_t file_size, const char *path, int file,
                              uint64_t *length, fst_error *error) {
     fst_where where = {path, file, 0};
-    uint64_t  value = 0;
+    uint64_t value = 0;
     *length = 0;
     if (file_size < 8) {
         where.offset = (int64_t)file_size;

@@ -20,7 +20,9 @@ uint64_t fst_block_bytes = (uint64_t)256 << 20;
 
 /* ---- Blocks ---------------------------------------------------------------------------------- */
 
-void fst_block_hold(fst_block *block) { atomic_fetch_add_explicit(&block->references, 1, memory_order_relaxed); }
+void fst_block_hold(fst_block *block) {
+    atomic_fetch_add_explicit(&block->references, 1, memory_order_relaxed);
+}
 
 void fst_block_drop(fst_block *block) {
     if (!block || atomic_fetch_sub_explicit(&block->references, 1, memory_order_acq_rel) != 1) return;
@@ -49,16 +51,18 @@ static fst_status block_new(const fst_gpu *gpu, uint64_t nbytes, fst_block **out
 
 /* What a load needs besides the model, all of it gone when the call returns. */
 typedef struct loading {
-    fst_model     *model;
-    fst_error     *error;
-    int           *fds;   /* -1: not open */
-    fst_file_id   *ids;
-    unsigned char *skip;  /* of each tensor of each file: left out */
-    size_t         total; /* tensors in all headers */
-    uint64_t       header_bytes;
+    fst_model *model;
+    fst_error *error;
+    int *fds; /* -1: not open */
+    fst_file_id *ids;
+    unsigned char *skip; /* of each tensor of each file: left out */
+    size_t total;        /* tensors in all headers */
+    uint64_t header_bytes;
 } loading;
 
-static fst_status no_memory(fst_error *error) { return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory"); }
+static fst_status no_memory(fst_error *error) {
+    return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
+}
 
 static const char *file_path(const fst_model *model, size_t file) { return model->paths.files[file]; }
 
@@ -73,8 +77,8 @@ static fst_status read_header(loading *l, size_t file) {
     unsigned char first[8];
     ssize_t got = fst_os_read_all(l->fds[file], first, size < 8 ? (size_t)size : 8, 0);
     if (got < 0) return file_fail(l, file, (int)got, "reading its header");
-    fst_status status = fst_header_length(first, (uint64_t)got < 8 ? (uint64_t)got : size, path, (int)file, &length,
-                                          l->error);
+    fst_status status = fst_header_length(first, (uint64_t)got < 8 ? (uint64_t)got : size, path, (int)file,
+                                          &length, l->error);
     if (status) return status;
     char *json = malloc((size_t)length + 8);
     if (!json) return no_memory(l->error);
@@ -88,7 +92,8 @@ static fst_status read_header(loading *l, size_t file) {
     } else {
         memset(json + length, 0, 8);
         l->header_bytes += 8 + length;
-        status = fst_header_parse(json, (size_t)length, size, path, (int)file, &l->model->headers[file], l->error);
+        status =
+            fst_header_parse(json, (size_t)length, size, path, (int)file, &l->model->headers[file], l->error);
     }
     free(json);
     return status;
@@ -102,8 +107,7 @@ static fst_status open_file(loading *l, size_t file) {
     l->fds[file] = fd;
     int code = fst_os_calls.identify(fd, &l->ids[file], &type);
     if (code < 0) return file_fail(l, file, code, "looking at it");
-    if (type != FST_FILE_REGULAR)
-        return fst_fail(l->error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
+    if (type != FST_FILE_REGULAR) return fst_fail(l->error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
     return read_header(l, file);
 }
 
@@ -162,7 +166,8 @@ static uint64_t hash_name(const fst_model *model, const char *name, size_t lengt
     uint64_t v[4] = {k0 ^ 0x736f6d6570736575u, k1 ^ 0x646f72616e646f6du, k0 ^ 0x6c7967656e657261u,
                      k1 ^ 0x7465646279746573u};
     for (size_t i = 0; i <= length; i++) {
-        word |= (uint64_t)(i < length ? (unsigned char)name[i] : length & 0xFF) << (i == length ? 56 : 8 * (i % 8));
+        word |= (uint64_t)(i < length ? (unsigned char)name[i] : length & 0xFF)
+                << (i == length ? 56 : 8 * (i % 8));
         if (i % 8 != 7 && i != length) continue;
         v[3] ^= word;
         sip_round(v);
@@ -187,7 +192,8 @@ static size_t find_slot(const fst_model *model, const char *name, size_t length)
 static fst_status fill_names(loading *l) {
     fst_model *model = l->model;
     if (getrandom(model->hash_key, sizeof model->hash_key, GRND_NONBLOCK) < 0)
-        model->hash_key[0] = (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
+        model->hash_key[0] =
+            (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
@@ -220,8 +226,10 @@ static fst_status list_tensors(loading *l) {
         for (size_t i = 0; i < header->count; i++) {
             const fst_entry *entry = &header->tensors[i];
             if (*skip++) continue;
-            model->tensors[model->count++] = (fst_model_tensor){
-                .entry = entry, .file = (uint32_t)file, .dtype = entry->dtype, .nbytes = entry->end - entry->begin};
+            model->tensors[model->count++] = (fst_model_tensor){.entry = entry,
+                                                                .file = (uint32_t)file,
+                                                                .dtype = entry->dtype,
+                                                                .nbytes = entry->end - entry->begin};
         }
     }
     model->stats.tensors_ignored = l->total - model->count;
@@ -272,17 +280,18 @@ static fst_status check_unchanged(loading *l) {
         int written = now.size != was->size || now.mtime_ns != was->mtime_ns ||
                       (now.ctime_ns != was->ctime_ns && now.links == was->links);
         if (written || now.inode != was->inode || now.device != was->device)
-            return fst_fail(l->error, FST_E_CHANGED, 0, &where, "the file changed while it was loaded; load it again");
+            return fst_fail(l->error, FST_E_CHANGED, 0, &where,
+                            "the file changed while it was loaded; load it again");
     }
     return FST_OK;
 }
 
 /* What the pipeline needs to allocate blocks while it runs. */
 typedef struct allocation {
-    loading        *l;
+    loading *l;
     const fst_plan *plan;
-    void          **addresses;
-    double          seconds;
+    void **addresses;
+    double seconds;
 } allocation;
 
 static fst_status allocate_block(void *arg, size_t i, fst_error *error) {
@@ -303,7 +312,9 @@ static fst_status allocate_now(allocation *a) {
     const fst_gpu *gpu = a->l->model->gpu;
     uint64_t available = 0, total;
     size_t count = a->plan->blocks_count;
-    if (gpu->calls->memory(gpu, &available, &total) == 0 && available / 2 >= a->plan->bytes_blocks && count > 1) count = 1;
+    if (gpu->calls->memory(gpu, &available, &total) == 0 && available / 2 >= a->plan->bytes_blocks &&
+        count > 1)
+        count = 1;
     for (size_t i = 0; i < count; i++) {
         fst_status status = allocate_block(a, i, a->l->error);
         if (status) return status;
@@ -311,7 +322,8 @@ static fst_status allocate_now(allocation *a) {
     return FST_OK;
 }
 
-static const char *what_limited(const fst_gpu *gpu, const fst_stats *stats, const fst_pipeline_stats *pipeline) {
+static const char *what_limited(const fst_gpu *gpu, const fst_stats *stats,
+                                const fst_pipeline_stats *pipeline) {
     double spread = stats->threads ? 1.0 / stats->threads : 1;
     double waited = pipeline->wait_seconds * spread, read = pipeline->read_seconds * spread;
     double kernels = pipeline->kernel_seconds * spread;
@@ -397,8 +409,8 @@ static fst_status load_data(loading *l, const fst_options *options, double start
     if (!status) {
         fst_plan_options plan_options = {options->cast, facts.slot_bytes,
                                          model->gpu->host_access ? CPU_PLACE : GPU_PLACE, fst_block_bytes};
-        status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count, l->skip,
-                               &plan_options, &plan, l->error);
+        status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
+                               l->skip, &plan_options, &plan, l->error);
     }
     model->stats.open_seconds = fst_os_now() - started - engine_seconds;
     model->stats.allocate_seconds = engine_seconds;
@@ -421,7 +433,8 @@ static fst_status check_options(const char *const *files, const fst_options *giv
     if (!files || !files[0]) return fst_fail(error, FST_E_ARG, 0, NULL, "no files are named");
     if (given) {
         if (given->size < sizeof given->size)
-            return fst_fail(error, FST_E_ARG, 0, NULL, "fst_options.size is not set: begin with FST_OPTIONS_INIT");
+            return fst_fail(error, FST_E_ARG, 0, NULL,
+                            "fst_options.size is not set: begin with FST_OPTIONS_INIT");
         /* A caller built against a newer header may use options that this library does not have. */
         for (size_t i = sizeof *options; i < given->size; i++)
             if (((const unsigned char *)given)[i])
@@ -436,12 +449,13 @@ static fst_status check_options(const char *const *files, const fst_options *giv
     if (options->flags & ~(unsigned)FST_NON_SATURATING)
         return fst_fail(error, FST_E_ARG, 0, NULL, "unknown flags %#x", options->flags);
     if (options->slot_bytes && (options->slot_bytes < 64u << 10 || options->slot_bytes > 64u << 20))
-        return fst_fail(error, FST_E_ARG, 0, NULL, "slots of %zu bytes: want 64 KiB to 64 MiB", options->slot_bytes);
+        return fst_fail(error, FST_E_ARG, 0, NULL, "slots of %zu bytes: want 64 KiB to 64 MiB",
+                        options->slot_bytes);
     return FST_OK;
 }
 
-static fst_status load_or_open(const char *const *files, const fst_options *given, int with_data, fst_model **out,
-                               fst_error *error) {
+static fst_status load_or_open(const char *const *files, const fst_options *given, int with_data,
+                               fst_model **out, fst_error *error) {
     double started = fst_os_now();
     fst_error mine = {.status = FST_OK, .file = -1, .offset = -1};
     fst_options options;
@@ -515,7 +529,8 @@ size_t fst_model_count(const fst_model *model) { return model ? model->count : 0
 fst_status fst_model_at(const fst_model *model, size_t i, fst_tensor *out) {
     if (out) memset(out, 0, sizeof *out);
     if (!model || !out || i >= model->count)
-        return fail_access(FST_E_ARG, "%s: no model, no place for the result, or no such index", "fst_model_at");
+        return fail_access(FST_E_ARG, "%s: no model, no place for the result, or no such index",
+                           "fst_model_at");
     const fst_model_tensor *tensor = &model->tensors[i];
     const fst_entry *entry = tensor->entry;
     out->name = entry->name;
@@ -560,11 +575,13 @@ size_t fst_model_metadata_count(const fst_model *model, size_t file) {
     return model && file < model->paths.count ? model->headers[file].metadata_count : 0;
 }
 
-fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i, fst_string *key, fst_string *value) {
+fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i, fst_string *key,
+                                 fst_string *value) {
     if (key) *key = (fst_string){NULL, 0};
     if (value) *value = (fst_string){NULL, 0};
     if (!key || !value || i >= fst_model_metadata_count(model, file))
-        return fail_access(FST_E_ARG, "%s: no such file or pair, or no place for it", "fst_model_metadata_at");
+        return fail_access(FST_E_ARG, "%s: no such file or pair, or no place for it",
+                           "fst_model_metadata_at");
     *key = model->headers[file].metadata[2 * i];
     *value = model->headers[file].metadata[2 * i + 1];
     return FST_OK;
@@ -572,7 +589,8 @@ fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i, 
 
 fst_status fst_model_stats(const fst_model *model, fst_stats *out) {
     if (!model || !out || out->size < sizeof out->size)
-        return fail_access(FST_E_ARG, "%s: no model, or the size of the statistics is not set", "fst_model_stats");
+        return fail_access(FST_E_ARG, "%s: no model, or the size of the statistics is not set",
+                           "fst_model_stats");
     size_t size = out->size;
     size_t known = size < sizeof model->stats ? size : sizeof model->stats;
     memset(out, 0, size);

@@ -70,7 +70,7 @@ static int os_unlink(const char *path) { return unlink(path) ? -errno : 0; }
 
 /* Names one after the other, each with its NUL. */
 typedef struct name_buffer {
-    char  *text;
+    char *text;
     size_t used, room, count;
 } name_buffer;
 
@@ -159,8 +159,8 @@ static int os_create_temporary(const char *path, char *name, size_t size) {
         char letters[7];
         int rc = random_letters(letters, 6);
         if (rc) return rc;
-        int length = snprintf(name, size, "%.*s.%.*s.fst-%s", (int)directory, path, TEMPORARY_BASE, base,
-                              letters);
+        int length =
+            snprintf(name, size, "%.*s.%.*s.fst-%s", (int)directory, path, TEMPORARY_BASE, base, letters);
         if (length < 0 || (size_t)length >= size) return -ENAMETOOLONG;
         /* Not mkstemp: it makes files that only their owner may read. The umask decides. */
         int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);

@@ -17,7 +17,7 @@
 typedef struct memory_block {
     struct memory_block *next;
     size_t used, size;
-    char   data[];
+    char data[];
 } memory_block;
 
 static char *take(fst_paths *paths, size_t size) {
@@ -96,10 +96,13 @@ static int ends_with(const char *text, const char *end) {
 
 typedef struct index_file {
     const char *path;
-    size_t      directory; /* bytes of path up to its last '/', with it */
+    size_t directory; /* bytes of path up to its last '/', with it */
     yyjson_doc *doc;
-    size_t      count;
-    struct index_item { const char *name, *file; size_t length; } *items;
+    size_t count;
+    struct index_item {
+        const char *name, *file;
+        size_t length;
+    } * items;
 } index_file;
 
 static fst_status index_wrong(const index_file *index, int64_t offset, fst_error *error, const char *what) {

@@ -15,7 +15,7 @@
 #define PAGE 4096u
 #define SLOTS_PER_THREAD 2u
 #define MAX_THREADS 64u
-#define MAX_IDLE 2u                 /* engines kept for the next load */
+#define MAX_IDLE 2u                  /* engines kept for the next load */
 #define MAX_RING ((size_t)256 << 20) /* bytes of slots, unless more is asked for in so many words */
 #define MIN_SLOT ((size_t)64 << 10)
 #define PROGRESS_SECONDS 0.05
@@ -31,44 +31,44 @@ typedef struct slot {
     unsigned char *bounce;  /* host memory, pinned when the device wants that */
     unsigned char *staging; /* its counterpart on the device */
     fst_event started, copied, converted;
-    int      busy;          /* its copies were queued and not waited for */
-    uint64_t nbytes;        /* of the chunk in it */
+    int busy;        /* its copies were queued and not waited for */
+    uint64_t nbytes; /* of the chunk in it */
 } slot;
 
 typedef struct worker {
     fst_engine *engine;
-    pthread_t   thread;
-    fst_stream  stream;
-    slot        slots[SLOTS_PER_THREAD];
+    pthread_t thread;
+    fst_stream stream;
+    slot slots[SLOTS_PER_THREAD];
     fst_pipeline_stats stats;
 } worker;
 
 struct fst_engine {
     const fst_gpu *gpu;
-    fst_engine    *next;          /* in the list of idle ones */
-    pid_t          process;       /* threads do not survive a fork */
-    unsigned       threads_count; /* workers whose thread runs */
+    fst_engine *next;       /* in the list of idle ones */
+    pid_t process;          /* threads do not survive a fork */
+    unsigned threads_count; /* workers whose thread runs */
     fst_engine_facts facts;
-    size_t         slot_room;     /* bytes between the starts of two slots */
+    size_t slot_room; /* bytes between the starts of two slots */
     unsigned char *ring;
-    size_t         ring_bytes;
-    int            pinned;
-    void          *staging;
-    worker        *workers;
+    size_t ring_bytes;
+    int pinned;
+    void *staging;
+    worker *workers;
 
     pthread_mutex_t lock;
-    pthread_cond_t  wake;         /* workers: a job, or the end */
-    pthread_cond_t  done;         /* the caller: all workers are idle */
-    pthread_cond_t  allocated;    /* workers: one more block is there, or none will come */
-    atomic_size_t   blocks_ready; /* of the job's blocks */
-    int             quit;
-    unsigned        generation;   /* counts jobs */
-    unsigned        running;      /* workers at the job, or, at first, at touching their slots */
+    pthread_cond_t wake;        /* workers: a job, or the end */
+    pthread_cond_t done;        /* the caller: all workers are idle */
+    pthread_cond_t allocated;   /* workers: one more block is there, or none will come */
+    atomic_size_t blocks_ready; /* of the job's blocks */
+    int quit;
+    unsigned generation; /* counts jobs */
+    unsigned running;    /* workers at the job, or, at first, at touching their slots */
     const fst_load_job *job;
-    fst_error      *error;        /* of the job; written by the first who fails */
+    fst_error *error; /* of the job; written by the first who fails */
 
-    atomic_size_t   next_chunk;
-    atomic_int      stop;         /* nothing new is begun */
+    atomic_size_t next_chunk;
+    atomic_int stop; /* nothing new is begun */
     atomic_uint_fast64_t bytes_done;
 };
 
@@ -183,7 +183,7 @@ static int drain_slot(worker *w, slot *s) {
 
 /* The jobs of one pair of dtypes among a chunk's CONVERT pieces. */
 typedef struct job_list {
-    int      src_dtype, dst_dtype;
+    int src_dtype, dst_dtype;
     uint32_t count;
     uint64_t tiles;
 } job_list;
@@ -191,7 +191,8 @@ typedef struct job_list {
 #define MAX_PAIRS 64u /* kept dtypes and casts to one target: at most twice the dtypes there are */
 
 /* The next of a chunk's CONVERT pieces, UINT32_MAX behind the last. *run and *i start as 0. */
-static uint32_t next_convert_piece(const fst_plan *plan, const fst_plan_chunk *chunk, uint32_t *run, uint32_t *i) {
+static uint32_t next_convert_piece(const fst_plan *plan, const fst_plan_chunk *chunk, uint32_t *run,
+                                   uint32_t *i) {
     while (*run < chunk->runs) {
         const fst_plan_run *r = &plan->runs[chunk->first_run + *run];
         if (r->kind == FST_RUN_CONVERT && *i < r->pieces) return r->first_piece + (*i)++;
@@ -252,7 +253,8 @@ static int convert_batched(worker *w, const fst_load_job *job, const job_list *l
 }
 
 /* Queues the copies and kernels of a chunk that was read into the slot. 0 or a code; *what says of what. */
-static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, slot *s, const char **what) {
+static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, slot *s,
+                       const char **what) {
     const fst_gpu *gpu = w->engine->gpu;
     const fst_plan *plan = job->plan;
     size_t shift = chunk->offset % PAGE; /* the slot keeps the file's alignment to pages */
@@ -288,7 +290,8 @@ static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk 
     if (code) return code;
     *what = "a kernel's launch";
     if (lists_count) {
-        code = convert_batched(w, job, lists, lists_count, (const fst_batch_job *)(const void *)(staged + jobs_at));
+        code = convert_batched(w, job, lists, lists_count,
+                               (const fst_batch_job *)(const void *)(staged + jobs_at));
     } else {
         uint32_t run = 0, i = 0, piece;
         while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
@@ -458,7 +461,8 @@ static fst_status start_threads(fst_engine *engine, fst_error *error) {
         if (code == 0) engine->threads_count++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return code ? fst_fail(error, FST_E_MEMORY, code, NULL, "starting a reader thread: %s", strerror(code)) : FST_OK;
+    return code ? fst_fail(error, FST_E_MEMORY, code, NULL, "starting a reader thread: %s", strerror(code))
+                : FST_OK;
 }
 
 static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_bytes, fst_engine **out,
@@ -473,7 +477,8 @@ static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_b
     pthread_cond_init(&engine->allocated, NULL);
     engine->gpu = gpu;
     engine->process = getpid();
-    engine->facts = (fst_engine_facts){.threads = threads, .slots = threads * slots, .slot_bytes = slot_bytes};
+    engine->facts =
+        (fst_engine_facts){.threads = threads, .slots = threads * slots, .slot_bytes = slot_bytes};
     /* A page before and behind the chunk, because it keeps the file's alignment, and its jobs. */
     engine->slot_room = slot_bytes + slot_bytes / 8 + 2 * PAGE;
     engine->ring_bytes = engine->slot_room * engine->facts.slots;
@@ -481,14 +486,17 @@ static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_b
     engine->ring = fst_os_calls.map(engine->ring_bytes);
     fst_status status = FST_OK;
     if (!engine->workers || !engine->ring)
-        status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes", engine->ring_bytes);
+        status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes",
+                          engine->ring_bytes);
     for (unsigned i = 0; i < threads && !status; i++) {
         worker *w = &engine->workers[i];
         w->engine = engine;
-        for (unsigned k = 0; k < slots; k++) w->slots[k].bounce = engine->ring + engine->slot_room * (i * slots + k);
+        for (unsigned k = 0; k < slots; k++)
+            w->slots[k].bounce = engine->ring + engine->slot_room * (i * slots + k);
     }
     if (!status) status = start_threads(engine, error); /* they touch the ring while streams are made */
-    for (unsigned i = 0; i < threads && !status; i++) status = make_stream(engine, &engine->workers[i], error);
+    for (unsigned i = 0; i < threads && !status; i++)
+        status = make_stream(engine, &engine->workers[i], error);
     if (!status) pin_ring(engine);
     if (status) {
         engine_free(engine);
@@ -508,7 +516,8 @@ static fst_engine *take_idle(const fst_gpu *gpu, unsigned threads, size_t slot_b
             *at = engine->next;
             continue;
         }
-        if (engine->gpu == gpu && engine->facts.threads == threads && engine->facts.slot_bytes == slot_bytes) {
+        if (engine->gpu == gpu && engine->facts.threads == threads &&
+            engine->facts.slot_bytes == slot_bytes) {
             *at = engine->next;
             found = engine;
             break;

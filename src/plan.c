@@ -45,9 +45,10 @@ static fst_status choose_dtype(planner *p, const fst_entry *entry, uint32_t file
     *dtype = entry->dtype;
     if (p->options->cast == FST_NATIVE || !fst_dtype_is_castable(entry->dtype)) return FST_OK;
     if (!fst_kernels_have((int)entry->dtype, (int)p->options->cast))
-        return fst_fail(p->error, FST_E_NO_CAST, 0, &where,
-                        "tensor \"%s\" is %s, which no kernel casts to %s; load it as stored, or leave it out",
-                        entry->name, fst_dtype_name(entry->dtype), fst_dtype_name(p->options->cast));
+        return fst_fail(
+            p->error, FST_E_NO_CAST, 0, &where,
+            "tensor \"%s\" is %s, which no kernel casts to %s; load it as stored, or leave it out",
+            entry->name, fst_dtype_name(entry->dtype), fst_dtype_name(p->options->cast));
     *dtype = p->options->cast;
     return FST_OK;
 }
@@ -99,7 +100,8 @@ static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece 
     fst_plan *plan = p->plan;
     fst_plan_run *run = p->open->runs ? &plan->runs[plan->runs_count - 1] : NULL;
     if (!run || kind == FST_RUN_PLACE || run->kind != kind) {
-        if (!room(&plan->runs, plan->runs_count, &p->runs_room, sizeof *plan->runs)) return no_memory(p->error);
+        if (!room(&plan->runs, plan->runs_count, &p->runs_room, sizeof *plan->runs))
+            return no_memory(p->error);
         run = &plan->runs[plan->runs_count++];
         *run = (fst_plan_run){kind, (uint32_t)plan->pieces_count, 0, piece->chunk_offset, 0};
         p->open->runs++;
@@ -147,8 +149,8 @@ static fst_status add_tensor(planner *p, uint32_t index, const fst_entry *entry)
             .count = take * 8 / bits,
         };
         int kept = tensor->dtype == entry->dtype;
-        fst_status status = add_piece(
-            p, kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT, &piece);
+        fst_status status =
+            add_piece(p, kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT, &piece);
         if (status) return status;
         done += take;
     }

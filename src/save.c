@@ -21,9 +21,9 @@
 
 /* Grows as needed. `failed` once memory ran out: then nothing is added any more. */
 typedef struct text_buffer {
-    char  *data;
+    char *data;
     size_t used, room;
-    int    failed;
+    int failed;
 } text_buffer;
 
 static void put(text_buffer *text, const char *data, size_t size) {
@@ -198,12 +198,12 @@ static fst_status make_header(const fst_model *model, const char *path, text_buf
 
 typedef struct writer {
     const fst_model *model;
-    const char      *path;
+    const char *path;
     fst_save_options options;
-    fst_error       *error;
-    int              fd;
-    uint64_t         offset, total; /* bytes of the file: written, in all */
-    double           started, told;
+    fst_error *error;
+    int fd;
+    uint64_t offset, total; /* bytes of the file: written, in all */
+    double started, told;
 } writer;
 
 static fst_status write_failed(const writer *w, const char *what, int code) {
@@ -239,7 +239,7 @@ static fst_status write_piece(writer *w, const void *data, size_t size) {
 
 /* Where the next byte of data comes from. */
 typedef struct cursor {
-    size_t   tensor;
+    size_t tensor;
     uint64_t offset;
 } cursor;
 
@@ -267,10 +267,10 @@ static fst_status write_from_host(writer *w) {
 }
 
 typedef struct bounce {
-    void     *memory;
-    int       pinned;
+    void *memory;
+    int pinned;
     fst_event filled;
-    size_t    used;
+    size_t used;
 } bounce;
 
 static fst_status gpu_failed(const writer *w, int code, const char *what) {

@@ -16,13 +16,13 @@ const char *fst_version(void) {
 
 #define NAME(status) [status] = #status
 static const char *const names[] = {
-    NAME(FST_OK),          NAME(FST_E_ARG),      NAME(FST_E_MEMORY),        NAME(FST_E_IO),
-    NAME(FST_E_FILE_TYPE), NAME(FST_E_TRUNCATED), NAME(FST_E_HEADER_SIZE),  NAME(FST_E_UTF8),
-    NAME(FST_E_JSON),      NAME(FST_E_HEADER),   NAME(FST_E_DTYPE),         NAME(FST_E_SHAPE),
-    NAME(FST_E_SIZE),      NAME(FST_E_OFFSETS),  NAME(FST_E_NAME),          NAME(FST_E_DUPLICATE),
-    NAME(FST_E_INDEX),     NAME(FST_E_CHANGED),  NAME(FST_E_NOT_FOUND),     NAME(FST_E_NO_CAST),
-    NAME(FST_E_NO_DEVICE), NAME(FST_E_DEVICE),   NAME(FST_E_DEVICE_MEMORY), NAME(FST_E_CANCELLED),
-    NAME(FST_E_CONFLICT),  NAME(FST_E_NO_DATA),  NAME(FST_E_DLPACK),
+    NAME(FST_OK),          NAME(FST_E_ARG),       NAME(FST_E_MEMORY),        NAME(FST_E_IO),
+    NAME(FST_E_FILE_TYPE), NAME(FST_E_TRUNCATED), NAME(FST_E_HEADER_SIZE),   NAME(FST_E_UTF8),
+    NAME(FST_E_JSON),      NAME(FST_E_HEADER),    NAME(FST_E_DTYPE),         NAME(FST_E_SHAPE),
+    NAME(FST_E_SIZE),      NAME(FST_E_OFFSETS),   NAME(FST_E_NAME),          NAME(FST_E_DUPLICATE),
+    NAME(FST_E_INDEX),     NAME(FST_E_CHANGED),   NAME(FST_E_NOT_FOUND),     NAME(FST_E_NO_CAST),
+    NAME(FST_E_NO_DEVICE), NAME(FST_E_DEVICE),    NAME(FST_E_DEVICE_MEMORY), NAME(FST_E_CANCELLED),
+    NAME(FST_E_CONFLICT),  NAME(FST_E_NO_DATA),   NAME(FST_E_DLPACK),
 };
 _Static_assert(sizeof names / sizeof *names == FST_STATUS_COUNT, "a status has no name");
 
@@ -55,7 +55,7 @@ const char *fst_escape(char *out, size_t size, const char *text, size_t length) 
     size_t used = 0, cut = 0; /* cut: the last border that leaves room for "..." */
     if (size == 0) return out;
     for (size_t i = 0; i < length;) {
-        char   unit[4];
+        char unit[4];
         size_t taken = fst_utf8_character(bytes + i, length - i), put = taken;
         if (taken == 0 || is_control(bytes + i, taken)) {
             taken = 1;
@@ -87,10 +87,10 @@ static void copy_path(char *out, size_t size, const char *path) {
     snprintf(out, size, "%s", path);
 }
 
-fst_status fst_fail(fst_error *error, fst_status status, int code, const fst_where *where,
-                    const char *format, ...) {
+fst_status fst_fail(fst_error *error, fst_status status, int code, const fst_where *where, const char *format,
+                    ...) {
     if (!error) return status;
-    char    raw[sizeof error->text + 16]; /* what does not fit here would not fit escaped either */
+    char raw[sizeof error->text + 16]; /* what does not fit here would not fit escaped either */
     va_list args;
     va_start(args, format);
     int length = vsnprintf(raw, sizeof raw, format, args);

@@ -24,7 +24,7 @@ extern char **environ;
 
 /* ---- Running it ------------------------------------------------------------------------------ */
 
-static char   out[1 << 20], err[1 << 14];
+static char out[1 << 20], err[1 << 14];
 static size_t out_size;
 
 static size_t read_text(const char *path, char *text, size_t room) {
@@ -347,8 +347,8 @@ TEST(cli, fifo_does_not_hang) {
 
 TEST(cli, load_prints_what_it_did) {
     check_good(RUN("load", "--device", "cpu", small_file()));
-    static const char *const lines[] = {"device   cpu (", "\nfiles    1\n", "\ntensors  2\n", "\nread     ",
-                                        "\nresult   29 bytes\n", "\nmemory   "};
+    static const char *const lines[] = {"device   cpu (", "\nfiles    1\n",        "\ntensors  2\n",
+                                        "\nread     ",    "\nresult   29 bytes\n", "\nmemory   "};
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
         if (!strstr(out, lines[i])) test_fail(__FILE__, __LINE__, "no \"%s\" in: %s", lines[i], out);
 }
@@ -535,8 +535,8 @@ TEST(cli, reader_of_standard_output_is_gone) {
 
 /* What a terminal got so far; reads until `want` has appeared, or the other side is closed. */
 typedef struct terminal {
-    int    fd;
-    char   text[1 << 16];
+    int fd;
+    char text[1 << 16];
     size_t used;
 } terminal;
 
@@ -577,8 +577,9 @@ static void check_interrupted(int signal, int want) {
     CHECK_INT(0, mkdir(test_path("d"), 0700));
     support_write(test_path("d/out"), "old", 3);
     sparse_file("in", "F64", SLOW_SHAPE, SLOW_BYTES);
-    pid_t child = spawn_on_terminal(&t, 80, ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o",
-                                                 test_path("d/out"), test_path("in")));
+    pid_t child = spawn_on_terminal(
+        &t, 80,
+        ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o", test_path("d/out"), test_path("in")));
     int drawn = read_terminal(&t, "%"); /* it is in the middle of the load */
     kill(child, signal);
     read_terminal(&t, NULL);

@@ -39,7 +39,8 @@ static const char *write_mixed(void) {
     }
     for (int i = 0; i < MANY; i++) {
         sprintf(names[i], "small.%d", i);
-        tensors[8 + i] = (support_tensor){names[i], dtypes[i % 8], "[3,5]", noise + 64 * i, 15u * bytes[i % 8]};
+        tensors[8 + i] =
+            (support_tensor){names[i], dtypes[i % 8], "[3,5]", noise + 64 * i, 15u * bytes[i % 8]};
     }
     support_checkpoint(path, NULL, tensors, 8 + MANY, 5);
     return path;

@@ -58,10 +58,10 @@ static fst_block *new_block(const fst_gpu *gpu, uint64_t nbytes) {
 }
 
 typedef struct {
-    fst_model        model;
-    fst_entry        entry;
+    fst_model model;
+    fst_entry entry;
     fst_model_tensor tensor;
-    char            *files[2];
+    char *files[2];
 } one_tensor;
 
 /* `block` NULL: as fst_open leaves it. */
@@ -71,8 +71,12 @@ static fst_model *hand_built(one_tensor *it, const fst_gpu *gpu, fst_block *bloc
     uint64_t bits = fst_dtype_bits(dtype);
     for (size_t d = 0; d < ndim; d++) bits *= shape[d];
     *it = (one_tensor){.files = {path, NULL}};
-    it->entry = (fst_entry){.name = "w", .name_length = 1, .ndim = (uint32_t)ndim, .shape = shape,
-                            .dtype = dtype, .end = bits / 8};
+    it->entry = (fst_entry){.name = "w",
+                            .name_length = 1,
+                            .ndim = (uint32_t)ndim,
+                            .shape = shape,
+                            .dtype = dtype,
+                            .end = bits / 8};
     it->tensor = (fst_model_tensor){.entry = &it->entry, .dtype = dtype, .block = block, .nbytes = bits / 8};
     it->model.paths.count = 1;
     it->model.paths.files = it->files;
@@ -94,7 +98,8 @@ static fst_status export_one(fst_dtype dtype, size_t ndim, const uint64_t *shape
     return status;
 }
 
-#define SHAPE(...) sizeof((const uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t), (const uint64_t[]){__VA_ARGS__}
+#define SHAPE(...) \
+    sizeof((const uint64_t[]){__VA_ARGS__}) / sizeof(uint64_t), (const uint64_t[]) { __VA_ARGS__ }
 
 static void check_extents(const DLTensor *tensor, int32_t ndim, const int64_t *shape,
                           const int64_t *strides) {
@@ -117,8 +122,8 @@ static void delete_and_count(DLManagedTensorVersioned *managed) {
 /* dlpack.h's own names, and the widths that it and PyTorch ask for. */
 static const struct {
     fst_dtype dtype;
-    uint8_t   code, bits;
-    uint16_t  lanes;
+    uint8_t code, bits;
+    uint16_t lanes;
 } expected_types[] = {
     {FST_BOOL, kDLBool, 8, 1},
     {FST_F4, kDLFloat4_e2m1fn, 4, 2},

@@ -9,9 +9,9 @@
 
 /* As in safetensors 0.8 and dlpack.h. */
 static const struct known {
-    fst_dtype   dtype;
+    fst_dtype dtype;
     const char *name;
-    unsigned    bits, code;
+    unsigned bits, code;
 } known[] = {
     {FST_BOOL, "BOOL", 8, kDLBool},
     {FST_F4, "F4", 4, kDLFloat4_e2m1fn},
@@ -42,7 +42,7 @@ static const fst_dtype outside[] = {(fst_dtype)-1, FST_DTYPE_COUNT, (fst_dtype)1
 enum { OUTSIDE = sizeof outside / sizeof *outside };
 
 static int is_kept(fst_dtype dtype) {
-    static const fst_dtype kept[] = {FST_BOOL, FST_U8,  FST_I8,  FST_I16, FST_U16, FST_I32,
+    static const fst_dtype kept[] = {FST_BOOL, FST_U8,  FST_I8,  FST_I16, FST_U16,    FST_I32,
                                      FST_U32,  FST_I64, FST_U64, FST_C64, FST_F8_E8M0};
     for (size_t i = 0; i < sizeof kept / sizeof *kept; i++) {
         if (kept[i] == dtype) return 1;
@@ -85,8 +85,8 @@ TEST(dtype, from_name_in_any_case) {
 }
 
 TEST(dtype, from_name_unknown) {
-    static const char *const unknown[] = {"", "BF", "BF160", "BF16 ", " BF16",
-                                          "float16", "NATIVE", "F8_E4M3FN"};
+    static const char *const unknown[] = {"",      "BF",      "BF160",  "BF16 ",
+                                          " BF16", "float16", "NATIVE", "F8_E4M3FN"};
     for (size_t i = 0; i < sizeof unknown / sizeof *unknown; i++) {
         CHECK_INT(FST_NATIVE, fst_dtype_from_name(unknown[i]));
     }

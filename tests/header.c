@@ -62,10 +62,10 @@ static char *unquote(const char *text, size_t *length, range *marks) {
 
 static void refused(fst_status want, const char *text, uint64_t data) {
     fst_header out;
-    fst_error  error;
-    size_t     length;
-    range      marks;
-    char      *json = unquote(text, &length, &marks);
+    fst_error error;
+    size_t length;
+    range marks;
+    char *json = unquote(text, &length, &marks);
     fst_status got = parse_bytes(json, length, data, &out, &error);
     free(json);
     CHECK_STR(fst_status_name(want), fst_status_name(got));
@@ -76,7 +76,7 @@ static void refused(fst_status want, const char *text, uint64_t data) {
 /* The same for bytes that a C string cannot hold or must hold as they are; `at` counts in the JSON. */
 static void refused_bytes(fst_status want, const char *json, size_t length, uint64_t data, int64_t at) {
     fst_header out;
-    fst_error  error;
+    fst_error error;
     CHECK_STR(fst_status_name(want), fst_status_name(parse_bytes(json, length, data, &out, &error)));
     check_refusal(&out, &error, want, (range){8 + at, 8 + at});
 }
@@ -84,10 +84,10 @@ static void refused_bytes(fst_status want, const char *json, size_t length, uint
 /* The caller frees the result. */
 static fst_header accepted(const char *text, uint64_t data) {
     fst_header out;
-    fst_error  error;
-    size_t     length;
-    range      marks;
-    char      *json = unquote(text, &length, &marks);
+    fst_error error;
+    size_t length;
+    range marks;
+    char *json = unquote(text, &length, &marks);
     fst_status got = parse_bytes(json, length, data, &out, &error);
     free(json);
     if (got) {
@@ -136,7 +136,7 @@ static void check_entry(const fst_entry *entry, const char *name, fst_dtype dtyp
 
 static void check_length(fst_status want, const char *first, uint64_t size, int64_t offset) {
     fst_error error;
-    uint64_t  length = 99;
+    uint64_t length = 99;
     CHECK_INT(want,
               fst_header_length((const unsigned char *)first, size, "a.safetensors", 1, &length, &error));
     CHECK_INT(0, length);
@@ -174,8 +174,8 @@ TEST(header, length_little_endian) {
 }
 TEST(header, longer_than_file) {
     fst_header out;
-    fst_error  error;
-    char       json[16] = "{}";
+    fst_error error;
+    char json[16] = "{}";
     CHECK_INT(FST_E_TRUNCATED, fst_header_parse(json, 2, 9, "model.safetensors", 3, &out, &error));
     check_refusal(&out, &error, FST_E_TRUNCATED, (range){9, 9});
 }
@@ -184,7 +184,7 @@ TEST(header, longer_than_file) {
 
 static void refused_utf8(const char *bytes) {
     char text[256];
-    int  length = snprintf(text, sizeof text, "{\"a\":{\"x\":\"%s\"}}", bytes);
+    int length = snprintf(text, sizeof text, "{\"a\":{\"x\":\"%s\"}}", bytes);
     refused_bytes(FST_E_UTF8, text, (size_t)length, 1, 11);
 }
 
@@ -305,7 +305,7 @@ TEST(header, depth_beyond_any_stack) {
     static const char head[] = "{\"a\":{\"x\":";
     static const char tail[] = ",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}";
     size_t length = sizeof head - 1 + 2 * LEVELS + sizeof tail - 1;
-    char  *json = malloc(length + 1);
+    char *json = malloc(length + 1);
     CHECK(json != NULL);
     memcpy(json, head, sizeof head - 1);
     memset(json + sizeof head - 1, '[', LEVELS);
@@ -422,7 +422,7 @@ TEST(header, name_twice_earliest_is_told) {
 }
 TEST(header, name_twice_among_many) {
     enum { MANY = 3000 };
-    char  *json = malloc(MANY * 80), *end = json;
+    char *json = malloc(MANY * 80), *end = json;
     size_t second = 0;
     CHECK(json != NULL);
     for (int i = 0; i < MANY; i++) {
@@ -446,15 +446,15 @@ TEST(header, name_empty) {
 }
 TEST(header, name_escaped_in_text) {
     fst_header out;
-    fst_error  error;
+    fst_error error;
     const char json[] = "{\"a\\u001b\\n\":null}";
     CHECK_INT(FST_E_HEADER, parse_bytes(json, sizeof json - 1, 0, &out, &error));
     CHECK(strstr(error.text, "\"a\\x1B\\n\"") != NULL);
 }
 TEST(header, name_long_is_cut_in_text) {
     fst_header out;
-    fst_error  error;
-    char       json[3000] = "{\"", *end = json + 2;
+    fst_error error;
+    char json[3000] = "{\"", *end = json + 2;
     memset(end, 'n', 2000);
     strcpy(end + 2000, "\":null}");
     CHECK_INT(FST_E_HEADER, parse_bytes(json, strlen(json), 0, &out, &error));
@@ -488,7 +488,7 @@ TEST(header, dtype_as_map) {
 }
 TEST(header, dtype_all_known) {
     for (int i = FST_NATIVE + 1; i < FST_DTYPE_COUNT; i++) {
-        char     text[256];
+        char text[256];
         unsigned bytes = fst_dtype_bits((fst_dtype)i);
         snprintf(text, sizeof text, "{'a':{'dtype':'%s','shape':[4,2],'data_offsets':[0,%u]}}",
                  fst_dtype_name((fst_dtype)i), bytes);
@@ -784,7 +784,7 @@ TEST(header, metadata_with_nul) {
 
 TEST(header, result_tells_places) {
     static const char json[] = "{\"a\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[0,2]}}   ";
-    fst_header        out;
+    fst_header out;
     CHECK_INT(FST_OK, parse_bytes(json, sizeof json - 1, 2, &out, NULL));
     CHECK_INT(8 + sizeof json - 1, out.data_start);
     CHECK_INT(8 + sizeof json - 1 + 2, out.file_size);

@@ -183,7 +183,8 @@ TEST(load, from_several_threads_at_once) {
     pthread_t threads[4];
     void *failed;
     mixed_file(path, 0);
-    for (int i = 0; i < 4; i++) CHECK_INT(0, pthread_create(&threads[i], NULL, load_in_thread, (void *)(uintptr_t)path));
+    for (int i = 0; i < 4; i++)
+        CHECK_INT(0, pthread_create(&threads[i], NULL, load_in_thread, (void *)(uintptr_t)path));
     for (int i = 0; i < 4; i++) {
         pthread_join(threads[i], &failed);
         CHECK(failed == NULL);
@@ -231,7 +232,10 @@ TEST(load, statistics_add_up) {
 TEST(load, statistics_of_an_older_caller) {
     const char *path = test_path("mixed.safetensors");
     fst_options options = options_for(FST_DEVICE_CPU);
-    struct { size_t size; uint64_t bytes_read, canary; } old = {16, 0, 77};
+    struct {
+        size_t size;
+        uint64_t bytes_read, canary;
+    } old = {16, 0, 77};
     fst_model *model;
     mixed_file(path, 0);
     CHECK_INT(FST_OK, fst_load(list(path), &options, &model, NULL));
@@ -250,8 +254,7 @@ TEST(load, auto_without_a_gpu_says_why) {
     CHECK_INT(FST_OK, fst_model_stats(model, &stats));
     if (strcmp(stats.device, "cpu") == 0)
         CHECK(strstr(stats.device_reason, "no GPU works (hip: ") && strstr(stats.device_reason, "cuda: "));
-    else
-        CHECK(strstr(stats.device_reason, "the first GPU that works"));
+    else CHECK(strstr(stats.device_reason, "the first GPU that works"));
     fst_model_free(model);
 }
 
@@ -436,7 +439,8 @@ TEST(load, a_read_error_names_file_byte_and_tensor) {
     fst_options options = options_for(FST_DEVICE_CPU);
     fst_model *model;
     fst_error error;
-    size_t start = support_checkpoint(path, NULL, &(support_tensor){"the.tensor", "U8", "[3]", "abc", 3}, 1, 0);
+    size_t start =
+        support_checkpoint(path, NULL, &(support_tensor){"the.tensor", "U8", "[3]", "abc", 3}, 1, 0);
     fake_os_begin(&(fake_os_options){0});
     CHECK_INT(FST_OK, fst_load(list(path), &options, &model, &error));
     int calls = fake_os_calls();
@@ -728,7 +732,10 @@ TEST(load, arguments_that_are_wrong) {
     static const char *const none[] = {NULL};
     fst_options options = options_for(FST_DEVICE_CPU);
     fst_model *model = (fst_model *)(void *)&options;
-    struct { fst_options known; int newer; } larger = {options, 1};
+    struct {
+        fst_options known;
+        int newer;
+    } larger = {options, 1};
     CHECK_INT(FST_E_ARG, fst_load(NULL, &options, &model, NULL));
     CHECK(model == NULL);
     CHECK_INT(FST_E_ARG, fst_load(none, &options, &model, NULL));

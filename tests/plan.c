@@ -15,9 +15,9 @@ static const char *const paths[] = {"a.safetensors", "b.safetensors"};
 /* A header made by hand: tensors of one dimension, one behind the other. */
 typedef struct maker {
     fst_header header;
-    fst_entry  entries[4096];
-    uint64_t   shapes[4096];
-    char       names[4096][8];
+    fst_entry entries[4096];
+    uint64_t shapes[4096];
+    char names[4096][8];
 } maker;
 
 static maker *maker_new(uint64_t data_start) {
@@ -33,13 +33,15 @@ static void add(maker *m, fst_dtype dtype, uint64_t count) {
     uint64_t begin = i ? m->entries[i - 1].end : 0;
     for (int k = 6; k >= 0; k--) m->names[i][6 - k] = (char)('a' + (i >> (4 * k) & 15));
     m->shapes[i] = count;
-    m->entries[i] = (fst_entry){m->names[i], 7, 1, &m->shapes[i], dtype, begin, begin + fst_dtype_bytes(dtype, count)};
+    m->entries[i] =
+        (fst_entry){m->names[i], 7, 1, &m->shapes[i], dtype, begin, begin + fst_dtype_bytes(dtype, count)};
     m->header.file_size = m->header.data_start + m->entries[i].end;
 }
 
 static const fst_plan_options plain = {FST_NATIVE, 4 * MIB, MIB / 4, 1024 * MIB};
 
-static fst_status make(const fst_header *headers, size_t files, const fst_plan_options *options, fst_plan *plan) {
+static fst_status make(const fst_header *headers, size_t files, const fst_plan_options *options,
+                       fst_plan *plan) {
     fst_error error;
     return fst_plan_make(headers, paths, files, NULL, options, plan, &error);
 }
@@ -158,7 +160,8 @@ TEST(plan, a_chunk_has_room_for_its_jobs) {
     CHECK_INT(FST_OK, make(&m->header, 1, &options, &plan));
     check_plan(&plan, &m->header, &options);
     CHECK(plan.chunks_count > 1);
-    for (size_t i = 0; i < plan.chunks_count; i++) CHECK(plan.chunks[i].jobs_bytes <= options.chunk_bytes / 8);
+    for (size_t i = 0; i < plan.chunks_count; i++)
+        CHECK(plan.chunks[i].jobs_bytes <= options.chunk_bytes / 8);
     fst_plan_free(&plan);
     free(m);
 }
@@ -193,8 +196,8 @@ TEST(plan, every_dtype_kept_and_cut) {
 }
 
 TEST(plan, integers_bool_complex_and_bare_scales_are_kept_in_a_cast) {
-    static const fst_dtype kept[] = {FST_BOOL, FST_U8, FST_I8, FST_I16, FST_U16, FST_I32, FST_U32, FST_I64, FST_U64,
-                                     FST_C64, FST_F8_E8M0};
+    static const fst_dtype kept[] = {FST_BOOL, FST_U8,  FST_I8,  FST_I16, FST_U16,    FST_I32,
+                                     FST_U32,  FST_I64, FST_U64, FST_C64, FST_F8_E8M0};
     maker *m = maker_new(8);
     fst_plan_options options = plain;
     fst_plan plan;
@@ -281,7 +284,8 @@ TEST(plan, random_tables_are_covered_exactly) {
         for (int i = 0; i < 300; i++) {
             fst_dtype dtype = (fst_dtype)(1 + dice[i] % (FST_DTYPE_COUNT - 1));
             uint64_t count = dice[i + 1000] % 4 ? dice[i + 2000] * 8u : dice[i + 2000] * 1024u;
-            if (options.cast && fst_dtype_is_castable(dtype) && !fst_dtype_can_cast(dtype, options.cast)) continue;
+            if (options.cast && fst_dtype_is_castable(dtype) && !fst_dtype_can_cast(dtype, options.cast))
+                continue;
             add(m, dtype, count);
         }
         CHECK_INT(FST_OK, make(&m->header, 1, &options, &plan));

@@ -410,7 +410,10 @@ TEST(save, wrong_arguments) {
 
 TEST(save, options_of_another_version) {
     fst_model *model = load_small();
-    struct { fst_save_options known; int later; } newer = {{.size = sizeof newer}, 0};
+    struct {
+        fst_save_options known;
+        int later;
+    } newer = {{.size = sizeof newer}, 0};
     fst_save_options older = {.size = sizeof older.size};
     CHECK_INT(FST_OK, fst_save(model, test_path("out"), &newer.known, &error));
     CHECK_INT(FST_OK, fst_save(model, test_path("out"), &older, &error));
@@ -531,9 +534,9 @@ TEST(save, failing_rename) {
 /* ---- Progress and cancelling ----------------------------------------------------------------- */
 
 typedef struct watch {
-    int      calls, stop_at;
+    int calls, stop_at;
     uint64_t done, total;
-    double   seconds;
+    double seconds;
 } watch;
 
 static int watch_progress(void *arg, const fst_progress *now) {

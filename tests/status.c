@@ -55,7 +55,9 @@ TEST(status, escape_c1_control_characters) {
     CHECK_STR("\\xC2\\x9B\xC2\xA0", escaped("\xC2\x9B\xC2\xA0", 4));
 }
 TEST(status, escape_bytes_that_are_not_utf8) {
-    CHECK_STR("\\xFFa\\xC3", escaped("\xFF" "a\xC3", 3));
+    CHECK_STR("\\xFFa\\xC3", escaped("\xFF"
+                                     "a\xC3",
+                                     3));
     CHECK_STR("\\xED\\xA0\\x80", escaped("\xED\xA0\x80", 3));
     CHECK_STR("\\xC0\\x80", escaped("\xC0\x80", 2));
 }
@@ -112,7 +114,7 @@ TEST(status, fail_escapes_the_text) {
 
 TEST(status, fail_cuts_a_long_text) {
     fst_error error;
-    char      name[3000];
+    char name[3000];
     memset(name, 'n', sizeof name);
     name[sizeof name - 1] = 0;
     fst_fail(&error, FST_E_HEADER, 0, NULL, "x%s", name);
@@ -123,7 +125,7 @@ TEST(status, fail_cuts_a_long_text) {
 TEST(status, fail_cuts_a_long_text_at_a_characters_border) {
     for (int shift = 0; shift < 3; shift++) {
         fst_error error;
-        char      name[3001] = "";
+        char name[3001] = "";
         for (int i = 0; i < 1000; i++) memcpy(name + 3 * i, "\xE2\x82\xAC", 4);
         fst_fail(&error, FST_E_HEADER, 0, NULL, "%.*s%s", shift, "xx", name);
         CHECK(strlen(error.text) < sizeof error.text);
@@ -134,7 +136,7 @@ TEST(status, fail_cuts_a_long_text_at_a_characters_border) {
 
 TEST(status, fail_keeps_the_tail_of_a_long_path) {
     fst_error error;
-    char      path[1000];
+    char path[1000];
     memset(path, 'd', sizeof path);
     strcpy(path + sizeof path - 20, "/model.safetensors");
     fst_where where = {path, 0, -1};
@@ -146,7 +148,7 @@ TEST(status, fail_keeps_the_tail_of_a_long_path) {
 
 TEST(status, fail_cuts_a_path_at_a_characters_border) {
     fst_error error;
-    char      path[601] = "";
+    char path[601] = "";
     for (int i = 0; i < 200; i++) memcpy(path + 3 * i, "\xE2\x82\xAC", 4);
     path[597] = 'x'; /* 255 bytes from the end would now be inside a character */
     path[598] = 0;

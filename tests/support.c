@@ -30,9 +30,9 @@ size_t support_checkpoint(const char *path, const char *metadata, const support_
     at += (size_t)sprintf(bytes + at, "{");
     if (metadata) at += (size_t)sprintf(bytes + at, "\"__metadata__\":%s%s", metadata, count ? "," : "");
     for (size_t i = 0; i < count; i++) {
-        at += (size_t)sprintf(bytes + at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                              i ? "," : "", tensors[i].name, tensors[i].dtype, tensors[i].shape, offset,
-                              offset + tensors[i].nbytes);
+        at += (size_t)sprintf(
+            bytes + at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", i ? "," : "",
+            tensors[i].name, tensors[i].dtype, tensors[i].shape, offset, offset + tensors[i].nbytes);
         offset += tensors[i].nbytes;
     }
     at += (size_t)sprintf(bytes + at, "}");
@@ -94,14 +94,14 @@ unsigned support_threads(void) {
 typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_EVENT } op_kind;
 
 typedef struct op {
-    op_kind     kind;
-    struct op  *next;
-    void       *dst;
+    op_kind kind;
+    struct op *next;
+    void *dst;
     const void *src;
-    size_t      size;
-    fst_cast_args  cast;
+    size_t size;
+    fst_cast_args cast;
     fst_batch_args batch;
-    struct event  *event;
+    struct event *event;
 } op;
 
 typedef struct stream {
@@ -112,16 +112,16 @@ typedef struct stream {
 
 typedef struct event {
     stream *stream;
-    long    at;       /* how many operations of the stream must have run */
+    long at; /* how many operations of the stream must have run */
 } event;
 
 static struct {
     fake_gpu_options options;
-    pthread_mutex_t  lock;
+    pthread_mutex_t lock;
     uint64_t random;
-    int      calls, blocks, streams, events, pins;
+    int calls, blocks, streams, events, pins;
     uint64_t used, peak;
-    stream  *list;
+    stream *list;
 } fake = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* 1 when this call is the one that has to fail. The lock is held. */
@@ -142,7 +142,8 @@ static void run_one(stream *s) {
 /* Some of the work of some streams happens at any time. */
 static void run_some(void) {
     for (stream *s = fake.list; s; s = s->next)
-        for (uint64_t n = next_random(&fake.random) % 4; n > 0 && next_random(&fake.random) % 3 == 0; n--) run_one(s);
+        for (uint64_t n = next_random(&fake.random) % 4; n > 0 && next_random(&fake.random) % 3 == 0; n--)
+            run_one(s);
 }
 
 static int enqueue(fst_stream to, const op *what) {
@@ -313,10 +314,11 @@ static int fake_batch(fst_stream to, const fst_batch_args *args) {
 }
 
 void fake_gpu_begin(const fake_gpu_options *options) {
-    static const fst_gpu_calls calls = {
-        fake_enter, fake_leave, fake_describe, fake_memory, fake_alloc, fake_free, fake_pin, fake_unpin,
-        fake_stream_new, fake_stream_free, fake_stream_wait, fake_event_new, fake_event_free, fake_event_record,
-        fake_event_wait, fake_elapsed, fake_copy, fake_copy, fake_copy};
+    static const fst_gpu_calls calls = {fake_enter,      fake_leave,        fake_describe,    fake_memory,
+                                        fake_alloc,      fake_free,         fake_pin,         fake_unpin,
+                                        fake_stream_new, fake_stream_free,  fake_stream_wait, fake_event_new,
+                                        fake_event_free, fake_event_record, fake_event_wait,  fake_elapsed,
+                                        fake_copy,       fake_copy,         fake_copy};
     static const fst_kernels kernels = {.cast = fake_cast, .batch = fake_batch, .target = "fake"};
     static const fst_gpu gpu = {&calls, &kernels, 2, 0, 0, "fake:0", "a device of the tests"};
     fst_release_cached();
@@ -332,8 +334,8 @@ void fake_gpu_end(void) {
     fst_gpu_set_fake(NULL);
     fake.options = (fake_gpu_options){0};
     if (fake.blocks || fake.streams || fake.events || fake.pins)
-        test_fail(__FILE__, __LINE__, "still held: %d blocks, %d streams, %d events, %d pinned ranges", fake.blocks,
-                  fake.streams, fake.events, fake.pins);
+        test_fail(__FILE__, __LINE__, "still held: %d blocks, %d streams, %d events, %d pinned ranges",
+                  fake.blocks, fake.streams, fake.events, fake.pins);
 }
 
 int fake_gpu_calls(void) { return fake.calls; }
@@ -346,7 +348,7 @@ static fst_os real;
 static struct {
     fake_os_options options;
     pthread_mutex_t lock;
-    int      calls, descriptors, mappings;
+    int calls, descriptors, mappings;
     unsigned reads;
     uint64_t bytes;
 } os = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -383,7 +385,8 @@ static ssize_t os_pread(int fd, void *buffer, size_t size, uint64_t offset) {
     pthread_mutex_lock(&os.lock);
     int fails = ++os.calls == os.options.fail_at;
     unsigned turn = ++os.reads;
-    void (*hook)(void) = os.bytes <= os.options.after && os.bytes + size > os.options.after ? os.options.hook : NULL;
+    void (*hook)(void) =
+        os.bytes <= os.options.after && os.bytes + size > os.options.after ? os.options.hook : NULL;
     os.bytes += size;
     if (hook) os.options.hook = NULL;
     pthread_mutex_unlock(&os.lock);

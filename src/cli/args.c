@@ -74,8 +74,8 @@ enum { FOR_INSPECT = 1 << COMMAND_INSPECT, FOR_LOAD = 1 << COMMAND_LOAD, FOR_CON
 
 typedef struct option_rule {
     const char *name;
-    unsigned    commands;
-    int         has_value;
+    unsigned commands;
+    int has_value;
     int (*set)(arguments *args, const char *value);
 } option_rule;
 
@@ -114,9 +114,12 @@ static int parse_option(arguments *args, char **argv, int *at) {
 /* ---- The whole line -------------------------------------------------------------------------- */
 
 static int parse_command(const char *name, arguments *args) {
-    static const struct { const char *name; command command; } commands[] = {
-        {"inspect", COMMAND_INSPECT}, {"load", COMMAND_LOAD},   {"convert", COMMAND_CONVERT},
-        {"--help", COMMAND_HELP},     {"-h", COMMAND_HELP},     {"help", COMMAND_HELP},
+    static const struct {
+        const char *name;
+        command command;
+    } commands[] = {
+        {"inspect", COMMAND_INSPECT},   {"load", COMMAND_LOAD}, {"convert", COMMAND_CONVERT},
+        {"--help", COMMAND_HELP},       {"-h", COMMAND_HELP},   {"help", COMMAND_HELP},
         {"--version", COMMAND_VERSION},
     };
     if (!name) return usage_wrong("no command; see fst --help");

@@ -60,9 +60,9 @@ static void print_json(const fst_model *model, FILE *out) {
 /* ---- Columns --------------------------------------------------------------------------------- */
 
 typedef struct row {
-    char       *name, *shape;
+    char *name, *shape;
     const char *dtype;
-    uint64_t    nbytes;
+    uint64_t nbytes;
 } row;
 
 static char *format_shape(const fst_tensor *tensor) {

@@ -83,8 +83,7 @@ void report_error(const fst_error *error) {
     char text[sizeof error->text + 40];
     if (error->offset >= 0)
         snprintf(text, sizeof text, "%s (byte %lld)", error->text, (long long)error->offset);
-    else
-        snprintf(text, sizeof text, "%s", error->text);
+    else snprintf(text, sizeof text, "%s", error->text);
     report(error->path, error->status, text);
 }
 

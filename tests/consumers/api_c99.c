@@ -28,12 +28,30 @@ struct all {
     fst_status (*save)(const fst_model *, const char *, const fst_save_options *, fst_error *);
 };
 
-static const struct all all = {
-    fst_version, fst_dtype_name, fst_dtype_bits, fst_dtype_from_name, fst_dtype_can_cast, fst_status_name,
-    fst_last_error, fst_load_cast, fst_load, fst_open, fst_model_free, fst_release_cached, fst_model_count,
-    fst_model_at, fst_model_find, fst_model_index, fst_model_file_count, fst_model_file_path,
-    fst_model_has_metadata, fst_model_metadata_count, fst_model_metadata_at, fst_model_stats,
-    fst_model_dlpack, fst_save};
+static const struct all all = {fst_version,
+                               fst_dtype_name,
+                               fst_dtype_bits,
+                               fst_dtype_from_name,
+                               fst_dtype_can_cast,
+                               fst_status_name,
+                               fst_last_error,
+                               fst_load_cast,
+                               fst_load,
+                               fst_open,
+                               fst_model_free,
+                               fst_release_cached,
+                               fst_model_count,
+                               fst_model_at,
+                               fst_model_find,
+                               fst_model_index,
+                               fst_model_file_count,
+                               fst_model_file_path,
+                               fst_model_has_metadata,
+                               fst_model_metadata_count,
+                               fst_model_metadata_at,
+                               fst_model_stats,
+                               fst_model_dlpack,
+                               fst_save};
 
 /* 0 when the library gives an error for a file that is not there, as it should. */
 int main(void) {

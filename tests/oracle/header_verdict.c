@@ -40,8 +40,8 @@ static void print_header(const fst_header *header) {
 /* One case. The JSON gets memory of exactly its size and padding: a sanitizer sees a read past it. */
 static int judge(const unsigned char *bytes, uint64_t size) {
     fst_header header;
-    fst_error  error;
-    uint64_t   length;
+    fst_error error;
+    uint64_t length;
     fst_status status = fst_header_length(bytes, size, "case", 0, &length, &error);
     if (!status) {
         char *json = malloc(length + 8);
@@ -65,7 +65,7 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: header_verdict FILE\n");
         return 2;
     }
-    int      failed = 0;
+    int failed = 0;
     uint64_t size;
     while (!failed && fread(&size, sizeof size, 1, cases) == 1) {
         unsigned char *bytes = malloc(size ? size : 1);
