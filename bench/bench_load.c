@@ -1,8 +1,7 @@
 /* bench_load: whole loads against their ceilings, in one run.
  *
  *     bench_load [--device auto|cpu|N] [--runs N] [--cast DTYPE]... [--threads N] [--slot BYTES]
- *                [--json FILE]
- *                [--no-verify] PATH...
+ *                [--json FILE] [--no-verify] PATH...
  *
  * Cases: the first load of the process as is; then, alternated, as is and with each --cast, with everything
  * warm (page cache, threads, rings). Device memory is sampled by a thread beside the loads. At the end one

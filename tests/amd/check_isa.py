@@ -1,19 +1,21 @@
 #!/usr/bin/env python3
 """Checks the machine code of AMD kernels, without an AMD GPU.
 
-    check_isa.py [--run COMMAND] [--arch gfx942]... FILE...
+    check_isa.py [--run COMMAND] [--arch gfx942]... [--complete] FILE...
 
 A FILE is a library that hipcc linked, with code for several processors in it, or one bare code object. What is
 checked, for every kernel that the file holds: no scratch memory, no spilled registers, no accumulation registers
 (spills go there too), no flat accesses, no calls, no traps; registers and shared memory leave room for 4 waves a
-SIMD; streaming kernels load and store 16 bytes at a time on their wider side. The names of the kernels come from
-the code object. One that RULES does not know is a fault, and so is code that belongs to no kernel.
+SIMD; streaming kernels load and store 16 bytes at a time on their wider side, on each of their paths. The names of
+the kernels come from the code object. One that RULES does not know is a fault, and so is code that belongs to no
+kernel, and with --complete a kernel of `required` that is not there.
 
 The LLVM tools llvm-readelf, llvm-objdump and llvm-cxxfilt are called behind COMMAND (scripts/amd-root, say).
 """
 
 import argparse
 import collections
+import itertools
 import pathlib
 import re
 import shlex
@@ -44,26 +46,78 @@ BANNED = [(re.compile(r"\bflat_(load|store|atomic)\w*"), "flat access"),
           (re.compile(r"\bs_trap\b"), "trap")]
 
 
-def dtype_sizes():
-    """Bytes of an element by the number that kernels have for its type: its place in kernels/dtype_list.h."""
-    entries = re.findall(r"^    X\(\w+, (\d+), \d+\)", (REPO / "kernels/dtype_list.h").read_text(), re.M)
-    return {number: int(bits) / 8 for number, bits in enumerate(entries, 1)}
+def dtypes():
+    """Name and bytes of an element by the number that kernels have for its type: its place in kernels/dtype_list.h."""
+    entries = re.findall(r"^    X\((\w+), (\d+), \d+\)", (REPO / "kernels/dtype_list.h").read_text(), re.M)
+    return {number: (name, int(bits) / 8) for number, (name, bits) in enumerate(entries, 1)}
 
 
-SIZES = dtype_sizes()
+SIZES = {number: size for number, (_, size) in dtypes().items()}
+NUMBERS = {name: number for number, (name, _) in dtypes().items()}
 
 
-def wider_side(source, target):
-    """Which accesses of a cast are 16 bytes."""
-    a, b = SIZES[int(source)], SIZES[int(target)]
-    return [side for side, wide in (("load", a >= b), ("store", b >= a)) if wide]
+# How many 16-byte loads and stores there must be: a load of what lies at any alignment is one of 16 bytes where it is
+# aligned, and two where not; a kernel has them as often as it has vectors in flight and paths.
+ALIGNED, ANY = 1, 3
+
+
+def stream(times):
+    """A cast with so many copies of its body: 16 bytes on the wider side, or on both."""
+    def wide(source, target):
+        a, b = SIZES[int(source)], SIZES[int(target)]
+        return {"load": ANY * times * (a >= b), "store": ALIGNED * times * (b >= a)}
+    return wide
+
+
+def tile(source, target):
+    """A transpose. 256 threads (128 where the target has 8 bytes) take 128 bytes x 128 bytes: 16 on both sides,
+    stored on two paths, for whole rows of the target and for ragged ones."""
+    a, b = int(SIZES[int(source)]), int(SIZES[int(target)])
+    threads = 128 if b == 8 else 256
+    return {"load": ANY * (1024 // b // threads), "store": 2 * ALIGNED * (1024 // a // threads or 1)}
+
+
+def number_alone():
+    return {}
 
 
 # What a kernel's body (the type that launch.h's `run` is given) must have. A new one needs a line here.
-RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Amax|Encode)<(\d+), (\d+)>"), wider_side),
-         (re.compile(r"Tile<(\d+), (\d+), \d+u?>"), wider_side),
-         (re.compile(r"Begin|MakeScale<\d+>"), lambda *_: [])]  # one number
-BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
+RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
+         (re.compile(r"Rows<(\d+), (\d+)>"), stream(2)),
+         (re.compile(r"Amax<(\d+), (\d+)>"), stream(8)),
+         (re.compile(r"Tile<(\d+), (\d+), \d+u?>"), stream(10)),
+         (re.compile(r"Transpose<(\d+), (\d+)>"), tile),
+         (re.compile(r"Fnuz"), lambda: {"load": ANY, "store": ALIGNED}),
+         (re.compile(r"Begin|MakeScale<\d+>"), number_alone)]
+BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce|_phases)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
+
+
+def required():
+    """The kernels that there must be: their family, and the types by their numbers. kernels/kernels.h says it in words."""
+    floats = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
+    narrow = "F8_E8M0 F6_E2M3 F6_E3M2 F4".split()
+    plain = "F32 F16 BF16".split()
+    casts = [pair for pair in itertools.product(floats, floats) if pair[0] != pair[1]]
+    codes = list(itertools.product(plain, ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ")))
+    families = {
+        "Cast": casts + list(itertools.product(narrow, plain)) + [("U8", "U8")],
+        "Rows": casts + [("U8", "U8")],
+        "Transpose": casts + [(name, name) for name in ("U8", "U16", "U32", "U64")],
+        "Scaled": itertools.product([*floats[4:], "I8", "F4"], plain),
+        "Amax": codes, "Encode": codes, "Tile": codes,
+        "MakeScale": sorted({(target,) for _, target in codes}),
+        "Begin": [()], "Fnuz": [()],
+    }
+    families["Batch"] = families["Cast"]
+    return {(family, *(NUMBERS[name] for name in types)) for family, all_types in families.items() for types in all_types}
+
+
+def identity(name):
+    """A kernel as `required` names it: without what comes after its types, such as a number of threads."""
+    family, _, types = short(name).partition("<")
+    return (family, *map(int, re.findall(r"\d+", types)[:2]))
+
+
 FOREIGN = re.compile(r"^\S*( |\b)(rocprim|hipcub)::")  # listed, not judged
 
 Kernel = collections.namedtuple("Kernel", "name meta code")
@@ -143,6 +197,13 @@ def waves(processor, meta):
     return possible
 
 
+def fields_of(processor):
+    """What the metadata must say, or nothing was checked."""
+    fields = ["private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count", "uses_dynamic_stack", "vgpr_count",
+              "wavefront_size", "group_segment_fixed_size", "max_flat_workgroup_size"]
+    return fields + ["agpr_count"] * processor.startswith("gfx9")
+
+
 def resource_faults(processor, meta):
     for field, what in (("private_segment_fixed_size", "bytes of scratch"), ("vgpr_spill_count", "spilled VGPRs"),
                         ("sgpr_spill_count", "spilled SGPRs"), ("agpr_count", "accumulation registers")):
@@ -156,26 +217,29 @@ def resource_faults(processor, meta):
         yield f"room for {fits} waves a SIMD ({meta['vgpr_count']} VGPRs, {shared} bytes shared)"
 
 
-def code_faults(code, sides):
+def code_faults(code, wide):
     text = "\n".join(code)
     for pattern, what in BANNED:
         hits = pattern.findall(text)
         if hits:
             first = next(line for line in code if pattern.search(line))
             yield f"{what}, {len(hits)} times ({first})"
-    for side in sides:
-        if not WIDE[side].search(text):
-            yield f"no 16-byte {side}"
+    for side, least in wide.items():
+        found = len(WIDE[side].findall(text))
+        if found < least:
+            yield f"{found} of {least} 16-byte {side}s"
 
 
 def judge(processor, kernel):
+    absent = [f"no {field} in the metadata" for field in fields_of(processor) if field not in kernel.meta]
+    if absent:
+        return Verdict(kernel.name, absent, 0, 0)
     faults = list(resource_faults(processor, kernel.meta))
     body = BODY.match(kernel.name)
-    rule = next(((sides, m) for pattern, sides in RULES if (m := pattern.fullmatch(body[1] if body else ""))), None)
+    rule = next(((wide, m) for pattern, wide in RULES if (m := pattern.fullmatch(body[1] if body else ""))), None)
     if rule is None:
         faults.append("unknown kernel: give it a line in RULES of check_isa.py")
-    sides = rule[0](*rule[1].groups()) if rule else []
-    faults += code_faults(kernel.code, sides)
+    faults += code_faults(kernel.code, rule[0](*rule[1].groups()) if rule else {})
     return Verdict(kernel.name, faults, waves(processor, kernel.meta), kernel.meta["vgpr_count"])
 
 
@@ -204,7 +268,7 @@ def short(name):
     return body[1] if body else name
 
 
-def check(tools, files, archs, folder):
+def check(tools, files, archs, complete, folder):
     """Faults of all files; prints what was examined."""
     faults, kernels_of, others = [], collections.defaultdict(set), set()
     lowest, most, objects = {}, {}, collections.Counter()
@@ -227,6 +291,9 @@ def check(tools, files, archs, folder):
     everything = set().union(*kernels_of.values()) if kernels_of else set()
     faults += [f"{arch}: {short(name)}: missing, others have it" for arch in kernels_of
                for name in sorted(everything - kernels_of[arch])]
+    if complete:
+        faults += [f"{arch}: {family}<{', '.join(map(str, types))}>: missing" for arch in kernels_of
+                   for family, *types in sorted(required() - set(map(identity, kernels_of[arch])))]
     for arch in sorted(kernels_of):
         if kernels_of[arch]:
             print(f"{arch}: {len(kernels_of[arch])} kernels in {objects[arch]} code objects; most VGPRs "
@@ -240,16 +307,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--run", default="", help="what the LLVM tools are called behind")
     parser.add_argument("--arch", action="append", default=[], help="must be there")
+    parser.add_argument("--complete", action="store_true", help="every kernel of the library must be there")
     parser.add_argument("--folder", type=pathlib.Path, help="for the code objects, inside the repository; is kept")
     parser.add_argument("files", nargs="+", type=pathlib.Path)
     args = parser.parse_args()
     tools = Tools(args.run)
     if args.folder:
         args.folder.mkdir(parents=True, exist_ok=True)
-        faults = check(tools, args.files, args.arch, args.folder.resolve())
+        faults = check(tools, args.files, args.arch, args.complete, args.folder.resolve())
     else:
         with tempfile.TemporaryDirectory(dir=REPO / "build") as folder:
-            faults = check(tools, args.files, args.arch, pathlib.Path(folder))
+            faults = check(tools, args.files, args.arch, args.complete, pathlib.Path(folder))
     for fault in faults:
         print(f"FAULT {fault}")
     sys.exit(1 if faults else 0)
