@@ -1,6 +1,6 @@
 // Quantization with computed scales: s = RN32(amax / M), code = encode(RN32(x / s)).
 #include "launch.h"
-#include "pack.h"
+#include "nvidia.h"
 #include "reduce.h"
 
 namespace {
@@ -16,7 +16,7 @@ constexpr unsigned size_of = Type == FST_T_F32                         ? 4
                              : Type == FST_T_F16 || Type == FST_T_BF16 ? 2
                                                                        : 1;
 
-template <int Src> FST_FN uint32_t widen(uint32_t code) {
+template <int Src> FST_FN uint32_t to_f32(uint32_t code) {
     if constexpr (Src == FST_T_F32)
         return code;
     else
@@ -147,7 +147,7 @@ FST_FN void encode_elements(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t
     uint8_t *__restrict to = global<uint8_t>(s.dst);
     FST_ROLLED
     for (uint64_t i = begin; i < end; i++) {
-        const uint32_t bits = widen<Src>(s.element(i));
+        const uint32_t bits = to_f32<Src>(s.element(i));
         to[i] = static_cast<uint8_t>(encode<Dst>(quotient(bits), bits));
     }
 }
@@ -169,8 +169,40 @@ template <int Src> FST_FN uint32_t from_vector(const Vector<16> &in, unsigned i)
     return static_cast<uint32_t>(get<size_of<Src>>(in, i));
 }
 
+#if FST_PACKED >= 90
+FST_FN uint32_t larger16x2(uint32_t a, uint32_t b) {
+#ifdef FST_NVIDIA_SHAPE
+    const uint32_t low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (low & 0xFFFF) | (high & 0xFFFF0000);
+#else
+    uint32_t d;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+#endif
+}
+
+// The largest magnitude, without a look at Inf and NaN.
+template <int Src> FST_FN uint32_t plain_amax(const Vector<16> &in) {
+    constexpr uint32_t mask = size_of<Src> == 4 ? 0x7FFFFFFF : 0x7FFF7FFF;
+    uint32_t a = in.word[0] & mask;
+    FST_UNROLLED
+    for (unsigned i = 1; i < 4; i++) {
+        const uint32_t b = in.word[i] & mask;
+        if (size_of<Src> == 4) a = b > a ? b : a;
+        else a = larger16x2(a, b);
+    }
+    if (size_of<Src> == 4) return a;
+    return (a & 0xFFFF) > a >> 16 ? a & 0xFFFF : a >> 16;
+}
+#endif
+
 template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t *nans) {
     uint32_t amax = 0;
+#if FST_PACKED >= 90
+    amax = plain_amax<Src>(in);
+    if (amax < infinity<Src>) return amax;
+    amax = 0;
+#endif
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
         const uint32_t a =
@@ -184,9 +216,27 @@ template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t
 template <int Src, int Dst>
 FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quotient) {
     Vector<16 / size_of<Src>> out = {};
+#if FST_PACKED >= 89
+    FST_UNROLLED
+    for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) {
+        uint32_t x[4], signs[4]; // the conversion of F16 loses the sign of a NaN, and so does the quotient
+        FST_UNROLLED
+        for (unsigned k = 0; k < 4; k++) {
+            const uint32_t word = in.word[size_of<Src> == 4 ? k : (i + k) / 2];
+            if (Src == FST_T_F32) x[k] = word;
+            else if (k % 2 == 0) widen16<Src>(word, &x[k], &x[k + 1]);
+            signs[k] = (size_of<Src> == 4 || k % 2 ? word : word << 16) & 0x80000000;
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < 4; k++) x[k] = (quotient(x[k]) & 0x7FFFFFFF) | signs[k];
+        out.word[i / 4] = to_bytes<FST_T_F32, Dst>(x, true);
+    }
+    store_aligned(to, out);
+    return;
+#endif
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
-        const uint32_t bits = widen<Src>(from_vector<Src>(in, i));
+        const uint32_t bits = to_f32<Src>(from_vector<Src>(in, i));
         put<1>(&out, i, encode<Dst>(quotient(bits), bits));
     }
     store_aligned(to, out);
@@ -229,24 +279,29 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
             amax = larger(amax, amax_of(stretch(block, row), &found));
 #else
         uint32_t found = 0;
-        const uint64_t each = row_slots(block), all = (last_row(block) - first_row(block)) * each;
+        const Places places(*this, block, thread);
         state.whole = 0;
         FST_UNROLLED
         for (unsigned k = 0; k < kept; k++) { // all loads are under way before the first is used
-            const bool whole =
-                k * threads + thread < all && load_slot(block, k * threads + thread, each, &state.in[k]);
+            uint64_t slot, begin, end;
+            Stretch<Src, Dst> s;
+            const bool whole = places.find(k, &s, &slot) && s.range(slot, &begin, &end) && s.load(begin, end, &state.in[k]);
             state.whole |= static_cast<uint32_t>(whole) << k;
         }
         FST_UNROLLED
         for (unsigned k = 0; k < kept; k++)
             if (state.whole >> k & 1) amax = larger(amax, amax_of_vector<Src>(state.in[k], &found));
         FST_ROLLED
-        for (uint64_t k = 0, index = thread; index < all; k++, index += threads)
-            if (k >= kept || !(state.whole >> k & 1))
-                amax = larger(amax, amax_of_slot(block, index, each, &found));
+        for (unsigned k = places.begin_rest(state.whole, kept); k < places.count; k++) {
+            uint64_t slot, begin, end;
+            Stretch<Src, Dst> s;
+            Vector<16> in;
+            if ((k < kept && state.whole >> k & 1) || !places.find(k, &s, &slot) || !s.range(slot, &begin, &end)) continue;
+            amax = larger(amax, s.load(begin, end, &in) ? amax_of_vector<Src>(in, &found) : amax_of(s, begin, end, &found));
+        }
 #endif
         count_nans(nans, found);
-        return widen<Src>(amax);
+        return to_f32<Src>(amax);
     }
 
     FST_INLINE void finish(uint64_t block, unsigned thread, const State &state, uint32_t amax) const {
@@ -260,17 +315,22 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
             encode_elements<Src, Dst>(s, 0, s.count, quotient);
         }
 #else
-        const uint64_t each = row_slots(block), all = (last_row(block) - first_row(block)) * each;
+        const Places places(*this, block, thread);
         FST_UNROLLED
-        for (unsigned k = 0; k < kept; k++)
-            if (state.whole >> k & 1) store_kept(block, k * threads + thread, each, state.in[k], quotient);
+        for (unsigned k = 0; k < kept; k++) {
+            uint64_t slot, begin, end;
+            Stretch<Src, Dst> s;
+            if (!(state.whole >> k & 1)) continue;
+            places.find(k, &s, &slot);
+            s.range(slot, &begin, &end);
+            store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, state.in[k], quotient);
+        }
         FST_ROLLED
-        for (uint64_t k = 0, index = thread; index < all; k++, index += threads)
-            if (k >= kept || !(state.whole >> k & 1)) {
-                uint64_t slot;
-                const Stretch<Src, Dst> s = row_of(block, index, each, &slot);
-                encode_slot<Src, Dst>(s, slot, quotient);
-            }
+        for (unsigned k = places.begin_rest(state.whole, kept); k < places.count; k++) {
+            uint64_t slot;
+            Stretch<Src, Dst> s;
+            if (!(k < kept && state.whole >> k & 1) && places.find(k, &s, &slot)) encode_slot<Src, Dst>(s, slot, quotient);
+        }
 #endif
     }
 
@@ -289,36 +349,42 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
     }
 
 #ifndef FST_BY_ELEMENT
-    // Slots of a row: the most that any of the tile has, so that every row has as many.
-    FST_INLINE uint64_t row_slots(uint64_t block) const {
-        const bool aligned = (dst | cols | (grid_cols == 1 ? 0 : tile_cols)) % width == 0;
-        return (stretch(block, first_row(block)).count + (aligned ? 0 : width - 1) + width - 1) / width;
-    }
-    // The row that a slot of the block lies in, and its place there.
-    FST_INLINE Stretch<Src, Dst> row_of(uint64_t block, uint64_t index, uint64_t each, uint64_t *slot) const {
-        const uint64_t row = tile_rows == 1 ? 0 : static_cast<uint32_t>(index) / static_cast<uint32_t>(each);
-        *slot = index - row * each;
-        return stretch(block, first_row(block) + row);
-    }
-    FST_INLINE bool load_slot(uint64_t block, uint64_t index, uint64_t each, Vector<16> *in) const {
-        uint64_t slot, begin, end;
-        const Stretch<Src, Dst> s = row_of(block, index, each, &slot);
-        return s.range(slot, &begin, &end) && s.load(begin, end, in);
-    }
-    FST_INLINE uint32_t amax_of_slot(uint64_t block, uint64_t index, uint64_t each, uint32_t *found) const {
-        uint64_t slot, begin, end;
-        Vector<16> in;
-        const Stretch<Src, Dst> s = row_of(block, index, each, &slot);
-        if (!s.range(slot, &begin, &end)) return 0;
-        return s.load(begin, end, &in) ? amax_of_vector<Src>(in, found) : amax_of(s, begin, end, found);
-    }
-    FST_INLINE void store_kept(uint64_t block, uint64_t index, uint64_t each, const Vector<16> &in,
-                               const Quotient &quotient) const {
-        uint64_t slot, begin, end;
-        const Stretch<Src, Dst> s = row_of(block, index, each, &slot);
-        s.range(slot, &begin, &end);
-        store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
-    }
+    // The slots of a thread: every `threads`-th of the tile's, which are numbered row by row. Each row has as many as
+    // the one that has most.
+    struct Places {
+        Stretch<Src, Dst> first; // row
+        uint64_t cols;
+        uint32_t each, row, slot, row_step, slot_step; // from one slot of the thread to the next
+        uint32_t count;
+
+        FST_INLINE Places(const Tile &tile, uint64_t block, unsigned thread) : first(tile.stretch(block, tile.first_row(block))), cols(tile.cols) {
+            const bool aligned = (tile.dst | tile.cols | (tile.grid_cols == 1 ? 0 : tile.tile_cols)) % width == 0;
+            const uint64_t in_row = (first.count + (aligned ? 0 : width - 1) + width - 1) / width;
+            const uint64_t all = (tile.last_row(block) - tile.first_row(block)) * in_row;
+            each = static_cast<uint32_t>(in_row); // a row of 2^32 slots and more has no tile beside it: not divided
+            row = slot = row_step = slot_step = 0;
+            count = thread < all ? static_cast<uint32_t>((all - thread - 1) / threads + 1) : 0;
+            if (tile.tile_rows == 1) {
+                slot = thread, slot_step = threads;
+            } else {
+                row = thread / each, slot = thread % each, row_step = threads / each, slot_step = threads % each;
+            }
+        }
+        // The k-th: its row and its place there. False past the end.
+        FST_INLINE bool find(unsigned k, Stretch<Src, Dst> *s, uint64_t *at) const {
+            uint32_t r = row + k * row_step;
+            uint64_t c = slot + static_cast<uint64_t>(k) * slot_step;
+            if (row_step && slot_step) r += static_cast<uint32_t>(c) / each, c = static_cast<uint32_t>(c) % each;
+            *s = first;
+            s->src += r * cols * src_size, s->dst += r * cols;
+            *at = c;
+            return k < count;
+        }
+        // The first that may not be kept: past the end when all are.
+        FST_INLINE unsigned begin_rest(uint32_t whole, unsigned most) const {
+            return count <= most && whole == (1u << count) - 1 ? count : 0;
+        }
+    };
 #endif
 };
 
@@ -368,7 +434,7 @@ template <int Src, int Dst> struct Amax {
         }
 #endif
         count_nans(nans, found);
-        return widen<Src>(amax);
+        return to_f32<Src>(amax);
     }
     FST_INLINE void finish(uint64_t, unsigned thread, const State &, uint32_t amax) const {
         if (thread != 0) return;

@@ -1,7 +1,7 @@
 // Scaled conversions: 8-bit and 4-bit codes times scales. dst = round(RN32(f32(code) * f32(scale))).
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
-#include "pack.h"
+#include "nvidia.h"
 
 namespace {
 
@@ -43,6 +43,56 @@ FST_FN uint32_t load_scale(uint64_t scales, int dtype, uint64_t index) {
     return fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E8M0));
 }
 
+#if FST_PACKED
+// Four codes by NVIDIA's packed instructions (nvidia.h), times scales that are finite and not 0: a NaN is then one of
+// the code's. (16 bits of F4; otherwise a word.)
+template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scales, uint32_t *out) {
+    const uint32_t codes = Src == FST_T_F4 ? spread<FST_T_F4>(in) : in;
+    uint32_t x[4], nans = 0;
+    if constexpr (Src == FST_T_I8) {
+        const uint32_t biased = codes ^ four(0x80); // 2^23 + 128 + the code, as F32 bits
+        FST_UNROLLED
+        for (unsigned i = 0; i < 4; i++) {
+            const float sum = fst_float_of_bits32(permute(biased, 0x4B000000, 0x7440 + i));
+            x[i] = fst_bits_of_float32(sum - 8388736.0f);
+        }
+    } else { // magnitudes: signs come last
+        if (is_byte_float(Src)) nans = nan_bytes<Src>(codes);
+        FST_UNROLLED
+        for (unsigned pair = 0; pair < 2; pair++) {
+            uint32_t y = widen<Src, FST_T_BF16>(codes, pair);
+            if (Src == FST_T_F8_E5M2) y |= permute((codes & four(0x7F)) + four(4), 0, pair ? 0xBBAA : 0x9988) & twice(0x7F80);
+            x[2 * pair] = y << 16, x[2 * pair + 1] = y & 0xFFFF0000;
+        }
+    }
+    FST_UNROLLED
+    for (unsigned i = 0; i < 4; i++)
+        x[i] = fst_bits_of_float32(fst_float_of_bits32(x[i]) * fst_float_of_bits32(scales[i]));
+    if constexpr (Dst == FST_T_F32) {
+        FST_UNROLLED
+        for (unsigned i = 0; i < 4; i++) {
+            if (is_byte_float(Src))
+                x[i] = choose(permute(nans, 0, 0x8888 + 0x1111 * i), (scales[i] & 0x80000000) | 0x7FC00000, x[i]);
+            out[i] = Src == FST_T_I8 ? x[i] : x[i] ^ (codes << (24 - 8 * i) & 0x80000000);
+        }
+    } else {
+        constexpr uint32_t nan = Dst == FST_T_F16 ? 0x7E00 : 0x7FC0;
+        FST_UNROLLED
+        for (unsigned pair = 0; pair < 2; pair++) {
+            uint32_t y = narrow16<Dst>(x[2 * pair], x[2 * pair + 1]);
+            if (is_byte_float(Src)) {
+                const uint32_t signs = permute(scales[2 * pair], scales[2 * pair + 1], 0x7632) & 0x80008000;
+                y = choose(permute(nans, 0, pair ? 0xBBAA : 0x9988), signs | twice(nan), y);
+            }
+            out[pair] = Src == FST_T_I8 ? y : y ^ (permute(codes, 0, pair ? 0x3424 : 0x1404) & 0x80008000);
+        }
+    }
+}
+
+// What scale4 takes.
+FST_FN bool is_plain(uint32_t scale) { return (scale & 0x7FFFFFFF) - 1 < 0x7F7FFFFF; }
+#endif
+
 template <int Src, int Dst> struct Scaled {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
@@ -52,6 +102,7 @@ template <int Src, int Dst> struct Scaled {
     Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
     uint64_t grid_cols;
     int scale_dtype;
+    bool one; // scale for everything
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -65,15 +116,15 @@ template <int Src, int Dst> struct Scaled {
         if (position >= count + before) return;
         const uint64_t begin = position > before ? position - before : 0;
         const uint64_t end = position + width - before < count ? position + width - before : count;
+#ifndef FST_BY_ELEMENT
+        if (one) {
+            if (end - begin == width && vector(begin, load_scale(scales, scale_dtype, 0))) return;
+            return elements(begin, end, load_scale(scales, scale_dtype, 0));
+        }
+#endif
         const uint64_t row = cols.divide(first + begin), col = first + begin - row * cols.value;
 #ifndef FST_BY_ELEMENT
-        // Almost always a vector lies under one scale.
-        if (end - begin == width && col + width <= cols.value) {
-            const uint64_t cell = block_cols.divide(col);
-            if (block_cols.divide(col + width - 1) == cell &&
-                vector(begin, load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell)))
-                return;
-        }
+        if (end - begin == width && under_two(begin, row, col)) return;
 #endif
         segments(begin, end, row, col);
     }
@@ -87,16 +138,37 @@ template <int Src, int Dst> struct Scaled {
             return from[i];
     }
 
+    // The scale at a place, and how many elements of its row are under it from there on.
+    FST_INLINE uint32_t scale_at(uint64_t row, uint64_t col, uint64_t *left) const {
+        const uint64_t cell = grid_cols == 1 ? 0 : block_cols.divide(col);
+        const uint64_t stop = (cell + 1) * block_cols.value;
+        *left = (stop < cols.value ? stop : cols.value) - col;
+        return load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell);
+    }
+
+#ifndef FST_BY_ELEMENT
+    // Almost always a vector lies under one scale; where it does not, almost always under two.
+    FST_INLINE bool under_two(uint64_t begin, uint64_t row, uint64_t col) const {
+        uint64_t left;
+        const uint32_t scale = scale_at(row, col, &left);
+        if (left >= width) return vector(begin, scale);
+#if FST_PACKED
+        uint64_t left2;
+        const bool wraps = col + left == cols.value;
+        const uint32_t scale2 = scale_at(wraps ? row + 1 : row, wraps ? 0 : col + left, &left2);
+        if (left + left2 >= width) return vector(begin, scale, scale2, static_cast<unsigned>(left));
+#endif
+        return false;
+    }
+#endif
+
     // Stretch by stretch under one scale.
     FST_INLINE void segments(uint64_t begin, uint64_t end, uint64_t row, uint64_t col) const {
         while (begin < end) {
-            const uint64_t cell = block_cols.divide(col);
-            uint64_t stop = (cell + 1) * block_cols.value;
-            if (stop > cols.value) stop = cols.value;
-            uint64_t n = stop - col;
+            uint64_t n;
+            const uint32_t scale = scale_at(row, col, &n);
             if (n > end - begin) n = end - begin;
-            elements(begin, begin + n,
-                     load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell));
+            elements(begin, begin + n, scale);
             begin += n;
             col += n;
             if (col == cols.value) row++, col = 0;
@@ -130,13 +202,20 @@ template <int Src, int Dst> struct Scaled {
     }
 
 #ifndef FST_BY_ELEMENT
-    FST_INLINE bool vector(uint64_t begin, uint32_t scale) const {
-        constexpr unsigned bytes = static_cast<unsigned>(width) * src_bits / 8;
-        Vector<bytes> in;
-        Vector<16> out = {};
+    static constexpr unsigned in_bytes = static_cast<unsigned>(width) * src_bits / 8;
+
+    FST_INLINE bool load(uint64_t begin, Vector<in_bytes> *in) const {
         const uint8_t *from = global<const uint8_t>(src);
         if (src_bits == 4 && begin % 2) return false; // half a byte off: not from a file
-        if (!load_vector(from + begin * src_bits / 8, from, from + count * src_bits / 8, &in)) return false;
+        return load_vector(from + begin * src_bits / 8, from, from + (count * src_bits + 7) / 8, in);
+    }
+    FST_INLINE bool vector(uint64_t begin, uint32_t scale) const {
+        Vector<in_bytes> in;
+        Vector<16> out = {};
+#if FST_PACKED
+        if (is_plain(scale)) return vector(begin, scale, scale, width);
+#endif
+        if (!load(begin, &in)) return false;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
             const uint32_t word = in.word[i * src_bits / 32] >> (i * src_bits % 32);
@@ -145,6 +224,22 @@ template <int Src, int Dst> struct Scaled {
         store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
         return true;
     }
+#if FST_PACKED
+    // The first `split` elements under one scale, the others under another.
+    FST_INLINE bool vector(uint64_t begin, uint32_t scale, uint32_t scale2, unsigned split) const {
+        Vector<in_bytes> in;
+        Vector<16> out;
+        if (!is_plain(scale) || !is_plain(scale2) || !load(begin, &in)) return false;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i += 4) {
+            const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
+                                    i + 2 < split ? scale : scale2, i + 3 < split ? scale : scale2};
+            scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by, &out.word[i * dst_size / 4]);
+        }
+        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+        return true;
+    }
+#endif
 #endif
 };
 
@@ -162,7 +257,8 @@ int scaled(fst_stream stream, const fst_scaled_args *args, const Divisor &block_
                                    block_rows,
                                    block_cols,
                                    (args->cols - 1) / block_cols.value + 1,
-                                   args->scale_dtype};
+                                   args->scale_dtype,
+                                   args->scales_count == 1};
     return launch(stream, body, body.blocks());
 }
 
