@@ -12,6 +12,9 @@
 #include <string.h>
 
 #include "dtype_list.h"
+#ifdef __HIPCC__
+#include <hip/hip_runtime.h> /* memcpy and __forceinline__ for device code */
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define FST_INLINE __host__ __device__ __forceinline__
