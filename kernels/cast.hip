@@ -52,9 +52,15 @@ template <int Src, int Dst> struct Batch {
     }
 
   private:
-    // The last job whose first tile is not beyond `tile`: empty jobs share theirs with the next one.
+    // The last job whose first tile is not beyond `tile`: empty jobs share theirs with the next one. Jobs are mostly of
+    // one size: the search begins where it would be then, and widens.
     FST_INLINE uint32_t find(const fst_batch_job *list, uint64_t tile) const {
-        uint32_t low = 0, high = jobs_count;
+        const float    share = static_cast<float>(tile) / static_cast<float>(tiles);
+        const uint32_t guess = static_cast<uint32_t>(share * static_cast<float>(jobs_count));
+        uint32_t low = guess < jobs_count ? guess : jobs_count - 1, high = low + 1, step = 1;
+        while (low > 0 && list[low].first_tile > tile) high = low, low = low > step ? low - step : 0, step *= 2;
+        while (high < jobs_count && list[high].first_tile <= tile)
+            low = high, high = jobs_count - high > step ? high + step : jobs_count, step *= 2;
         while (high - low > 1) {
             const uint32_t middle = low + (high - low) / 2;
             if (list[middle].first_tile <= tile) low = middle;

@@ -54,28 +54,35 @@ template <int Dst> FST_FN uint32_t scale_of(uint32_t amax) {
 // overflows. Scales outside 2^-60..2^60 take the division.
 class Quotient {
   public:
-    FST_INLINE explicit Quotient(uint32_t scale) : scale_(fst_float_of_bits32(scale)) {
+    // `tame`: only finite numbers will be divided.
+    FST_INLINE Quotient(uint32_t scale, bool tame)
+        : scale_(fst_float_of_bits32(scale)), reciprocal_(1.0f / scale_), usual_(scale_ > 0x1p-60f && scale_ < 0x1p60f),
+          tame_(tame && usual_) {}
+    FST_INLINE bool tame() const { return tame_; }
+    FST_INLINE float of_finite(float x) const {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
-        reciprocal_ = 1.0f / scale_;
-        plain_ = !(scale_ > 0x1p-60f && scale_ < 0x1p60f);
+        const float q = x * reciprocal_;
+        return __builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q);
+#else
+        return x / scale_;
 #endif
     }
     FST_INLINE uint32_t operator()(uint32_t bits) const {
-        const float x = fst_float_of_bits32(bits);
-#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
-        if (!plain_) {
-            const float q = x * reciprocal_;
-            const float better = fmaf(fmaf(-q, scale_, x), reciprocal_, q);
-            return fst_bits_of_float32(fabsf(q) < INFINITY ? better : q); // x is Inf or NaN: q says it
-        }
-#endif
-        return fst_bits_of_float32(x / scale_);
+        const float x = fst_float_of_bits32(bits), q = x * reciprocal_;
+        if (!usual_) return fst_bits_of_float32(x / scale_);
+        return (fst_bits_of_float32(q) & 0x7FFFFFFF) < 0x7F800000 ? fst_bits_of_float32(of_finite(x))
+                                                                 : fst_bits_of_float32(q); // x is Inf or NaN
     }
 
   private:
-    float scale_, reciprocal_ = 0;
-    bool plain_ = true;
+    float scale_, reciprocal_;
+    bool usual_, tame_;
 };
+
+// True unless there may be NaN or Inf under this scale: they make it NaN, or that of the largest finite number.
+template <int Src, int Dst> FST_FN bool is_tame(uint32_t scale) {
+    return (scale & 0x7FFFFFFF) < 0x7F800000 && scale != scale_of<Dst>(to_f32<Src>(infinity<Src> - 1));
+}
 
 // NaN results have the sign of x, whatever a device's division makes of it.
 template <int Dst> FST_FN uint32_t encode(uint32_t quotient, uint32_t bits) {
@@ -213,10 +220,38 @@ template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t
     return amax;
 }
 
+#if FST_PACKED >= 89
+// Four codes of finite numbers under a scale in the usual range. No quotient is beyond M by more than a rounding. A code
+// of FNUZ is that of twice the number in OCP, but for -0.
+template <int Src, int Dst> FST_FN uint32_t tame_codes(const Vector<16> &in, unsigned i, const Quotient &quotient) {
+    uint32_t x[4];
+    FST_UNROLLED
+    for (unsigned k = 0; k < 4; k++) {
+        const uint32_t word = in.word[size_of<Src> == 4 ? k : (i + k) / 2];
+        if (Src == FST_T_F32) x[k] = word;
+        else if (k % 2 == 0) widen16<Src>(word, &x[k], &x[k + 1]);
+    }
+    FST_UNROLLED
+    for (unsigned k = 0; k < 4; k++) {
+        const float q = quotient.of_finite(fst_float_of_bits32(x[k]));
+        x[k] = fst_bits_of_float32(fst_is_fnuz(fst_float_of(Dst)) ? q + q : q);
+    }
+    const uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3]) << 16;
+    if (!fst_is_fnuz(fst_float_of(Dst))) return codes;
+    return codes & (((codes & four(0x7F)) + four(0x7F)) | four(0x7F));
+}
+#endif
+
 template <int Src, int Dst>
 FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quotient) {
     Vector<16 / size_of<Src>> out = {};
 #if FST_PACKED >= 89
+    if (quotient.tame()) {
+        FST_UNROLLED
+        for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) out.word[i / 4] = tame_codes<Src, Dst>(in, i, quotient);
+        store_aligned(to, out);
+        return;
+    }
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) {
         uint32_t x[4], signs[4]; // the conversion of F16 loses the sign of a NaN, and so does the quotient
@@ -306,7 +341,7 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
 
     FST_INLINE void finish(uint64_t block, unsigned thread, const State &state, uint32_t amax) const {
         const uint32_t scale = scale_of<Dst>(amax);
-        const Quotient quotient(scale);
+        const Quotient quotient(scale, is_tame<Src, Dst>(scale));
         if (thread == 0) global<uint32_t>(scales)[block] = scale;
 #ifdef FST_BY_ELEMENT
         (void)state;
@@ -455,7 +490,8 @@ template <int Src, int Dst> struct Encode {
 
     FST_INLINE uint64_t blocks() const { return by_element ? 1 : (all.slots() + threads - 1) / threads; }
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const Quotient quotient(global<const uint32_t>(scale)[0]);
+        const uint32_t one = global<const uint32_t>(scale)[0];
+        const Quotient quotient(one, is_tame<Src, Dst>(one));
 #ifdef FST_BY_ELEMENT
         (void)block, (void)thread;
         const Stretch<Src, Dst> s = all; // not the member: stores of bytes might change that

@@ -97,6 +97,9 @@ template <int Src, int Dst> struct Scaled {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
     static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
+#ifndef FST_BY_ELEMENT
+    static constexpr unsigned in_bytes = static_cast<unsigned>(width) * src_bits / 8;
+#endif
 
     uint64_t src, dst, scales, first, count;
     Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
@@ -117,14 +120,17 @@ template <int Src, int Dst> struct Scaled {
         const uint64_t begin = position > before ? position - before : 0;
         const uint64_t end = position + width - before < count ? position + width - before : count;
 #ifndef FST_BY_ELEMENT
+        // The codes are on their way while the place of their scale is computed.
+        Vector<in_bytes> in = {};
+        const bool loaded = end - begin == width && load(begin, &in);
         if (one) {
-            if (end - begin == width && vector(begin, load_scale(scales, scale_dtype, 0))) return;
-            return elements(begin, end, load_scale(scales, scale_dtype, 0));
+            const uint32_t scale = load_scale(scales, scale_dtype, 0);
+            return loaded ? vector(begin, in, scale) : elements(begin, end, scale);
         }
 #endif
         const uint64_t row = cols.divide(first + begin), col = first + begin - row * cols.value;
 #ifndef FST_BY_ELEMENT
-        if (end - begin == width && under_two(begin, row, col)) return;
+        if (loaded && under_two(begin, row, col, in)) return;
 #endif
         segments(begin, end, row, col);
     }
@@ -148,15 +154,21 @@ template <int Src, int Dst> struct Scaled {
 
 #ifndef FST_BY_ELEMENT
     // Almost always a vector lies under one scale; where it does not, almost always under two.
-    FST_INLINE bool under_two(uint64_t begin, uint64_t row, uint64_t col) const {
+    FST_INLINE bool under_two(uint64_t begin, uint64_t row, uint64_t col, const Vector<in_bytes> &in) const {
         uint64_t left;
         const uint32_t scale = scale_at(row, col, &left);
-        if (left >= width) return vector(begin, scale);
+        if (left >= width) {
+            vector(begin, in, scale);
+            return true;
+        }
 #if FST_PACKED
         uint64_t left2;
         const bool wraps = col + left == cols.value;
         const uint32_t scale2 = scale_at(wraps ? row + 1 : row, wraps ? 0 : col + left, &left2);
-        if (left + left2 >= width) return vector(begin, scale, scale2, static_cast<unsigned>(left));
+        if (left + left2 >= width && is_plain(scale) && is_plain(scale2)) {
+            vector(begin, in, scale, scale2, static_cast<unsigned>(left));
+            return true;
+        }
 #endif
         return false;
     }
@@ -202,34 +214,27 @@ template <int Src, int Dst> struct Scaled {
     }
 
 #ifndef FST_BY_ELEMENT
-    static constexpr unsigned in_bytes = static_cast<unsigned>(width) * src_bits / 8;
-
     FST_INLINE bool load(uint64_t begin, Vector<in_bytes> *in) const {
         const uint8_t *from = global<const uint8_t>(src);
         if (src_bits == 4 && begin % 2) return false; // half a byte off: not from a file
         return load_vector(from + begin * src_bits / 8, from, from + (count * src_bits + 7) / 8, in);
     }
-    FST_INLINE bool vector(uint64_t begin, uint32_t scale) const {
-        Vector<in_bytes> in;
-        Vector<16> out = {};
+    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale) const {
 #if FST_PACKED
-        if (is_plain(scale)) return vector(begin, scale, scale, width);
+        if (is_plain(scale)) return vector(begin, in, scale, scale, width);
 #endif
-        if (!load(begin, &in)) return false;
+        Vector<16> out = {};
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
             const uint32_t word = in.word[i * src_bits / 32] >> (i * src_bits % 32);
             put<dst_size>(&out, i, result(word & ((1u << src_bits) - 1), scale));
         }
         store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-        return true;
     }
 #if FST_PACKED
     // The first `split` elements under one scale, the others under another.
-    FST_INLINE bool vector(uint64_t begin, uint32_t scale, uint32_t scale2, unsigned split) const {
-        Vector<in_bytes> in;
+    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2, unsigned split) const {
         Vector<16> out;
-        if (!is_plain(scale) || !is_plain(scale2) || !load(begin, &in)) return false;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i += 4) {
             const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
@@ -237,7 +242,6 @@ template <int Src, int Dst> struct Scaled {
             scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by, &out.word[i * dst_size / 4]);
         }
         store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-        return true;
     }
 #endif
 #endif
