@@ -95,7 +95,10 @@ typedef struct fst_quantize_args {
 
 /* Rows of `cols` elements from anywhere to anywhere, with or without a cast on the way: slices of any box (the
  * result contiguous), packing into a wider result (the source contiguous), every second row apart (extents 2 and
- * rows / 2). Strides in elements, of the outer dimensions, the slowest first. */
+ * rows / 2). Strides in elements, of the outer dimensions; their order is all the same, an extent of 1 leaves its stride
+ * without meaning. Each is at least cols; one of the destination at least what the dimensions of smaller strides
+ * cover, so that nothing is written twice. Gaps between rows of the source may be read, those of the destination are
+ * not written. Sub-byte types are copied where rows and strides fill whole bytes. */
 #define FST_ROWS_DIMS 7
 typedef struct fst_rows_args {
     const void *src;         /* any byte alignment */
@@ -119,7 +122,7 @@ typedef struct fst_transpose_args {
 } fst_transpose_args;
 
 /* OCP fp8 to FNUZ as MI300 needs it: the bits stay, but 80 becomes 00. Every value is then half of what it was,
- * and the caller doubles the scale. NaNs would turn into numbers: *nans counts them, to be refused. */
+ * and the caller doubles the scale. NaN and Inf would turn into numbers: *nans counts them, to be refused. */
 typedef struct fst_fnuz_args {
     const void *src;
     void       *dst;
@@ -139,8 +142,9 @@ typedef struct fst_kernels {
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 
-/* 1 when cast and batch exist for this pair: every ordered pair of the float types that have kernels,
- * and X -> X for every dtype. One rule for plan and kernels (numeric.h). */
+/* 1 when cast and batch exist for this pair: every ordered pair of F64, F32, F16, BF16 and the four F8 with a mantissa;
+ * F8_E8M0, F6 and F4 to F32, F16 and BF16; X -> X for every dtype. One rule for plan and kernels (numeric.h). rows and
+ * transpose have the same pairs but for the last two kinds: no narrow source; a transpose needs whole bytes. */
 int fst_kernels_have(int src_dtype, int dst_dtype);
 
 /* The CPU's table, chosen once by what the processor has. */

@@ -365,6 +365,67 @@ REFUSE_TRANSPOSE(a_destination_that_overflows, FST_K_SIZE, args.dst_stride = 1ul
 REFUSE_TRANSPOSE(matrices_that_overflow, FST_K_SIZE, args.batch = 1ull << 62)
 REFUSE_TRANSPOSE(nothing_to_do_without_rows, FST_K_OK, args.rows = 0; args.src = NULL)
 
+/* ---- More than 2^32 elements, on a GPU that has the memory ---- */
+
+enum { piece = 64 << 20 };
+#define HUGE_BYTES ((1ull << 32) + (4ull << 20))
+
+static void set_byte(test_rig *rig, uint8_t *device, uint8_t value) {
+    CHECK_INT(0, rig->gpu.calls->to_device(&rig->gpu, rig->stream, device, &value, 1));
+    CHECK_INT(0, rig->gpu.calls->stream_wait(&rig->gpu, rig->stream));
+}
+
+static int get_byte(test_rig *rig, const uint8_t *device) {
+    uint8_t value;
+    CHECK_INT(0, rig->gpu.calls->to_host(&rig->gpu, rig->stream, &value, device, 1));
+    CHECK_INT(0, rig->gpu.calls->stream_wait(&rig->gpu, rig->stream));
+    return value;
+}
+
+static void check_huge(test_rig *rig, uint8_t *src, uint8_t *dst) {
+    const fst_kernels *kernels = rig->gpu.kernels;
+    const uint64_t side = (1u << 16) + 1, count = side * (side - 1); /* columns of a matrix of side x side */
+    memset(rig->host, 0x30, piece);
+    for (uint64_t at = 0; at < HUGE_BYTES; at += piece)
+        rig_upload(rig, src + at, rig->host, HUGE_BYTES - at < piece ? (size_t)(HUGE_BYTES - at) : piece);
+
+    const fst_cast_args cast = {src, dst, (1ull << 32) + 37, FST_T_F8_E4M3, FST_T_F8_E5M2, 0};
+    set_byte(rig, src + (1ull << 32) + 36, 0xB8);
+    CHECK_INT(0, kernels->cast(rig->stream, &cast));
+    CHECK_INT(0xBC, get_byte(rig, dst + (1ull << 32) + 36));
+    CHECK_INT(0x38, get_byte(rig, dst + (1ull << 32) + 35));
+    CHECK_INT(0x38, get_byte(rig, dst));
+
+    const fst_rows_args rows = {.src = src, .dst = dst, .cols = side - 1, .ndim = 1, .extent = {side}, .src_stride = {side},
+                                .dst_stride = {side - 1}, .src_dtype = FST_T_U8, .dst_dtype = FST_T_U8};
+    set_byte(rig, src + (side - 1) * side + side - 2, 0x77); /* the last row's last */
+    CHECK_INT(0, kernels->rows(rig->stream, &rows));
+    CHECK_INT(0x77, get_byte(rig, dst + count - 1));
+    CHECK_INT(0x30, get_byte(rig, dst + count - 2));
+
+    const fst_transpose_args transpose = {src, dst, 1, side, side - 1, side, side, 0, 0, FST_T_U8, FST_T_U8, 0};
+    CHECK_INT(0, kernels->transpose(rig->stream, &transpose));
+    CHECK_INT(0x77, get_byte(rig, dst + count - 1));
+    CHECK_INT(0x30, get_byte(rig, dst + count - 2));
+}
+
+TEST(kernels_huge, more_elements_than_32_bits_count) {
+    test_rig rig;
+    int found = 0;
+    EACH_RIG(&rig, piece) {
+        const fst_gpu_calls *calls = rig.gpu.calls;
+        void *src = NULL, *dst = NULL;
+        if (rig.gpu.host_access) continue;
+        found = 1;
+        if (calls->alloc_block(&rig.gpu, HUGE_BYTES, &src) == 0 && calls->alloc_block(&rig.gpu, HUGE_BYTES, &dst) == 0)
+            check_huge(&rig, src, dst);
+        else test_skip(1, "not enough device memory");
+        calls->free_block(&rig.gpu, src, HUGE_BYTES);
+        calls->free_block(&rig.gpu, dst, HUGE_BYTES);
+    }
+    if (!found) test_skip(1, "no GPU");
+}
+
 /* ---- OCP to FNUZ ---- */
 
 static void check_fnuz(int src, const uint8_t *in, size_t count, uint64_t bad) {
