@@ -9,7 +9,8 @@
 
 enum { PRIME = 2097143, PERIOD = 8 * PRIME, TAIL = 16 };
 
-typedef enum input_kind { INPUT_BITS, INPUT_NUMBERS, INPUT_FINITE } input_kind;
+/* Those up to INPUT_TAME_BITS are the same for every dtype. */
+typedef enum input_kind { INPUT_BITS, INPUT_TAME_BITS, INPUT_NUMBERS, INPUT_FINITE } input_kind;
 
 struct convert_data {
     input_kind input;
@@ -25,7 +26,7 @@ static uint64_t mix(uint64_t x) { /* splitmix64 */
 }
 
 static input_kind input_of(const convert_spec *spec) {
-    if (!convert_is_quantize(spec->kernel)) return INPUT_BITS;
+    if (!convert_is_quantize(spec->kernel)) return spec->keep_bits ? INPUT_TAME_BITS : INPUT_BITS;
     return spec->kernel == CONVERT_QUANTIZE_TENSOR ? INPUT_FINITE : INPUT_NUMBERS;
 }
 
@@ -51,11 +52,15 @@ convert_data *convert_data_new(const convert_spec *spec) {
     if (!data || !(data->bytes = malloc(PERIOD + TAIL))) bench_die("out of memory");
     data->input = input_of(spec);
     data->dtype = spec->src;
-    const size_t size = data->input == INPUT_BITS ? 8 : fst_type_bits(spec->src) / 8;
+    const int bits = data->input <= INPUT_TAME_BITS;
+    const size_t size = bits ? 8 : fst_type_bits(spec->src) / 8;
     for (size_t i = 0; i < PERIOD / size; i++) {
-        const uint64_t code = data->input == INPUT_BITS ? mix(i) : encode(number(i, data->input), spec->src);
+        const uint64_t code = bits ? mix(i) : encode(number(i, data->input), spec->src);
         memcpy(data->bytes + i * size, &code, size);
     }
+    /* Real weights have no NaN, and what counts them is not what is timed: few are enough to see that it counts. */
+    for (size_t i = 0; data->input == INPUT_TAME_BITS && i < PERIOD; i++)
+        if ((data->bytes[i] & 0x7F) >= 0x7C && i % 1048573 != 12345) data->bytes[i] &= 0xBF;
     memcpy(data->bytes + PERIOD, data->bytes, TAIL);
     return data;
 }
@@ -67,7 +72,7 @@ void convert_data_free(convert_data *data) {
 
 int convert_data_fits(const convert_data *data, const convert_spec *spec) {
     const input_kind wanted = input_of(spec);
-    return data->input == wanted && (wanted == INPUT_BITS || data->dtype == spec->src);
+    return data->input == wanted && (wanted <= INPUT_TAME_BITS || data->dtype == spec->src);
 }
 
 const unsigned char *convert_data_bytes(const convert_data *data, size_t *size) {
