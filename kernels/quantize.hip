@@ -60,9 +60,11 @@ class Quotient {
           tame_(tame && usual_) {}
     FST_INLINE bool tame() const { return tame_; }
     FST_INLINE float of_finite(float x) const {
-#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__)
+#if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__) || defined(FST_DEVICE_SHAPE)
         const float q = x * reciprocal_;
-        return __builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q);
+        const uint32_t bits = fst_bits_of_float32(__builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q));
+        // Of -0 the sum makes 0.
+        return fst_float_of_bits32((bits & 0x7FFFFFFF) | (fst_bits_of_float32(x) & 0x80000000));
 #else
         return x / scale_;
 #endif
