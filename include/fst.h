@@ -4,7 +4,7 @@
  *
  *     const char *files[] = {"model.safetensors", NULL};
  *     fst_model *model = fst_load_cast(files, FST_BF16);
- *     if (!model) { fprintf(stderr, "%s\n", fst_last_error()->text); return 1; }
+ *     if (!model) { fprintf(stderr, "%s: %s\n", fst_last_error()->path, fst_last_error()->text); return 1; }
  *     fst_tensor tensor;
  *     fst_model_find(model, "lm_head.weight", &tensor);     // tensor.data is device memory
  *     fst_model_free(model);
@@ -130,7 +130,7 @@ typedef struct fst_error {
     int        file;       /* index into the files of the load; -1 when it is about no file */
     int64_t    offset;     /* byte in that file, from its start; -1 when it is about no byte */
     char       path[256];  /* the file's path, its tail when longer; "" when it is about no file */
-    char       text[512];  /* one line, control characters escaped: what is wrong, where, what to do */
+    char       text[512];  /* one line, control characters escaped: what is wrong and where in `path` */
 } fst_error;
 
 /* The last error of a call in this thread; status FST_OK when none failed yet. Never NULL.
