@@ -173,15 +173,14 @@ template <unsigned element, unsigned bytes> FST_FN void put(Vector<bytes> *v, un
 }
 
 // The bytes from offset `at` on, a multiple of `size`, as a vector of that size.
-template <unsigned size, unsigned bytes> FST_FN Vector<size> piece_at(Vector<bytes> v, unsigned at) {
-    FST_UNROLLED
-    for (unsigned step = Vector<bytes>::words / 2; step >= Vector<size>::words; step /= 2)
-        FST_UNROLLED
-        for (unsigned i = 0; i < step; i++) v.word[i] = at & 4 * step ? v.word[i + step] : v.word[i];
+template <unsigned size, unsigned bytes> FST_FN Vector<size> piece_at(const Vector<bytes> &v, unsigned at) {
+    uint64_t eight = v.word[0];
+    if constexpr (bytes >= 8) eight |= static_cast<uint64_t>(v.word[1]) << 32;
+    if constexpr (bytes == 16) eight = at & 8 ? static_cast<uint64_t>(v.word[3]) << 32 | v.word[2] : eight;
     Vector<size> piece;
-    FST_UNROLLED
-    for (unsigned i = 0; i < Vector<size>::words; i++) piece.word[i] = v.word[i];
-    if (size < 4) piece.word[0] >>= at % 4 * 8;
+    if constexpr (size < 8) eight >>= at % 8 * 8;
+    else piece.word[1] = static_cast<uint32_t>(eight >> 32);
+    piece.word[0] = static_cast<uint32_t>(eight);
     return piece;
 }
 

@@ -5,19 +5,22 @@
 
 namespace {
 
-// A tile is 128 bytes of a row of the source wide and 128 bytes of a row of the destination high. A thread loads 16
-// bytes of as many source rows as fill a word of the destination, casts them, and puts words of one column each into
-// shared memory; then it stores 16 bytes of a destination row. Columns lie one after the other, 32 words each, in
-// groups of 4 words; the groups of a column change places by the number of the vector that it was loaded in, so
-// that the threads of a warp touch all 32 banks both ways.
+// A tile is 128 bytes of a row of the source wide (64 from 1 to 8 bytes) and 128 bytes of a row of the destination
+// high. A thread loads 16 bytes of as many source rows as fill a word of the destination and puts words of one column
+// each into shared memory; then it stores 16 bytes of a destination row. Elements are cast on the way in, or, where
+// their size stays, on the way out. Columns lie one after the other, 32 words each, in groups of 4 words; the groups of
+// a column change places by the number of the vector that it was loaded in, so that the threads of a warp touch all 32
+// banks both ways.
 template <int Src, int Dst> struct Transpose {
     static constexpr unsigned src_size = bits_of<Src>::value / 8, dst_size = bits_of<Dst>::value / 8;
-    static constexpr unsigned width = 16 / src_size;                     // columns of a vector
+    static constexpr unsigned width = src_size == 1 && dst_size == 8 ? 8 : 16 / src_size; // columns of a vector
     static constexpr unsigned tile_cols = 8 * width, tile_rows = 128 / dst_size;
     static constexpr unsigned each = dst_size < 4 ? 4 / dst_size : 1;    // rows in a word
     static constexpr unsigned words = dst_size < 4 ? 1 : dst_size / 4;   // words of a column that a thread loads
     static constexpr unsigned loads = 8 * 32 / words;                    // vectors (of `each` rows) in a tile
     static constexpr unsigned threads = by_element ? 1 : loads;
+    static constexpr bool     late = src_size == dst_size; // cast on the way out: fewer elements at a time
+    static constexpr int      Held = late ? Src : Dst;     // what shared memory holds
 
     struct Shared {
         alignas(16) uint32_t word[by_element ? 1 : tile_cols * 32];
@@ -60,7 +63,7 @@ template <int Src, int Dst> struct Transpose {
         if (col >= cols || row >= rows) return;
         Vector<width * dst_size> line[each];
         FST_UNROLLED
-        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Dst, width>(load(t, row + i, col), limit);
+        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Held, width>(load(t, row + i, col), limit);
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
             const unsigned at = place(across * width + i, group * words / 4) + group * words % 4;
@@ -84,7 +87,8 @@ template <int Src, int Dst> struct Transpose {
             const uint64_t col = t.col + column, row = t.row + group * (16 / dst_size);
             if (col >= cols || row >= rows) continue;
             const uint4   *words4 = reinterpret_cast<const uint4 *>(&shared.word[place(column, group)]);
-            const Vector<16> out = {{words4->x, words4->y, words4->z, words4->w}};
+            const Vector<16> held = {{words4->x, words4->y, words4->z, words4->w}};
+            const Vector<16> out = convert_vector<Held, Dst, 16 / dst_size>(held, limit);
             uint8_t *to = t.dst + col * dst_stride + row * dst_size;
             const unsigned n = static_cast<unsigned>(rows - row < 16 / dst_size ? rows - row : 16 / dst_size) * dst_size;
             if (n == 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0) store_aligned(to, out);
@@ -106,9 +110,9 @@ template <int Src, int Dst> struct Transpose {
     }
 
     // `width` elements from (row, col) on; what is beyond the matrix is 0.
-    FST_INLINE Vector<16> load(const Tile &t, uint64_t row, uint64_t col) const {
+    FST_INLINE Vector<width * src_size> load(const Tile &t, uint64_t row, uint64_t col) const {
         const uint8_t *from = t.src + row * src_stride + col * src_size;
-        Vector<16>     in = {};
+        Vector<width * src_size> in = {};
         if (row >= rows) return in;
         if (col + width <= cols && load_vector(from, global<const uint8_t>(src), global<const uint8_t>(readable_end), &in))
             return in;

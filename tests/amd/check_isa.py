@@ -74,6 +74,8 @@ def tile(source, target):
     stored on two paths, for whole rows of the target and for ragged ones."""
     a, b = int(SIZES[int(source)]), int(SIZES[int(target)])
     threads = 128 if b == 8 else 256
+    if (a, b) == (1, 8):  # 64 bytes x 128, to leave room for 4 waves: loads of 8
+        return {"store": 2 * ALIGNED * (512 // threads)}
     return {"load": ANY * (1024 // b // threads), "store": 2 * ALIGNED * (1024 // a // threads or 1)}
 
 
