@@ -51,7 +51,8 @@ struct Fnuz {
         uint8_t *__restrict to = global<uint8_t>(dst);
         uint32_t bad = 0;
         FST_ROLLED
-        for (uint64_t i = begin; i < end; i++) to[i] = static_cast<uint8_t>(fnuz_byte(from[i], largest, &bad));
+        for (uint64_t i = begin; i < end; i++)
+            to[i] = static_cast<uint8_t>(fnuz_byte(from[i], largest, &bad));
         add(nans, bad);
     }
 
@@ -59,7 +60,7 @@ struct Fnuz {
 #ifndef FST_BY_ELEMENT
     FST_INLINE bool vector(uint64_t begin) const {
         const uint8_t *from = global<const uint8_t>(src);
-        Vector<16>     v;
+        Vector<16> v;
         if (!load_vector(from + begin, from, from + count, &v)) return false;
         uint32_t found = 0;
         FST_UNROLLED
@@ -81,10 +82,12 @@ struct Fnuz {
 
 extern "C" int FST_SYMBOL(fst_fnuz)(fst_stream stream, const fst_fnuz_args *args) {
     if (args->src_dtype != FST_T_F8_E4M3 && args->src_dtype != FST_T_F8_E5M2) return FST_K_NO_KERNEL;
-    const Fnuz body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst), args->count,
-                       reinterpret_cast<uint64_t>(args->nans), args->src_dtype == FST_T_F8_E4M3 ? 0x7Eu : 0x7Bu};
+    const Fnuz body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
+                       args->count, reinterpret_cast<uint64_t>(args->nans),
+                       args->src_dtype == FST_T_F8_E4M3 ? 0x7Eu : 0x7Bu};
     uint64_t end;
-    if (__builtin_add_overflow(body.src, body.count, &end) || __builtin_add_overflow(body.dst, body.count, &end))
+    if (__builtin_add_overflow(body.src, body.count, &end) ||
+        __builtin_add_overflow(body.dst, body.count, &end))
         return FST_K_SIZE;
     if (body.count == 0) return FST_K_OK;
     if (!body.src || !body.dst || !body.nans) return FST_K_NULL;

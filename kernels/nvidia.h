@@ -22,7 +22,8 @@
 namespace {
 
 FST_FN constexpr bool is_byte_float(int type) {
-    return type == FST_T_F8_E4M3 || type == FST_T_F8_E5M2 || type == FST_T_F8_E4M3FNUZ || type == FST_T_F8_E5M2FNUZ;
+    return type == FST_T_F8_E4M3 || type == FST_T_F8_E5M2 || type == FST_T_F8_E4M3FNUZ ||
+           type == FST_T_F8_E5M2FNUZ;
 }
 FST_FN constexpr bool is_half_float(int type) { return type == FST_T_F16 || type == FST_T_BF16; }
 FST_FN constexpr bool is_part_byte(int type) {
@@ -66,23 +67,29 @@ FST_FN uint32_t multiply_f16x2(uint32_t a, uint32_t b) {
 }
 FST_FN uint32_t bf16x2_of_f32(uint32_t low, uint32_t high) {
     uint32_t d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(fst_float_of_bits32(high)), "f"(fst_float_of_bits32(low)));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+        : "=r"(d)
+        : "f"(fst_float_of_bits32(high)), "f"(fst_float_of_bits32(low)));
     return d;
 }
 FST_FN uint32_t f16x2_of_f32(uint32_t low, uint32_t high) {
     uint32_t d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(fst_float_of_bits32(high)), "f"(fst_float_of_bits32(low)));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+        : "=r"(d)
+        : "f"(fst_float_of_bits32(high)), "f"(fst_float_of_bits32(low)));
     return d;
 }
 FST_FN void f32_of_f16x2(uint32_t pair, uint32_t *low, uint32_t *high) {
     float a, b;
-    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}" : "=f"(a), "=f"(b) : "r"(pair));
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(a), "=f"(b)
+        : "r"(pair));
     *low = fst_bits_of_float32(a), *high = fst_bits_of_float32(b);
 }
 // Two codes in the low half of the result; finite overflow and Inf saturate.
 #if FST_PACKED >= 89
 template <bool e5m2> FST_FN uint32_t fp8x2_of_f32(uint32_t low, uint32_t high) {
-    uint16_t    d;
+    uint16_t d;
     const float a = fst_float_of_bits32(high), b = fst_float_of_bits32(low);
     if constexpr (e5m2) asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(a), "f"(b));
     else asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(a), "f"(b));
@@ -117,9 +124,9 @@ template <int T> FST_FN constexpr uint32_t to_nan() {
 // number, or what follows it when that tie goes down to an even code.
 template <int T, int Dst> FST_FN uint32_t to_overflow() {
     const fst_float from = fst_float_of(T), to = fst_float_of(Dst);
-    const int       shift = from.mantissa - to.mantissa;
-    const uint32_t  tie = static_cast<uint32_t>((to.finite << shift) + (1ull << (shift - 1))) +
-                          (static_cast<uint32_t>(from.bias - to.bias) << from.mantissa);
+    const int shift = from.mantissa - to.mantissa;
+    const uint32_t tie = static_cast<uint32_t>((to.finite << shift) + (1ull << (shift - 1))) +
+                         (static_cast<uint32_t>(from.bias - to.bias) << from.mantissa);
     return (1u << (from.bits - 1)) - (to.finite & 1 ? tie : tie + 1);
 }
 
@@ -137,10 +144,10 @@ template <int Src> FST_FN uint32_t nan_bytes(uint32_t codes) {
 // beyond F16's exponents on the way: to BF16 alone.)
 template <int Src, int T> FST_FN uint32_t widen(uint32_t codes, unsigned pair) {
     const fst_float from = fst_float_of(Src), to = fst_float_of(T);
-    const int       exponent = from.bits - 1 - from.mantissa, shift = 15 - exponent - to.mantissa;
-    const uint32_t  x = permute(codes, 0, pair ? 0x3424 : 0x1404);
-    const uint32_t  lane = ((1u << (exponent + from.mantissa)) - 1) << (to.mantissa - from.mantissa);
-    uint32_t        y = x >> shift & twice(lane);
+    const int exponent = from.bits - 1 - from.mantissa, shift = 15 - exponent - to.mantissa;
+    const uint32_t x = permute(codes, 0, pair ? 0x3424 : 0x1404);
+    const uint32_t lane = ((1u << (exponent + from.mantissa)) - 1) << (to.mantissa - from.mantissa);
+    uint32_t y = x >> shift & twice(lane);
     if (T == FST_T_BF16) y = multiply_bf16x2(y, twice(static_cast<uint32_t>(254 - from.bias) << 7));
     else if (from.bias != 15) y = multiply_f16x2(y, twice(static_cast<uint32_t>(30 - from.bias) << 10));
     return y;
@@ -156,7 +163,7 @@ FST_FN uint32_t decode_exponents(uint32_t codes, unsigned pair) {
 // The same with sign, Inf and NaN.
 template <int Src, int T> FST_FN uint32_t decode_pair(uint32_t codes, uint32_t nans, unsigned pair) {
     const fst_float to = fst_float_of(T);
-    const uint32_t  selector = pair ? 0xBBAA : 0x9988, x = permute(codes, 0, pair ? 0x3424 : 0x1404);
+    const uint32_t selector = pair ? 0xBBAA : 0x9988, x = permute(codes, 0, pair ? 0x3424 : 0x1404);
     if constexpr (Src == FST_T_F8_E8M0) return decode_exponents(codes, pair);
     uint32_t y;
     if constexpr (Src == FST_T_F8_E5M2FNUZ && T == FST_T_F16) {
@@ -191,7 +198,8 @@ FST_FN uint32_t finish(uint32_t code, uint32_t code2, uint32_t overflow, uint32_
 template <int Dst> constexpr bool as_e5m2 = Dst == FST_T_F8_E5M2 || Dst == FST_T_F8_E5M2FNUZ;
 
 // Four F32.
-template <int Dst> FST_FN uint32_t encode_f32(const uint32_t *x, uint32_t overflow, uint32_t nan, uint32_t signs) {
+template <int Dst>
+FST_FN uint32_t encode_f32(const uint32_t *x, uint32_t overflow, uint32_t nan, uint32_t signs) {
     constexpr bool e5m2 = as_e5m2<Dst>;
     uint32_t code = fp8x2_of_f32<e5m2>(x[0], x[1]) | fp8x2_of_f32<e5m2>(x[2], x[3]) << 16, code2 = 0;
     if (fst_is_fnuz(fst_float_of(Dst))) {
@@ -204,7 +212,8 @@ template <int Dst> FST_FN uint32_t encode_f32(const uint32_t *x, uint32_t overfl
 }
 
 // Two pairs of F16.
-template <int Dst> FST_FN uint32_t encode_f16(const uint32_t *x, uint32_t overflow, uint32_t nan, uint32_t signs) {
+template <int Dst>
+FST_FN uint32_t encode_f16(const uint32_t *x, uint32_t overflow, uint32_t nan, uint32_t signs) {
     constexpr bool e5m2 = as_e5m2<Dst>;
     uint32_t code = fp8x2_of_f16x2<e5m2>(x[0]) | fp8x2_of_f16x2<e5m2>(x[1]) << 16, code2 = 0;
     if (fst_is_fnuz(fst_float_of(Dst)))
@@ -246,20 +255,20 @@ template <int Src, int Dst> FST_FN uint32_t to_bytes(const uint32_t *in, bool sa
 // OCP to FNUZ of the same layout: the exponent grows by one, a subnormal doubles.
 template <int Src> FST_FN uint32_t to_fnuz(uint32_t codes, bool saturate) {
     constexpr uint32_t one = 1u << (Src == FST_T_F8_E4M3 ? 3 : 2); // of the exponent
-    const uint32_t     a = codes & four(0x7F), normal = permute(a + four(0x80 - one), 0, 0xBA98);
-    const uint32_t     sum = a + choose(normal, four(one), a);
-    const uint32_t     b = (sum | permute(sum, 0, 0xBA98)) & four(0x7F);
-    const uint32_t     nan = a + (saturate ? four(Src == FST_T_F8_E4M3 ? 1 : 3) : four(one));
+    const uint32_t a = codes & four(0x7F), normal = permute(a + four(0x80 - one), 0, 0xBA98);
+    const uint32_t sum = a + choose(normal, four(one), a);
+    const uint32_t b = (sum | permute(sum, 0, 0xBA98)) & four(0x7F);
+    const uint32_t nan = a + (saturate ? four(Src == FST_T_F8_E4M3 ? 1 : 3) : four(one));
     return choose(permute(nan, 0, 0xBA98), four(0x80), b | (codes & (b + four(0x7F)) & four(0x80)));
 }
 
 // FNUZ to OCP of the same layout: the exponent falls by one; what becomes subnormal is halved, to even.
 template <int Src> FST_FN uint32_t from_fnuz(uint32_t codes) {
     constexpr uint32_t one = 1u << (Src == FST_T_F8_E4M3FNUZ ? 3 : 2);
-    const uint32_t     a = codes & four(0x7F), half = a >> 1 & four(0x3F);
-    const uint32_t     normal = permute(a + four(0x80 - 2 * one), 0, 0xBA98);
-    const uint32_t     b = choose(normal, a, half + (a & half & four(1))) - (normal & four(one));
-    const uint32_t     nan = four(Src == FST_T_F8_E4M3FNUZ ? 0xFF : 0xFE);
+    const uint32_t a = codes & four(0x7F), half = a >> 1 & four(0x3F);
+    const uint32_t normal = permute(a + four(0x80 - 2 * one), 0, 0xBA98);
+    const uint32_t b = choose(normal, a, half + (a & half & four(1))) - (normal & four(one));
+    const uint32_t nan = four(Src == FST_T_F8_E4M3FNUZ ? 0xFF : 0xFE);
     return choose(permute(nan_bytes<Src>(codes), 0, 0xBA98), nan, b | (codes & four(0x80)));
 }
 
@@ -267,15 +276,17 @@ template <int Src> FST_FN uint32_t from_fnuz(uint32_t codes) {
 // as codes of 2 and 3 bits of mantissa have nothing between.
 template <int Src, int Dst> FST_FN uint32_t to_overflow8() {
     const fst_float from = fst_float_of(Src), to = fst_float_of(Dst);
-    const int       exponent = static_cast<int>(to.finite >> to.mantissa) - to.bias + 1;
-    const uint32_t  code = static_cast<uint32_t>(exponent + from.bias) << from.mantissa;
+    const int exponent = static_cast<int>(to.finite >> to.mantissa) - to.bias + 1;
+    const uint32_t code = static_cast<uint32_t>(exponent + from.bias) << from.mantissa;
     return code < 0x80 ? 0x80 - code : 0;
 }
 
 template <int Src, int Dst> FST_FN uint32_t byte_to_byte(uint32_t codes, bool saturate) {
-    if constexpr ((Src == FST_T_F8_E4M3 && Dst == FST_T_F8_E4M3FNUZ) || (Src == FST_T_F8_E5M2 && Dst == FST_T_F8_E5M2FNUZ))
+    if constexpr ((Src == FST_T_F8_E4M3 && Dst == FST_T_F8_E4M3FNUZ) ||
+                  (Src == FST_T_F8_E5M2 && Dst == FST_T_F8_E5M2FNUZ))
         return to_fnuz<Src>(codes, saturate);
-    if constexpr ((Src == FST_T_F8_E4M3FNUZ && Dst == FST_T_F8_E4M3) || (Src == FST_T_F8_E5M2FNUZ && Dst == FST_T_F8_E5M2))
+    if constexpr ((Src == FST_T_F8_E4M3FNUZ && Dst == FST_T_F8_E4M3) ||
+                  (Src == FST_T_F8_E5M2FNUZ && Dst == FST_T_F8_E5M2))
         return from_fnuz<Src>(codes);
 
     const uint32_t add = saturate ? 0 : four(to_overflow8<Src, Dst>()), a = codes & four(0x7F);
@@ -310,7 +321,8 @@ template <int Src, int Dst> FST_FN uint32_t half_to_half(uint32_t in) {
     uint32_t low, high;
     widen16<Src>(in, &low, &high);
     const uint32_t nan = (in & 0x80008000) | twice(static_cast<uint32_t>(fst_float_of(Dst).nan));
-    return choose(permute((in & 0x7FFF7FFF) + twice(to_nan<Src>()), 0, 0xBB99), nan, narrow16<Dst>(low, high));
+    return choose(permute((in & 0x7FFF7FFF) + twice(to_nan<Src>()), 0, 0xBB99), nan,
+                  narrow16<Dst>(low, high));
 }
 
 template <int Src> FST_FN void half_to_float(uint32_t in, uint32_t *out) {
@@ -321,8 +333,10 @@ template <int Src> FST_FN void half_to_float(uint32_t in, uint32_t *out) {
 }
 
 template <int Dst> FST_FN uint32_t float_to_half(const uint32_t *in) {
-    const uint32_t a = (in[0] & 0x7FFFFFFF) + to_nan<FST_T_F32>(), b = (in[1] & 0x7FFFFFFF) + to_nan<FST_T_F32>();
-    const uint32_t nan = (permute(in[0], in[1], 0x7632) & 0x80008000) | twice(static_cast<uint32_t>(fst_float_of(Dst).nan));
+    const uint32_t a = (in[0] & 0x7FFFFFFF) + to_nan<FST_T_F32>(),
+                   b = (in[1] & 0x7FFFFFFF) + to_nan<FST_T_F32>();
+    const uint32_t nan =
+        (permute(in[0], in[1], 0x7632) & 0x80008000) | twice(static_cast<uint32_t>(fst_float_of(Dst).nan));
     return choose(permute(a, b, 0xFFBB), nan, narrow16<Dst>(in[0], in[1]));
 }
 
@@ -338,15 +352,18 @@ template <int Src> FST_FN uint32_t spread(uint32_t codes) {
 template <int Src, int Dst> FST_FN void cast4(const uint32_t *in, uint32_t *out, bool saturate) {
     if constexpr (Src == FST_T_F8_E8M0 && Dst == FST_T_F16) {
         const uint32_t nans = nan_bytes<Src>(in[0]); // they are Inf until they get a second bit
-        out[0] = f16x2_of_f32(in[0] << 23 & 0x7F800000, in[0] << 15 & 0x7F800000) | (permute(nans, 0, 0x9988) & twice(0x0200));
-        out[1] = f16x2_of_f32(in[0] << 7 & 0x7F800000, in[0] >> 1 & 0x7F800000) | (permute(nans, 0, 0xBBAA) & twice(0x0200));
+        out[0] = f16x2_of_f32(in[0] << 23 & 0x7F800000, in[0] << 15 & 0x7F800000) |
+                 (permute(nans, 0, 0x9988) & twice(0x0200));
+        out[1] = f16x2_of_f32(in[0] << 7 & 0x7F800000, in[0] >> 1 & 0x7F800000) |
+                 (permute(nans, 0, 0xBBAA) & twice(0x0200));
     } else if constexpr (is_byte_float(Src) && is_byte_float(Dst)) {
         out[0] = byte_to_byte<Src, Dst>(in[0], saturate);
     } else if constexpr (bits_below_16(Src)) {
-        constexpr int  by = Dst == FST_T_BF16 || Dst == FST_T_F32 ? FST_T_BF16 : FST_T_F16;
+        constexpr int by = Dst == FST_T_BF16 || Dst == FST_T_F32 ? FST_T_BF16 : FST_T_F16;
         const uint32_t codes = is_part_byte(Src) ? spread<Src>(in[0]) : in[0];
         const uint32_t nans = is_part_byte(Src) ? 0 : nan_bytes<Src>(codes);
-        const uint32_t pairs[2] = {decode_pair<Src, by>(codes, nans, 0), decode_pair<Src, by>(codes, nans, 1)};
+        const uint32_t pairs[2] = {decode_pair<Src, by>(codes, nans, 0),
+                                   decode_pair<Src, by>(codes, nans, 1)};
         if constexpr (Dst == FST_T_F32) {
             out[0] = pairs[0] << 16, out[1] = pairs[0] & 0xFFFF0000;
             out[2] = pairs[1] << 16, out[3] = pairs[1] & 0xFFFF0000;

@@ -45,7 +45,8 @@ template <int Src, int Dst> uint64_t limit_of(unsigned flags) {
 #ifndef FST_BY_ELEMENT
 #if FST_PACKED
 // Four codes of a vector, from the i-th on, one after the other in words.
-template <unsigned bits, unsigned bytes> FST_FN void get_four(const Vector<bytes> &v, unsigned i, uint32_t *out) {
+template <unsigned bits, unsigned bytes>
+FST_FN void get_four(const Vector<bytes> &v, unsigned i, uint32_t *out) {
     const unsigned at = i * bits / 32, shift = i * bits % 32;
     FST_UNROLLED
     for (unsigned k = 0; k < (bits + 7) / 8; k++) out[k] = v.word[at + k] >> shift;
@@ -55,8 +56,8 @@ template <unsigned bits, unsigned bytes> FST_FN void get_four(const Vector<bytes
 #endif
 
 template <int Src, int Dst, unsigned width>
-FST_FN Vector<width * bits_of<Dst>::value / 8> convert_vector(const Vector<width * bits_of<Src>::value / 8> &in,
-                                                              uint64_t limit) {
+FST_FN Vector<width * bits_of<Dst>::value / 8> convert_vector(
+    const Vector<width * bits_of<Src>::value / 8> &in, uint64_t limit) {
     constexpr unsigned src_bits = bits_of<Src>::value, dst_bits = bits_of<Dst>::value;
     Vector<width * dst_bits / 8> out = {};
     if constexpr (Src == Dst) {
@@ -88,9 +89,9 @@ template <int Src, int Dst> struct Range {
     static constexpr uint64_t width = by_element ? 1u << 20 : 16 / wider;
 
     const uint8_t *src;
-    uint8_t       *dst;
-    uint64_t       count;
-    uint64_t       limit;
+    uint8_t *dst;
+    uint64_t count;
+    uint64_t limit;
     const uint8_t *readable, *readable_end; // nothing outside is read
 
     // Elements of the first slot that lie before dst.
@@ -117,10 +118,11 @@ template <int Src, int Dst> struct Range {
         const uint64_t before = skew(), position = index * width;
         if (src_bits % 8 == 0) {
             Vector<width * src_bits / 8> in;
-            const int64_t  first = static_cast<int64_t>(position) - static_cast<int64_t>(before);
+            const int64_t first = static_cast<int64_t>(position) - static_cast<int64_t>(before);
             const uint8_t *from = src + first * static_cast<int>(src_bits / 8);
-            uint8_t       *to = dst + first * static_cast<int>(dst_size);
-            if (from < readable || from + sizeof in > readable_end || !load_vector(from, readable, readable_end, &in))
+            uint8_t *to = dst + first * static_cast<int>(dst_size);
+            if (from < readable || from + sizeof in > readable_end ||
+                !load_vector(from, readable, readable_end, &in))
                 return slot(index);
             const Vector<width * dst_size> out = convert_vector<Src, Dst, width>(in, limit);
             const uint64_t rest = count + before - position;
@@ -150,8 +152,8 @@ template <int Src, int Dst> struct Range {
 
   private:
     FST_INLINE void store(uint8_t *to, uint64_t i, uint64_t code) const {
-        store_element<dst_size>(to + i * dst_size,
-                                static_cast<typename word_of<dst_size>::type>(convert<Src, Dst>(code, limit)));
+        store_element<dst_size>(
+            to + i * dst_size, static_cast<typename word_of<dst_size>::type>(convert<Src, Dst>(code, limit)));
     }
 
     // Codes that fill whole bytes together.
@@ -160,13 +162,15 @@ template <int Src, int Dst> struct Range {
         const uint8_t *__restrict from = src + begin / each * bytes;
         uint8_t *__restrict to = dst + begin * dst_size;
         for (uint64_t i = 0; i < (end - begin) / each; i++)
-            for (unsigned k = 0; k < each; k++) store(to, i * each + k, load_code<src_bits>(from + i * bytes, k));
+            for (unsigned k = 0; k < each; k++)
+                store(to, i * each + k, load_code<src_bits>(from + i * bytes, k));
     }
 
 #ifndef FST_BY_ELEMENT
     FST_INLINE bool vector(uint64_t begin) const {
         Vector<width * src_bits / 8> in;
-        if (src_bits < 8 && begin * src_bits % 8) return false; // the destination is not aligned as its source is
+        if (src_bits < 8 && begin * src_bits % 8)
+            return false; // the destination is not aligned as its source is
         if (!load_vector(src + begin * src_bits / 8, readable, readable_end, &in)) return false;
         store_aligned(dst + begin * dst_size, convert_vector<Src, Dst, width>(in, limit));
         return true;

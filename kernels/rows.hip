@@ -9,7 +9,7 @@ namespace {
 // Strides in bytes.
 struct Box {
     uint32_t ndim;
-    Divisor  extent[FST_ROWS_DIMS];
+    Divisor extent[FST_ROWS_DIMS];
     uint64_t src_stride[FST_ROWS_DIMS], dst_stride[FST_ROWS_DIMS];
     uint64_t rows;
 };
@@ -20,8 +20,8 @@ template <int Src, int Dst> struct Rows {
 
     uint64_t src, dst, cols, limit;
     uint64_t readable_end; // of the whole source
-    Box      box;
-    Divisor  slots; // of a row; elements when rows are too short for vectors
+    Box box;
+    Divisor slots; // of a row; elements when rows are too short for vectors
     uint32_t single;
 
     FST_INLINE uint64_t blocks() const {
@@ -33,7 +33,8 @@ template <int Src, int Dst> struct Rows {
             for (uint64_t i = 0; i < box.rows; i++) row(i).elements(0, cols);
             return;
         }
-        const uint64_t index = block * threads + thread, i = slots.divide(index), slot = index - i * slots.value;
+        const uint64_t index = block * threads + thread, i = slots.divide(index),
+                       slot = index - i * slots.value;
         if (i >= box.rows) return;
         const Row range = row(i);
         if (single) range.elements(slot, slot + 1);
@@ -50,28 +51,33 @@ template <int Src, int Dst> struct Rows {
             from += at * box.src_stride[d], to += at * box.dst_stride[d];
             i = rest;
         }
-        return {global<const uint8_t>(from), global<uint8_t>(to), cols, limit, global<const uint8_t>(src),
-                global<const uint8_t>(readable_end)};
+        return {
+            global<const uint8_t>(from),        global<uint8_t>(to), cols, limit, global<const uint8_t>(src),
+            global<const uint8_t>(readable_end)};
     }
 };
 
 // What a launch needs, in bytes (a cast's elements) and checked.
 struct Plan {
     uint64_t src, dst, cols, src_bytes; // of the whole source, gaps included
-    Box      box;
+    Box box;
 };
 
 typedef int rows_fn(fst_stream, const Plan &, unsigned flags);
 
 template <int Src, int Dst> int rows(fst_stream stream, const Plan &plan, unsigned flags) {
     using Row = Range<Src, Dst>;
-    Rows<Src, Dst> body = {plan.src, plan.dst, plan.cols, limit_of<Src, Dst>(flags), plan.src + plan.src_bytes, plan.box, {}, 0};
+    Rows<Src, Dst> body = {
+        plan.src, plan.dst, plan.cols, limit_of<Src, Dst>(flags), plan.src + plan.src_bytes, plan.box, {}, 0};
     uint64_t bits = plan.dst; // its low ones are 0 where all rows start at a whole vector
     for (unsigned d = 0; d < plan.box.ndim; d++) bits |= plan.box.dst_stride[d];
-    const bool     aligned = bits % (Row::width * Row::dst_size) == 0;
+    const bool aligned = bits % (Row::width * Row::dst_size) == 0;
     const uint64_t most_skew = aligned ? 0 : Row::width - 1;
     body.single = plan.cols < Row::width;
-    const uint64_t slots = body.single ? plan.cols : plan.cols / Row::width + (plan.cols % Row::width + most_skew + Row::width - 1) / Row::width;
+    const uint64_t slots =
+        body.single
+            ? plan.cols
+            : plan.cols / Row::width + (plan.cols % Row::width + most_skew + Row::width - 1) / Row::width;
     body.slots = divisor(slots);
     uint64_t all;
     if (__builtin_mul_overflow(slots, plan.box.rows, &all)) return FST_K_SIZE;
@@ -106,7 +112,8 @@ rows_fn *find(int src, int dst) {
 
 // Elements -> bytes; false when they do not fill whole ones, or overflow.
 bool in_bytes(uint64_t count, unsigned bits, uint64_t *bytes) {
-    return count % 8 * bits % 8 == 0 && !__builtin_mul_overflow(count / 8, static_cast<uint64_t>(bits), bytes) &&
+    return count % 8 * bits % 8 == 0 &&
+           !__builtin_mul_overflow(count / 8, static_cast<uint64_t>(bits), bytes) &&
            !__builtin_add_overflow(*bytes, count % 8 * bits / 8, bytes);
 }
 
@@ -116,12 +123,13 @@ int gather(const fst_rows_args *args, unsigned src_bits, unsigned dst_bits, Plan
     Box &box = plan->box;
     box.rows = 1;
     for (unsigned i = args->ndim; i-- > 0;) {
-        const uint64_t extent = args->extent[i], src_step = args->src_stride[i], dst_step = args->dst_stride[i];
-        uint64_t       src_bytes = 0, dst_bytes = 0;
+        const uint64_t extent = args->extent[i], src_step = args->src_stride[i],
+                       dst_step = args->dst_stride[i];
+        uint64_t src_bytes = 0, dst_bytes = 0;
         if (extent == 1) continue;
         if (src_step < args->cols || dst_step < args->cols) return FST_K_STRIDE;
-        if (__builtin_mul_overflow(box.rows, extent, &box.rows) || !in_bytes(src_step, src_bits, &src_bytes) ||
-            !in_bytes(dst_step, dst_bits, &dst_bytes))
+        if (__builtin_mul_overflow(box.rows, extent, &box.rows) ||
+            !in_bytes(src_step, src_bits, &src_bytes) || !in_bytes(dst_step, dst_bits, &dst_bytes))
             return FST_K_SIZE;
         unsigned d = box.ndim++;
         for (; d > 0 && box.dst_stride[d - 1] > dst_bytes; d--) {
@@ -137,7 +145,7 @@ int gather(const fst_rows_args *args, unsigned src_bits, unsigned dst_bits, Plan
 // Bytes from the first to behind the last of the source; FST_K_SIZE when they go beyond the address space.
 int span_source(uint64_t row_bytes, Plan *plan) {
     const Box &box = plan->box;
-    uint64_t   step, end;
+    uint64_t step, end;
     plan->src_bytes = row_bytes;
     for (unsigned d = 0; d < box.ndim; d++)
         if (__builtin_mul_overflow(box.extent[d].value - 1, box.src_stride[d], &step) ||
@@ -149,7 +157,7 @@ int span_source(uint64_t row_bytes, Plan *plan) {
 // The same for the destination; FST_K_STRIDE where its rows overlap.
 int span_destination(uint64_t row_bytes, const Plan *plan) {
     const Box &box = plan->box;
-    uint64_t   step, end, bytes = row_bytes;
+    uint64_t step, end, bytes = row_bytes;
     for (unsigned d = 0; d < box.ndim; d++) {
         if (box.dst_stride[d] < bytes) return FST_K_STRIDE;
         if (__builtin_mul_overflow(box.extent[d].value - 1, box.dst_stride[d], &step) ||
@@ -161,11 +169,12 @@ int span_destination(uint64_t row_bytes, const Plan *plan) {
 
 // Makes one of rows and dimensions that run on without a gap on both sides.
 void collapse(unsigned src_size, unsigned dst_size, Plan *plan) {
-    Box     &box = plan->box;
+    Box &box = plan->box;
     unsigned kept = 0;
     for (unsigned d = 0; d < box.ndim; d++) {
         const uint64_t extent = box.extent[d].value;
-        if (kept == 0 && box.src_stride[d] == plan->cols * src_size && box.dst_stride[d] == plan->cols * dst_size) {
+        if (kept == 0 && box.src_stride[d] == plan->cols * src_size &&
+            box.dst_stride[d] == plan->cols * dst_size) {
             plan->cols *= extent;
             box.rows /= extent;
         } else if (kept && box.src_stride[d] == box.src_stride[kept - 1] * box.extent[kept - 1].value &&
@@ -191,11 +200,12 @@ extern "C" int FST_SYMBOL(fst_rows)(fst_stream stream, const fst_rows_args *args
     if (empty) return FST_K_OK;
 
     const unsigned src_bits = fst_type_bits(args->src_dtype), dst_bits = fst_type_bits(args->dst_dtype);
-    const bool     copy = args->src_dtype == args->dst_dtype;
-    Plan           plan = {};
+    const bool copy = args->src_dtype == args->dst_dtype;
+    Plan plan = {};
     plan.src = reinterpret_cast<uint64_t>(args->src), plan.dst = reinterpret_cast<uint64_t>(args->dst);
     uint64_t src_row = 0, dst_row = 0;
-    if (!in_bytes(args->cols, src_bits, &src_row) || !in_bytes(args->cols, dst_bits, &dst_row)) return FST_K_SIZE;
+    if (!in_bytes(args->cols, src_bits, &src_row) || !in_bytes(args->cols, dst_bits, &dst_row))
+        return FST_K_SIZE;
     int status = gather(args, src_bits, dst_bits, &plan);
     if (status == FST_K_OK) status = span_source(src_row, &plan);
     if (status == FST_K_OK) status = span_destination(dst_row, &plan);

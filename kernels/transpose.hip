@@ -13,14 +13,16 @@ namespace {
 // banks both ways.
 template <int Src, int Dst> struct Transpose {
     static constexpr unsigned src_size = bits_of<Src>::value / 8, dst_size = bits_of<Dst>::value / 8;
-    static constexpr unsigned width = src_size == 1 && dst_size == 8 ? 8 : 16 / src_size; // columns of a vector
+    static constexpr unsigned width =
+        src_size == 1 && dst_size == 8 ? 8 : 16 / src_size; // columns of a vector
     static constexpr unsigned tile_cols = 8 * width, tile_rows = 128 / dst_size;
-    static constexpr unsigned each = dst_size < 4 ? 4 / dst_size : 1;    // rows in a word
-    static constexpr unsigned words = dst_size < 4 ? 1 : dst_size / 4;   // words of a column that a thread loads
-    static constexpr unsigned loads = 8 * 32 / words;                    // vectors (of `each` rows) in a tile
+    static constexpr unsigned each = dst_size < 4 ? 4 / dst_size : 1; // rows in a word
+    static constexpr unsigned words =
+        dst_size < 4 ? 1 : dst_size / 4;              // words of a column that a thread loads
+    static constexpr unsigned loads = 8 * 32 / words; // vectors (of `each` rows) in a tile
     static constexpr unsigned threads = by_element ? 1 : loads;
-    static constexpr bool     late = src_size == dst_size; // cast on the way out: fewer elements at a time
-    static constexpr int      Held = late ? Src : Dst;     // what shared memory holds
+    static constexpr bool late = src_size == dst_size; // cast on the way out: fewer elements at a time
+    static constexpr int Held = late ? Src : Dst;      // what shared memory holds
 
     struct Shared {
         alignas(16) uint32_t word[by_element ? 1 : tile_cols * 32];
@@ -28,14 +30,14 @@ template <int Src, int Dst> struct Transpose {
 
     uint64_t src, dst, rows, cols, src_stride, dst_stride, src_batch, dst_batch; // strides in bytes
     uint64_t limit, readable_end, batches;
-    Divisor  tiles, tiles_across; // of a matrix; of a row of tiles
+    Divisor tiles, tiles_across; // of a matrix; of a row of tiles
 
     FST_INLINE uint64_t blocks() const { return batches * tiles.value; }
 
     struct Tile {
         const uint8_t *src; // of the matrix
-        uint8_t       *dst;
-        uint64_t       row, col;
+        uint8_t *dst;
+        uint64_t row, col;
     };
     FST_INLINE Tile tile(uint64_t block) const {
         const uint64_t batch = tiles.divide(block), i = block - batch * tiles.value;
@@ -46,29 +48,32 @@ template <int Src, int Dst> struct Transpose {
 
 #ifdef FST_BY_ELEMENT
     FST_INLINE void operator()(uint64_t block, unsigned) const {
-        const Tile     t = tile(block);
+        const Tile t = tile(block);
         const uint64_t row_end = t.row + tile_rows < rows ? t.row + tile_rows : rows;
         const uint64_t col_end = t.col + tile_cols < cols ? t.col + tile_cols : cols;
         for (uint64_t c = t.col; c < col_end; c++) {
             const uint8_t *__restrict from = t.src + c * src_size;
             uint8_t *__restrict to = t.dst + c * dst_stride;
-            for (uint64_t r = t.row; r < row_end; r++) store(to, r, load_element<src_size>(from + r * src_stride));
+            for (uint64_t r = t.row; r < row_end; r++)
+                store(to, r, load_element<src_size>(from + r * src_stride));
         }
     }
 #else
     FST_INLINE void before(uint64_t block, unsigned thread, Shared &shared) const {
-        const Tile     t = tile(block);
+        const Tile t = tile(block);
         const unsigned across = thread % 8, group = thread / 8; // which vector of a row, which rows
         const uint64_t col = t.col + across * width, row = t.row + group * each;
         if (col >= cols || row >= rows) return;
         Vector<width * dst_size> line[each];
         FST_UNROLLED
-        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Held, width>(load(t, row + i, col), limit);
+        for (unsigned i = 0; i < each; i++)
+            line[i] = convert_vector<Src, Held, width>(load(t, row + i, col), limit);
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
             const unsigned at = place(across * width + i, group * words / 4) + group * words % 4;
             if constexpr (dst_size == 8) {
-                *reinterpret_cast<uint2 *>(&shared.word[at]) = make_uint2(line[0].word[2 * i], line[0].word[2 * i + 1]);
+                *reinterpret_cast<uint2 *>(&shared.word[at]) =
+                    make_uint2(line[0].word[2 * i], line[0].word[2 * i + 1]);
             } else {
                 uint32_t word = 0;
                 FST_UNROLLED
@@ -86,11 +91,12 @@ template <int Src, int Dst> struct Transpose {
             const unsigned column = i / 8, group = i % 8;
             const uint64_t col = t.col + column, row = t.row + group * (16 / dst_size);
             if (col >= cols || row >= rows) continue;
-            const uint4   *words4 = reinterpret_cast<const uint4 *>(&shared.word[place(column, group)]);
+            const uint4 *words4 = reinterpret_cast<const uint4 *>(&shared.word[place(column, group)]);
             const Vector<16> held = {{words4->x, words4->y, words4->z, words4->w}};
             const Vector<16> out = convert_vector<Held, Dst, 16 / dst_size>(held, limit);
             uint8_t *to = t.dst + col * dst_stride + row * dst_size;
-            const unsigned n = static_cast<unsigned>(rows - row < 16 / dst_size ? rows - row : 16 / dst_size) * dst_size;
+            const unsigned n =
+                static_cast<unsigned>(rows - row < 16 / dst_size ? rows - row : 16 / dst_size) * dst_size;
             if (n == 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0) store_aligned(to, out);
             else store_loose(to, out, n);
         }
@@ -99,8 +105,8 @@ template <int Src, int Dst> struct Transpose {
 
   private:
     FST_INLINE void store(uint8_t *to, uint64_t i, uint64_t code) const {
-        store_element<dst_size>(to + i * dst_size,
-                                static_cast<typename word_of<dst_size>::type>(convert<Src, Dst>(code, limit)));
+        store_element<dst_size>(
+            to + i * dst_size, static_cast<typename word_of<dst_size>::type>(convert<Src, Dst>(code, limit)));
     }
 
 #ifndef FST_BY_ELEMENT
@@ -114,7 +120,8 @@ template <int Src, int Dst> struct Transpose {
         const uint8_t *from = t.src + row * src_stride + col * src_size;
         Vector<width * src_size> in = {};
         if (row >= rows) return in;
-        if (col + width <= cols && load_vector(from, global<const uint8_t>(src), global<const uint8_t>(readable_end), &in))
+        if (col + width <= cols &&
+            load_vector(from, global<const uint8_t>(src), global<const uint8_t>(readable_end), &in))
             return in;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
@@ -139,14 +146,25 @@ template <int Src, int Dst> struct Transpose {
 
 typedef int transpose_fn(fst_stream, const fst_transpose_args *, uint64_t src_bytes);
 
-template <int Src, int Dst> int transpose(fst_stream stream, const fst_transpose_args *args, uint64_t src_bytes) {
+template <int Src, int Dst>
+int transpose(fst_stream stream, const fst_transpose_args *args, uint64_t src_bytes) {
     using Body = Transpose<Src, Dst>;
     const uint64_t src = reinterpret_cast<uint64_t>(args->src);
-    const uint64_t across = (args->cols - 1) / Body::tile_cols + 1, down = (args->rows - 1) / Body::tile_rows + 1;
-    const Body body = {src, reinterpret_cast<uint64_t>(args->dst), args->rows, args->cols,
-                       args->src_stride * Body::src_size, args->dst_stride * Body::dst_size,
-                       args->src_batch_stride * Body::src_size, args->dst_batch_stride * Body::dst_size,
-                       limit_of<Src, Dst>(args->flags), src + src_bytes, args->batch, divisor(across * down), divisor(across)};
+    const uint64_t across = (args->cols - 1) / Body::tile_cols + 1,
+                   down = (args->rows - 1) / Body::tile_rows + 1;
+    const Body body = {src,
+                       reinterpret_cast<uint64_t>(args->dst),
+                       args->rows,
+                       args->cols,
+                       args->src_stride * Body::src_size,
+                       args->dst_stride * Body::dst_size,
+                       args->src_batch_stride * Body::src_size,
+                       args->dst_batch_stride * Body::dst_size,
+                       limit_of<Src, Dst>(args->flags),
+                       src + src_bytes,
+                       args->batch,
+                       divisor(across * down),
+                       divisor(across)};
 #ifdef FST_BY_ELEMENT
     return launch(stream, body, body.blocks());
 #else
@@ -189,10 +207,11 @@ transpose_fn *find(int src, int dst) {
 }
 
 // Bytes of `batch` matrices of rows x cols; false when they go beyond the address space.
-bool span(uint64_t address, unsigned size, uint64_t batch, uint64_t batch_stride, uint64_t rows, uint64_t stride,
-          uint64_t cols, uint64_t *bytes) {
+bool span(uint64_t address, unsigned size, uint64_t batch, uint64_t batch_stride, uint64_t rows,
+          uint64_t stride, uint64_t cols, uint64_t *bytes) {
     uint64_t skipped, elements, end;
-    return !__builtin_mul_overflow(rows - 1, stride, &elements) && !__builtin_add_overflow(elements, cols, &elements) &&
+    return !__builtin_mul_overflow(rows - 1, stride, &elements) &&
+           !__builtin_add_overflow(elements, cols, &elements) &&
            !__builtin_mul_overflow(batch - 1, batch_stride, &skipped) &&
            !__builtin_add_overflow(elements, skipped, &elements) &&
            !__builtin_mul_overflow(elements, static_cast<uint64_t>(size), bytes) &&
@@ -216,7 +235,7 @@ extern "C" int FST_SYMBOL(fst_transpose)(fst_stream stream, const fst_transpose_
     if (a.batch == 0 || a.rows == 0 || a.cols == 0) return FST_K_OK;
     const unsigned src_size = fst_type_bits(a.src_dtype) / 8, dst_size = fst_type_bits(a.dst_dtype) / 8;
     const uint64_t src = reinterpret_cast<uint64_t>(a.src), dst = reinterpret_cast<uint64_t>(a.dst);
-    uint64_t       src_bytes = 0, dst_bytes = 0;
+    uint64_t src_bytes = 0, dst_bytes = 0;
     if (!span(src, src_size, a.batch, a.src_batch_stride, a.rows, a.src_stride, a.cols, &src_bytes) ||
         !span(dst, dst_size, a.batch, a.dst_batch_stride, a.cols, a.dst_stride, a.rows, &dst_bytes))
         return FST_K_SIZE;

@@ -26,7 +26,8 @@ static uint32_t below(uint32_t *state, uint32_t n) {
 }
 
 /* One element from place `from` to place `to`, as the conversion of numeric.h makes it. */
-static void put_one(uint8_t *dst, uint64_t to, int dst_dtype, const uint8_t *src, uint64_t from, int src_dtype, unsigned flags) {
+static void put_one(uint8_t *dst, uint64_t to, int dst_dtype, const uint8_t *src, uint64_t from,
+                    int src_dtype, unsigned flags) {
     const size_t src_size = fst_type_bits(src_dtype) / 8, dst_size = fst_type_bits(dst_dtype) / 8;
     uint64_t code = 0;
     memcpy(&code, src + from * src_size, src_size);
@@ -49,9 +50,11 @@ static void check_rows(test_rig *rig, fst_rows_args args, size_t src_skew, size_
     for (uint32_t d = 0; d < args.ndim; d++) rows *= args.extent[d];
     for (uint64_t row = 0; row < rows; row++) {
         uint64_t from = 0, to = 0;
-        for (uint32_t d = 0; d < args.ndim; d++) from += index[d] * args.src_stride[d], to += index[d] * args.dst_stride[d];
+        for (uint32_t d = 0; d < args.ndim; d++)
+            from += index[d] * args.src_stride[d], to += index[d] * args.dst_stride[d];
         for (uint64_t col = 0; col < args.cols; col++)
-            put_one(want + RIG_GUARD + dst_skew, to + col, args.dst_dtype, pattern + src_skew, from + col, args.src_dtype, args.flags);
+            put_one(want + RIG_GUARD + dst_skew, to + col, args.dst_dtype, pattern + src_skew, from + col,
+                    args.src_dtype, args.flags);
         for (uint32_t d = args.ndim; d-- > 0 && ++index[d] == args.extent[d];) index[d] = 0;
     }
     memset(rig->host, 0xA5, room);
@@ -61,8 +64,8 @@ static void check_rows(test_rig *rig, fst_rows_args args, size_t src_skew, size_
     CHECK_INT(0, rig->gpu.kernels->rows(rig->stream, &args));
     rig_download(rig, room);
     if (memcmp(want, rig->host, room))
-        test_note(__FILE__, __LINE__, "%s: %s to %s", rig->gpu.kernels->target, rig_dtype_name(args.src_dtype),
-                  rig_dtype_name(args.dst_dtype));
+        test_note(__FILE__, __LINE__, "%s: %s to %s", rig->gpu.kernels->target,
+                  rig_dtype_name(args.src_dtype), rig_dtype_name(args.dst_dtype));
     CHECK_BYTES(want, rig->host, room);
 }
 
@@ -75,26 +78,46 @@ static void check_rows_everywhere(const fst_rows_args *args, size_t src_skew, si
 }
 
 TEST(kernels_rows, columns_of_a_matrix) {
-    const fst_rows_args args = {.cols = 100, .ndim = 1, .extent = {50}, .src_stride = {257}, .dst_stride = {100},
-                                .src_dtype = FST_T_BF16, .dst_dtype = FST_T_BF16};
+    const fst_rows_args args = {.cols = 100,
+                                .ndim = 1,
+                                .extent = {50},
+                                .src_stride = {257},
+                                .dst_stride = {100},
+                                .src_dtype = FST_T_BF16,
+                                .dst_dtype = FST_T_BF16};
     check_rows_everywhere(&args, 2 * 37, 0);
 }
 
 TEST(kernels_rows, packing_into_a_wider_matrix) {
-    const fst_rows_args args = {.cols = 100, .ndim = 1, .extent = {50}, .src_stride = {100}, .dst_stride = {300},
-                                .src_dtype = FST_T_F16, .dst_dtype = FST_T_F32};
+    const fst_rows_args args = {.cols = 100,
+                                .ndim = 1,
+                                .extent = {50},
+                                .src_stride = {100},
+                                .dst_stride = {300},
+                                .src_dtype = FST_T_F16,
+                                .dst_dtype = FST_T_F32};
     check_rows_everywhere(&args, 1, 4);
 }
 
 TEST(kernels_rows, every_second_row_apart) {
-    const fst_rows_args args = {.cols = 64, .ndim = 2, .extent = {2, 31}, .src_stride = {64, 128}, .dst_stride = {31 * 64, 64},
-                                .src_dtype = FST_T_F8_E4M3, .dst_dtype = FST_T_BF16};
+    const fst_rows_args args = {.cols = 64,
+                                .ndim = 2,
+                                .extent = {2, 31},
+                                .src_stride = {64, 128},
+                                .dst_stride = {31 * 64, 64},
+                                .src_dtype = FST_T_F8_E4M3,
+                                .dst_dtype = FST_T_BF16};
     check_rows_everywhere(&args, 0, 0);
 }
 
 TEST(kernels_rows, rows_interleaved) {
-    const fst_rows_args args = {.cols = 33, .ndim = 2, .extent = {2, 31}, .src_stride = {31 * 33, 33}, .dst_stride = {33, 66},
-                                .src_dtype = FST_T_I32, .dst_dtype = FST_T_I32};
+    const fst_rows_args args = {.cols = 33,
+                                .ndim = 2,
+                                .extent = {2, 31},
+                                .src_stride = {31 * 33, 33},
+                                .dst_stride = {33, 66},
+                                .src_dtype = FST_T_I32,
+                                .dst_dtype = FST_T_I32};
     check_rows_everywhere(&args, 3, 4);
 }
 
@@ -104,36 +127,60 @@ TEST(kernels_rows, one_row_without_dimensions) {
 }
 
 TEST(kernels_rows, one_element_a_row) {
-    const fst_rows_args args = {.cols = 1, .ndim = 1, .extent = {999}, .src_stride = {7}, .dst_stride = {1},
-                                .src_dtype = FST_T_F32, .dst_dtype = FST_T_F16};
+    const fst_rows_args args = {.cols = 1,
+                                .ndim = 1,
+                                .extent = {999},
+                                .src_stride = {7},
+                                .dst_stride = {1},
+                                .src_dtype = FST_T_F32,
+                                .dst_dtype = FST_T_F16};
     check_rows_everywhere(&args, 0, 2);
 }
 
 TEST(kernels_rows, all_dimensions_that_there_are) {
-    const fst_rows_args args = {.cols = 3, .ndim = 7, .extent = {2, 3, 2, 1, 2, 3, 2},
+    const fst_rows_args args = {.cols = 3,
+                                .ndim = 7,
+                                .extent = {2, 3, 2, 1, 2, 3, 2},
                                 .src_stride = {4000, 1200, 500, 1, 200, 50, 10},
                                 .dst_stride = {216, 72, 36, 1, 18, 6, 3},
-                                .src_dtype = FST_T_U16, .dst_dtype = FST_T_U16};
+                                .src_dtype = FST_T_U16,
+                                .dst_dtype = FST_T_U16};
     check_rows_everywhere(&args, 5, 6);
 }
 
 TEST(kernels_rows, source_rows_in_any_order) {
-    const fst_rows_args args = {.cols = 20, .ndim = 2, .extent = {30, 40}, .src_stride = {20, 600}, .dst_stride = {800, 20},
-                                .src_dtype = FST_T_U8, .dst_dtype = FST_T_U8};
+    const fst_rows_args args = {.cols = 20,
+                                .ndim = 2,
+                                .extent = {30, 40},
+                                .src_stride = {20, 600},
+                                .dst_stride = {800, 20},
+                                .src_dtype = FST_T_U8,
+                                .dst_dtype = FST_T_U8};
     check_rows_everywhere(&args, 0, 1);
 }
 
 TEST(kernels_rows, a_contiguous_box_is_one_row) {
-    const fst_rows_args args = {.cols = 10, .ndim = 3, .extent = {7, 11, 13}, .src_stride = {1430, 130, 10},
-                                .dst_stride = {1430, 130, 10}, .src_dtype = FST_T_F32, .dst_dtype = FST_T_BF16};
+    const fst_rows_args args = {.cols = 10,
+                                .ndim = 3,
+                                .extent = {7, 11, 13},
+                                .src_stride = {1430, 130, 10},
+                                .dst_stride = {1430, 130, 10},
+                                .src_dtype = FST_T_F32,
+                                .dst_dtype = FST_T_BF16};
     check_rows_everywhere(&args, 2, 6);
 }
 
 TEST(kernels_rows, half_bytes_that_fill_bytes) {
-    const fst_rows_args args = {.cols = 34, .ndim = 1, .extent = {9}, .src_stride = {50}, .dst_stride = {34},
-                                .src_dtype = FST_T_U8, .dst_dtype = FST_T_U8};
+    const fst_rows_args args = {.cols = 34,
+                                .ndim = 1,
+                                .extent = {9},
+                                .src_stride = {50},
+                                .dst_stride = {34},
+                                .src_dtype = FST_T_U8,
+                                .dst_dtype = FST_T_U8};
     test_rig rig;
-    check_rows_everywhere(&args, 0, 0); /* what the same copy of bytes gives: half of its strides and columns */
+    check_rows_everywhere(&args, 0,
+                          0); /* what the same copy of bytes gives: half of its strides and columns */
     EACH_RIG(&rig, room) {
         fst_rows_args half = args;
         rig_upload(&rig, rig.src, source(), room);
@@ -153,8 +200,11 @@ TEST(kernels_rows, half_bytes_that_fill_bytes) {
 }
 
 static fst_rows_args random_box(uint32_t *state, int src_dtype, int dst_dtype) {
-    fst_rows_args args = {.cols = below(state, 5) ? below(state, 150) + 1 : below(state, 9), .ndim = below(state, 4),
-                          .src_dtype = src_dtype, .dst_dtype = dst_dtype, .flags = below(state, 2)};
+    fst_rows_args args = {.cols = below(state, 5) ? below(state, 150) + 1 : below(state, 9),
+                          .ndim = below(state, 4),
+                          .src_dtype = src_dtype,
+                          .dst_dtype = dst_dtype,
+                          .flags = below(state, 2)};
     uint64_t src_step = args.cols, dst_step = args.cols;
     for (uint32_t d = args.ndim; d-- > 0;) {
         args.extent[d] = below(state, 8) ? below(state, 8) + 1 : below(state, 2);
@@ -171,14 +221,19 @@ TEST(kernels_rows, boxes_of_every_pair) {
     test_rig rig;
     EACH_RIG(&rig, room) {
         rig_upload(&rig, rig.src, source(), room);
-        for (int s = 0; s < RIG_FLOATS; s++) for (int d = 0; d < RIG_FLOATS; d++) for (int i = 0; i < 4; i++) {
-            const fst_rows_args args = random_box(&state, rig_floats[s], rig_floats[d]);
-            const size_t size = fst_type_bits(rig_floats[d]) / 8;
-            uint64_t most = args.cols;
-            for (uint32_t k = 0; k < args.ndim; k++) most += args.extent[k] * (args.src_stride[k] > args.dst_stride[k] ? args.src_stride[k] : args.dst_stride[k]);
-            if (most * 8 + 256 > room) continue;
-            check_rows(&rig, args, below(&state, 17), below(&state, 17) / size * size);
-        }
+        for (int s = 0; s < RIG_FLOATS; s++)
+            for (int d = 0; d < RIG_FLOATS; d++)
+                for (int i = 0; i < 4; i++) {
+                    const fst_rows_args args = random_box(&state, rig_floats[s], rig_floats[d]);
+                    const size_t size = fst_type_bits(rig_floats[d]) / 8;
+                    uint64_t most = args.cols;
+                    for (uint32_t k = 0; k < args.ndim; k++)
+                        most +=
+                            args.extent[k] * (args.src_stride[k] > args.dst_stride[k] ? args.src_stride[k]
+                                                                                      : args.dst_stride[k]);
+                    if (most * 8 + 256 > room) continue;
+                    check_rows(&rig, args, below(&state, 17), below(&state, 17) / size * size);
+                }
     }
 }
 
@@ -187,16 +242,23 @@ TEST(kernels_rows, no_byte_outside_the_source_is_read) {
     test_rig rig;
     EACH_RIG(&rig, room) {
         if (!rig.gpu.host_access) continue;
-        for (size_t cols = 1; cols < 70; cols += 4) for (size_t skew = 0; skew < 16; skew++) {
-            const size_t size = (4 * 80 + cols) * 2;
-            uint8_t *memory = calloc(1, size); /* AddressSanitizer looks */
-            CHECK(memory);
-            const fst_rows_args args = {.src = memory, .dst = rig.dst + skew * 2, .cols = cols, .ndim = 1, .extent = {5},
-                                        .src_stride = {80}, .dst_stride = {cols}, .src_dtype = FST_T_F16,
-                                        .dst_dtype = skew % 2 ? FST_T_F16 : FST_T_BF16};
-            CHECK_INT(0, rig.gpu.kernels->rows(NULL, &args));
-            free(memory);
-        }
+        for (size_t cols = 1; cols < 70; cols += 4)
+            for (size_t skew = 0; skew < 16; skew++) {
+                const size_t size = (4 * 80 + cols) * 2;
+                uint8_t *memory = calloc(1, size); /* AddressSanitizer looks */
+                CHECK(memory);
+                const fst_rows_args args = {.src = memory,
+                                            .dst = rig.dst + skew * 2,
+                                            .cols = cols,
+                                            .ndim = 1,
+                                            .extent = {5},
+                                            .src_stride = {80},
+                                            .dst_stride = {cols},
+                                            .src_dtype = FST_T_F16,
+                                            .dst_dtype = skew % 2 ? FST_T_F16 : FST_T_BF16};
+                CHECK_INT(0, rig.gpu.kernels->rows(NULL, &args));
+                free(memory);
+            }
     }
 }
 
@@ -216,15 +278,15 @@ static void check_rows_refused(int want, const fst_rows_args *args) {
 
 /* Of addresses, only NULL or not counts, and by how much that of the destination is beyond 1. */
 #define SOME ((void *)1)
-#define GOOD_ROWS                                                                                             \
-    .src = SOME, .dst = SOME, .cols = 10, .ndim = 2, .extent = {3, 4}, .src_stride = {40, 10}, .dst_stride = {40, 10}, \
-    .src_dtype = FST_T_F16, .dst_dtype = FST_T_F32
+#define GOOD_ROWS                                                                              \
+    .src = SOME, .dst = SOME, .cols = 10, .ndim = 2, .extent = {3, 4}, .src_stride = {40, 10}, \
+    .dst_stride = {40, 10}, .src_dtype = FST_T_F16, .dst_dtype = FST_T_F32
 
-#define REFUSE_ROWS(name, want, ...)                              \
-    TEST(kernels_rows_refuse, name) {                             \
-        fst_rows_args args = {GOOD_ROWS};                         \
-        __VA_ARGS__;                                              \
-        check_rows_refused(want, &args);                          \
+#define REFUSE_ROWS(name, want, ...)      \
+    TEST(kernels_rows_refuse, name) {     \
+        fst_rows_args args = {GOOD_ROWS}; \
+        __VA_ARGS__;                      \
+        check_rows_refused(want, &args);  \
     }
 
 REFUSE_ROWS(no_source, FST_K_NULL, args.src = NULL)
@@ -245,14 +307,21 @@ REFUSE_ROWS(a_stride_whose_bytes_overflow, FST_K_SIZE, args.src_stride[0] = 1ull
 REFUSE_ROWS(a_source_beyond_the_address_space, FST_K_SIZE, args.src_stride[0] = 1ull << 62)
 REFUSE_ROWS(a_destination_beyond_the_address_space, FST_K_SIZE, args.dst_stride[0] = 1ull << 61)
 REFUSE_ROWS(columns_whose_bytes_overflow, FST_K_SIZE, args.cols = 1ull << 63; args.ndim = 0)
-REFUSE_ROWS(half_bytes_at_the_end_of_a_row, FST_K_SIZE, args.src_dtype = args.dst_dtype = FST_T_F4; args.cols = 9)
-REFUSE_ROWS(half_bytes_in_a_stride, FST_K_SIZE, args.src_dtype = args.dst_dtype = FST_T_F4; args.src_stride[1] = 11)
+REFUSE_ROWS(half_bytes_at_the_end_of_a_row, FST_K_SIZE, args.src_dtype = args.dst_dtype = FST_T_F4;
+            args.cols = 9)
+REFUSE_ROWS(half_bytes_in_a_stride, FST_K_SIZE, args.src_dtype = args.dst_dtype = FST_T_F4;
+            args.src_stride[1] = 11)
 REFUSE_ROWS(nothing_to_do_without_columns, FST_K_OK, args.cols = 0; args.src = NULL)
 REFUSE_ROWS(nothing_to_do_in_an_empty_dimension, FST_K_OK, args.extent[0] = 0; args.dst = NULL)
 
 TEST(kernels_rows, a_step_that_is_never_made_may_be_anything) {
-    const fst_rows_args args = {.cols = 20, .ndim = 2, .extent = {1, 3}, .src_stride = {0, 25}, .dst_stride = {3, 20},
-                                .src_dtype = FST_T_F16, .dst_dtype = FST_T_F16};
+    const fst_rows_args args = {.cols = 20,
+                                .ndim = 2,
+                                .extent = {1, 3},
+                                .src_stride = {0, 25},
+                                .dst_stride = {3, 20},
+                                .src_dtype = FST_T_F16,
+                                .dst_dtype = FST_T_F16};
     check_rows_everywhere(&args, 0, 0);
 }
 
@@ -264,8 +333,9 @@ static void check_transpose(test_rig *rig, fst_transpose_args args, size_t src_s
     for (uint64_t b = 0; b < args.batch; b++)
         for (uint64_t r = 0; r < args.rows; r++)
             for (uint64_t c = 0; c < args.cols; c++)
-                put_one(want + RIG_GUARD + dst_skew, b * args.dst_batch_stride + c * args.dst_stride + r, args.dst_dtype,
-                        pattern + src_skew, b * args.src_batch_stride + r * args.src_stride + c, args.src_dtype, args.flags);
+                put_one(want + RIG_GUARD + dst_skew, b * args.dst_batch_stride + c * args.dst_stride + r,
+                        args.dst_dtype, pattern + src_skew,
+                        b * args.src_batch_stride + r * args.src_stride + c, args.src_dtype, args.flags);
     memset(rig->host, 0xA5, room);
     rig_upload(rig, rig->dst, rig->host, room);
     args.src = rig->src + src_skew;
@@ -273,8 +343,8 @@ static void check_transpose(test_rig *rig, fst_transpose_args args, size_t src_s
     CHECK_INT(0, rig->gpu.kernels->transpose(rig->stream, &args));
     rig_download(rig, room);
     if (memcmp(want, rig->host, room))
-        test_note(__FILE__, __LINE__, "%s: %s to %s", rig->gpu.kernels->target, rig_dtype_name(args.src_dtype),
-                  rig_dtype_name(args.dst_dtype));
+        test_note(__FILE__, __LINE__, "%s: %s to %s", rig->gpu.kernels->target,
+                  rig_dtype_name(args.src_dtype), rig_dtype_name(args.dst_dtype));
     CHECK_BYTES(want, rig->host, room);
 }
 
@@ -283,29 +353,45 @@ static void check_transposes(int src, int dst, const uint64_t (*shapes)[3], size
     test_rig rig;
     EACH_RIG(&rig, room) {
         rig_upload(&rig, rig.src, source(), room);
-        for (size_t i = 0; i < count; i++) for (uint32_t gap = 0; gap < 2; gap++) {
-            const uint64_t batch = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
-            const uint64_t src_stride = cols + gap * below(&state, 9), dst_stride = rows + gap * below(&state, 9);
-            const fst_transpose_args args = {NULL, NULL, batch, rows, cols, src_stride, dst_stride,
-                                             rows * src_stride + gap, cols * dst_stride + gap * 3, src, dst, gap};
-            const size_t size = fst_type_bits(dst) / 8;
-            if ((batch * rows * src_stride + batch) * fst_type_bits(src) / 8 + 64 > room ||
-                (batch * cols * dst_stride + 3 * batch) * size + 256 > room)
-                continue;
-            check_transpose(&rig, args, gap ? below(&state, 17) : 0, gap ? below(&state, 17) / size * size : 0);
-        }
+        for (size_t i = 0; i < count; i++)
+            for (uint32_t gap = 0; gap < 2; gap++) {
+                const uint64_t batch = shapes[i][0], rows = shapes[i][1], cols = shapes[i][2];
+                const uint64_t src_stride = cols + gap * below(&state, 9),
+                               dst_stride = rows + gap * below(&state, 9);
+                const fst_transpose_args args = {NULL,
+                                                 NULL,
+                                                 batch,
+                                                 rows,
+                                                 cols,
+                                                 src_stride,
+                                                 dst_stride,
+                                                 rows * src_stride + gap,
+                                                 cols * dst_stride + gap * 3,
+                                                 src,
+                                                 dst,
+                                                 gap};
+                const size_t size = fst_type_bits(dst) / 8;
+                if ((batch * rows * src_stride + batch) * fst_type_bits(src) / 8 + 64 > room ||
+                    (batch * cols * dst_stride + 3 * batch) * size + 256 > room)
+                    continue;
+                check_transpose(&rig, args, gap ? below(&state, 17) : 0,
+                                gap ? below(&state, 17) / size * size : 0);
+            }
     }
 }
 
 /* Batch, rows, columns: primes, one of each, none, whole tiles, and one beside them. */
 static const uint64_t shapes[][3] = {
-    {1, 1, 1}, {1, 1, 300}, {1, 300, 1}, {2, 7, 5}, {1, 128, 128}, {1, 64, 256}, {1, 129, 127}, {1, 127, 129},
-    {3, 31, 67}, {1, 17, 401}, {1, 401, 17}, {1, 16, 16}, {5, 33, 32}, {1, 0, 7}, {1, 7, 0}, {0, 7, 7}, {1, 191, 193},
+    {1, 1, 1},     {1, 1, 300},   {1, 300, 1}, {2, 7, 5},    {1, 128, 128}, {1, 64, 256},
+    {1, 129, 127}, {1, 127, 129}, {3, 31, 67}, {1, 17, 401}, {1, 401, 17},  {1, 16, 16},
+    {5, 33, 32},   {1, 0, 7},     {1, 7, 0},   {0, 7, 7},    {1, 191, 193},
 };
 enum { shapes_count = sizeof shapes / sizeof *shapes };
 
 TEST(kernels_transpose, elements_of_1_byte) { check_transposes(FST_T_I8, FST_T_I8, shapes, shapes_count); }
-TEST(kernels_transpose, elements_of_2_bytes) { check_transposes(FST_T_BF16, FST_T_BF16, shapes, shapes_count); }
+TEST(kernels_transpose, elements_of_2_bytes) {
+    check_transposes(FST_T_BF16, FST_T_BF16, shapes, shapes_count);
+}
 TEST(kernels_transpose, elements_of_4_bytes) { check_transposes(FST_T_F32, FST_T_F32, shapes, shapes_count); }
 TEST(kernels_transpose, elements_of_8_bytes) { check_transposes(FST_T_C64, FST_T_C64, shapes, shapes_count); }
 
@@ -318,8 +404,10 @@ TEST(kernels_transpose, every_pair) {
 TEST(kernels_transpose, twice_gives_the_first) {
     test_rig rig;
     EACH_RIG(&rig, room) {
-        const fst_transpose_args there = {rig.src, rig.dst, 1, 151, 211, 211, 160, 0, 0, FST_T_U16, FST_T_U16, 0};
-        const fst_transpose_args back = {rig.dst, rig.src, 1, 211, 151, 160, 211, 0, 0, FST_T_U16, FST_T_U16, 0};
+        const fst_transpose_args there = {rig.src, rig.dst, 1, 151,       211,       211,
+                                          160,     0,       0, FST_T_U16, FST_T_U16, 0};
+        const fst_transpose_args back = {rig.dst, rig.src, 1, 211,       151,       160,
+                                         211,     0,       0, FST_T_U16, FST_T_U16, 0};
         rig_upload(&rig, rig.src, source(), room);
         CHECK_INT(0, rig.gpu.kernels->transpose(rig.stream, &there));
         CHECK_INT(0, rig.gpu.kernels->transpose(rig.stream, &back));
@@ -344,11 +432,11 @@ static void check_transpose_refused(int want, const fst_transpose_args *args) {
     }
 }
 
-#define REFUSE_TRANSPOSE(name, want, ...)                                                                           \
-    TEST(kernels_transpose_refuse, name) {                                                                          \
-        fst_transpose_args args = {SOME, SOME, 2, 10, 20, 20, 10, 200, 200, FST_T_F16, FST_T_F32, 0};               \
-        __VA_ARGS__;                                                                                                \
-        check_transpose_refused(want, &args);                                                                       \
+#define REFUSE_TRANSPOSE(name, want, ...)                                                             \
+    TEST(kernels_transpose_refuse, name) {                                                            \
+        fst_transpose_args args = {SOME, SOME, 2, 10, 20, 20, 10, 200, 200, FST_T_F16, FST_T_F32, 0}; \
+        __VA_ARGS__;                                                                                  \
+        check_transpose_refused(want, &args);                                                         \
     }
 
 REFUSE_TRANSPOSE(no_source, FST_K_NULL, args.src = NULL)
@@ -396,14 +484,22 @@ static void check_huge(test_rig *rig, uint8_t *src, uint8_t *dst) {
     CHECK_INT(0x38, get_byte(rig, dst + (1ull << 32) + 35));
     CHECK_INT(0x38, get_byte(rig, dst));
 
-    const fst_rows_args rows = {.src = src, .dst = dst, .cols = side - 1, .ndim = 1, .extent = {side}, .src_stride = {side},
-                                .dst_stride = {side - 1}, .src_dtype = FST_T_U8, .dst_dtype = FST_T_U8};
+    const fst_rows_args rows = {.src = src,
+                                .dst = dst,
+                                .cols = side - 1,
+                                .ndim = 1,
+                                .extent = {side},
+                                .src_stride = {side},
+                                .dst_stride = {side - 1},
+                                .src_dtype = FST_T_U8,
+                                .dst_dtype = FST_T_U8};
     set_byte(rig, src + (side - 1) * side + side - 2, 0x77); /* the last row's last */
     CHECK_INT(0, kernels->rows(rig->stream, &rows));
     CHECK_INT(0x77, get_byte(rig, dst + count - 1));
     CHECK_INT(0x30, get_byte(rig, dst + count - 2));
 
-    const fst_transpose_args transpose = {src, dst, 1, side, side - 1, side, side, 0, 0, FST_T_U8, FST_T_U8, 0};
+    const fst_transpose_args transpose = {src,  dst, 1, side,     side - 1, side,
+                                          side, 0,   0, FST_T_U8, FST_T_U8, 0};
     CHECK_INT(0, kernels->transpose(rig->stream, &transpose));
     CHECK_INT(0x77, get_byte(rig, dst + count - 1));
     CHECK_INT(0x30, get_byte(rig, dst + count - 2));
@@ -417,7 +513,8 @@ TEST(kernels_huge, more_elements_than_32_bits_count) {
         void *src = NULL, *dst = NULL;
         if (rig.gpu.host_access) continue;
         found = 1;
-        if (calls->alloc_block(&rig.gpu, HUGE_BYTES, &src) == 0 && calls->alloc_block(&rig.gpu, HUGE_BYTES, &dst) == 0)
+        if (calls->alloc_block(&rig.gpu, HUGE_BYTES, &src) == 0 &&
+            calls->alloc_block(&rig.gpu, HUGE_BYTES, &dst) == 0)
             check_huge(&rig, src, dst);
         else test_skip(1, "not enough device memory");
         calls->free_block(&rig.gpu, src, HUGE_BYTES);
@@ -430,7 +527,9 @@ TEST(kernels_huge, more_elements_than_32_bits_count) {
 
 static void check_fnuz(int src, const uint8_t *in, size_t count, uint64_t bad) {
     test_rig rig;
-    EACH_RIG(&rig, 16384) for (size_t src_skew = 0; src_skew < 16; src_skew += 5) for (size_t dst_skew = 0; dst_skew < 16; dst_skew += 3) {
+    EACH_RIG(&rig, 16384)
+    for (size_t src_skew = 0; src_skew < 16; src_skew += 5) for (size_t dst_skew = 0; dst_skew < 16;
+                                                                 dst_skew += 3) {
         uint8_t *dst = rig.dst + 64 + RIG_GUARD + dst_skew;
         memset(rig.host, 0, 64);
         memset(rig.host + 64, 0xA5, 8192);
@@ -478,7 +577,8 @@ TEST(kernels_fnuz, values_are_half_of_what_they_were) {
         rig_upload(&rig, rig.src, codes, 4);
         memset(rig.host, 0, 8);
         rig_upload(&rig, rig.src + 64, rig.host, 8);
-        const fst_fnuz_args args = {rig.src, rig.src + 16, 4, FST_T_F8_E4M3, (uint64_t *)(void *)(rig.src + 64)};
+        const fst_fnuz_args args = {rig.src, rig.src + 16, 4, FST_T_F8_E4M3,
+                                    (uint64_t *)(void *)(rig.src + 64)};
         CHECK_INT(0, rig.gpu.kernels->fnuz(rig.stream, &args));
         const fst_cast_args cast = {rig.src + 16, rig.dst, 4, FST_T_F8_E4M3FNUZ, FST_T_F32, 0};
         CHECK_INT(0, rig.gpu.kernels->cast(rig.stream, &cast));
@@ -506,11 +606,11 @@ static void check_fnuz_refused(int want, fst_fnuz_args args) {
     }
 }
 
-#define REFUSE_FNUZ(name, want, ...)                                       \
-    TEST(kernels_fnuz_refuse, name) {                                      \
-        fst_fnuz_args args = {SOME, SOME, 100, FST_T_F8_E4M3, SOME};       \
-        __VA_ARGS__;                                                       \
-        check_fnuz_refused(want, args);                                    \
+#define REFUSE_FNUZ(name, want, ...)                                 \
+    TEST(kernels_fnuz_refuse, name) {                                \
+        fst_fnuz_args args = {SOME, SOME, 100, FST_T_F8_E4M3, SOME}; \
+        __VA_ARGS__;                                                 \
+        check_fnuz_refused(want, args);                              \
     }
 
 REFUSE_FNUZ(no_source, FST_K_NULL, args.src = NULL)
