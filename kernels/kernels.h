@@ -75,7 +75,7 @@ typedef struct fst_scaled_args {
     int         src_dtype;   /* F8_E4M3, F8_E5M2, F8_E4M3FNUZ, F8_E5M2FNUZ, I8, F4 (the low half first) */
     int         dst_dtype;   /* F32, F16, BF16 */
     int         scale_dtype; /* F32, F16, BF16, F8_E8M0 */
-    fst_scale_kind kind;
+    int         kind;        /* an fst_scale_kind */
     uint64_t    block_rows, block_cols;
 } fst_scaled_args;
 
@@ -90,7 +90,7 @@ typedef struct fst_quantize_args {
     uint64_t   *nans;        /* NULL, or raised by the number of NaNs in src */
     uint64_t    rows, cols;
     int         src_dtype, dst_dtype;
-    fst_scale_kind kind;
+    int         kind;        /* an fst_scale_kind */
 } fst_quantize_args;
 
 /* Rows of `cols` elements from anywhere to anywhere, with or without a cast on the way: slices of any box (the
