@@ -11,8 +11,9 @@
 #ifndef FST_DEVICE_SHAPE
 #define FST_BY_ELEMENT
 #else
-struct alignas(8) uint2 { uint32_t x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+// They look at memory that holds words of other types, bytes above all.
+struct alignas(8) __attribute__((may_alias)) uint2 { uint32_t x, y; };
+struct alignas(16) __attribute__((may_alias)) uint4 { uint32_t x, y, z, w; };
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 #endif
@@ -47,7 +48,8 @@ template <class Body> int launch(fst_stream, const Body &body, uint64_t blocks) 
 }
 
 template <class Body> __attribute__((noinline)) void run_phases(const Body &body, uint64_t blocks) {
-    typename Body::Shared shared;
+    // Zeroed, as a tile at the edge reads (and does not store) words that nothing wrote.
+    typename Body::Shared shared = {};
     for (uint64_t block = 0; block < blocks; block++) {
         for (unsigned thread = 0; thread < Body::threads; thread++) body.before(block, thread, shared);
         for (unsigned thread = 0; thread < Body::threads; thread++) body.after(block, thread, shared);
