@@ -12,8 +12,8 @@
 #define FST_BY_ELEMENT
 #else
 // They look at memory that holds words of other types, bytes above all.
-struct alignas(8) __attribute__((may_alias)) uint2 { uint32_t x, y; };
-struct alignas(16) __attribute__((may_alias)) uint4 { uint32_t x, y, z, w; };
+struct __attribute__((may_alias, aligned(8))) uint2 { uint32_t x, y; };
+struct __attribute__((may_alias, aligned(16))) uint4 { uint32_t x, y, z, w; };
 static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 #endif
