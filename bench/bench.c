@@ -92,7 +92,7 @@ void bench_pinned_free(const fst_gpu *gpu, void *memory, size_t size) {
 
 static double copy_rate(const fst_gpu *gpu, unsigned char *device, const unsigned char *host, size_t room,
                         size_t piece, unsigned streams_count, uint64_t bytes) {
-    fst_stream streams[4];
+    fst_queue streams[4];
     for (unsigned i = 0; i < streams_count; i++)
         if (gpu->calls->stream_new(gpu, &streams[i])) bench_die("no stream");
     double start = fst_os_now();

@@ -107,7 +107,7 @@ static void measure(const setup *s, const fst_gpu *gpu, measured *m, uint64_t ba
     fst_model_free(model);
 }
 
-static int same(const fst_gpu *gpu, fst_stream stream, unsigned char *buffer, size_t room,
+static int same(const fst_gpu *gpu, fst_queue stream, unsigned char *buffer, size_t room,
                 const fst_tensor *there, const fst_tensor *here) {
     for (uint64_t at = 0; at < there->nbytes; at += room) {
         size_t size = there->nbytes - at < room ? (size_t)(there->nbytes - at) : room;
@@ -123,7 +123,7 @@ static void verify(const setup *s, const fst_gpu *gpu, const measured *m) {
     size_t room = (size_t)64 << 20;
     unsigned char *buffer = bench_pinned(gpu, room);
     fst_model *there = load(s, s->device, m->cast), *here = load(s, FST_DEVICE_CPU, m->cast);
-    fst_stream stream;
+    fst_queue stream;
     if (gpu->calls->stream_new(gpu, &stream)) bench_die("no stream");
     for (size_t i = 0; i < fst_model_count(there); i++) {
         fst_tensor a, b;

@@ -34,7 +34,7 @@ typedef struct options {
 typedef struct bench {
     options o;
     const fst_gpu *gpu;
-    fst_stream stream;
+    fst_queue stream;
     convert_data *data;
     uint64_t src_room, dst_room, extra_room; /* of all sets */
     uint64_t src_filled;

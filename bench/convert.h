@@ -106,14 +106,14 @@ uint64_t convert_expect_nans(const convert_reference *r);
 /* ---- convert_run.c ---- */
 
 /* Launches part `part` of `parts` (on the CPU, one a thread). 0, an FST_K_*, or the device's error. */
-int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+int convert_launch(const fst_gpu *gpu, fst_queue stream, const convert_case *c, const convert_set *set,
                    unsigned part, unsigned parts);
 /* The job list of a batch in `parts` parts, as the kernel reads it. */
 void convert_jobs(const convert_case *c, const convert_set *set, unsigned parts, fst_batch_job *jobs);
 
 typedef struct convert_timer {
     const fst_gpu *gpu;
-    fst_stream stream;
+    fst_queue stream;
     unsigned   runs, threads;
 } convert_timer;
 

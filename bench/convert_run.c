@@ -38,7 +38,7 @@ static unsigned char *dst_at(const part_of *p, uint64_t i) {
     return p->set->dst + i * bits_of(p->c->spec.dst) / 8;
 }
 
-static int launch_cast(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_cast(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_spec *s = &p->c->spec;
     const uint64_t begin = from(p, p->c->cols, 64), count = to(p, p->c->cols, 64) - begin;
     const fst_cast_args cast = {src_at(p, begin), dst_at(p, begin), count, s->src, s->dst, s->flags};
@@ -46,7 +46,7 @@ static int launch_cast(const fst_kernels *k, fst_stream stream, const part_of *p
     return s->keep_bits ? k->fnuz(stream, &fnuz) : k->cast(stream, &cast);
 }
 
-static int launch_scaled(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_scaled(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->rows * c->cols, 64);
     fst_scaled_args args = {.src = src_at(p, begin),
@@ -68,7 +68,7 @@ static int launch_scaled(const fst_kernels *k, fst_stream stream, const part_of 
 }
 
 /* One scale for all cannot be cut: the first part does it alone. */
-static int launch_quantize(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_quantize(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t unit = c->spec.kernel == CONVERT_QUANTIZE_BLOCK ? CONVERT_BLOCK : 1;
     const int whole = c->spec.kernel == CONVERT_QUANTIZE_TENSOR;
@@ -88,7 +88,7 @@ static int launch_quantize(const fst_kernels *k, fst_stream stream, const part_o
     return k->quantize(stream, &args);
 }
 
-static int launch_rows(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_rows(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const int apart = c->spec.kernel == CONVERT_DEINTERLEAVE;
     const uint64_t rows = apart ? c->rows / 2 : c->rows;
@@ -112,7 +112,7 @@ static int launch_rows(const fst_kernels *k, fst_stream stream, const part_of *p
 }
 
 /* Cut along the columns of the source, which are the rows of the result. */
-static int launch_transpose(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_transpose(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->rows, 64), count = to(p, c->rows, 64) - begin;
     fst_transpose_args args = {.src = src_at(p, begin),
@@ -142,7 +142,7 @@ void convert_jobs(const convert_case *c, const convert_set *set, unsigned parts,
     }
 }
 
-static int launch_batch(const fst_kernels *k, fst_stream stream, const part_of *p) {
+static int launch_batch(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->jobs, 1), count = to(p, c->jobs, 1) - begin;
     const fst_batch_args args = {.jobs = p->set->jobs + begin,
@@ -154,7 +154,7 @@ static int launch_batch(const fst_kernels *k, fst_stream stream, const part_of *
     return k->batch(stream, &args);
 }
 
-int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+int convert_launch(const fst_gpu *gpu, fst_queue stream, const convert_case *c, const convert_set *set,
                    unsigned part, unsigned parts) {
     const part_of p = {c, set, part, parts};
     switch (c->spec.kernel) {
@@ -178,7 +178,7 @@ int convert_launch(const fst_gpu *gpu, fst_stream stream, const convert_case *c,
 }
 
 /* A copy that reads half of the kernel's traffic and writes the other half. */
-static int launch_copy(const fst_gpu *gpu, fst_stream stream, const convert_case *c, const convert_set *set,
+static int launch_copy(const fst_gpu *gpu, fst_queue stream, const convert_case *c, const convert_set *set,
                        unsigned part, unsigned parts) {
     const uint64_t size = (c->bytes_read + c->bytes_written) / 2;
     const uint64_t begin = cut(size, part, parts, 4096), end = cut(size, part + 1, parts, 4096);
@@ -186,7 +186,7 @@ static int launch_copy(const fst_gpu *gpu, fst_stream stream, const convert_case
                                       (size_t)(end - begin));
 }
 
-typedef int launcher(const fst_gpu *, fst_stream, const convert_case *, const convert_set *, unsigned part,
+typedef int launcher(const fst_gpu *, fst_queue, const convert_case *, const convert_set *, unsigned part,
                      unsigned parts);
 
 /* ---- On the CPU: one part a thread, wall clock ---- */

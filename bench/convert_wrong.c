@@ -21,42 +21,42 @@ static int spoil(int code, void *dst, uint64_t size) {
 
 static uint64_t bytes_of(uint64_t count, int dtype) { return count * fst_dtype_bits((fst_dtype)dtype) / 8; }
 
-static int cast(fst_stream stream, const fst_cast_args *a) {
+static int cast(fst_queue stream, const fst_cast_args *a) {
     if (way == NOTHING) return 0;
     return spoil(fst_kernels_cpu()->cast(stream, a), a->dst, bytes_of(a->count, a->dst_dtype));
 }
 
-static int batch(fst_stream stream, const fst_batch_args *a) {
+static int batch(fst_queue stream, const fst_batch_args *a) {
     if (way == NOTHING) return 0;
     const fst_batch_job *last = &a->jobs[a->jobs_count - 1];
     void *dst = (void *)(uintptr_t)last->dst;
     return spoil(fst_kernels_cpu()->batch(stream, a), dst, bytes_of(last->count, a->dst_dtype));
 }
 
-static int scaled(fst_stream stream, const fst_scaled_args *a) {
+static int scaled(fst_queue stream, const fst_scaled_args *a) {
     if (way == NOTHING) return 0;
     return spoil(fst_kernels_cpu()->scaled(stream, a), a->dst, bytes_of(a->count, a->dst_dtype));
 }
 
-static int quantize(fst_stream stream, const fst_quantize_args *a) {
+static int quantize(fst_queue stream, const fst_quantize_args *a) {
     if (way == NOTHING) return 0;
     return spoil(fst_kernels_cpu()->quantize(stream, a), a->dst, a->rows * a->cols);
 }
 
-static int rows(fst_stream stream, const fst_rows_args *a) {
+static int rows(fst_queue stream, const fst_rows_args *a) {
     if (way == NOTHING) return 0;
     uint64_t last = 0;
     for (uint32_t i = 0; i < a->ndim; i++) last += (a->extent[i] - 1) * a->dst_stride[i];
     return spoil(fst_kernels_cpu()->rows(stream, a), a->dst, bytes_of(last + a->cols, a->dst_dtype));
 }
 
-static int transpose(fst_stream stream, const fst_transpose_args *a) {
+static int transpose(fst_queue stream, const fst_transpose_args *a) {
     if (way == NOTHING) return 0;
     const uint64_t elements = (a->cols - 1) * a->dst_stride + a->rows;
     return spoil(fst_kernels_cpu()->transpose(stream, a), a->dst, bytes_of(elements, a->dst_dtype));
 }
 
-static int fnuz(fst_stream stream, const fst_fnuz_args *a) {
+static int fnuz(fst_queue stream, const fst_fnuz_args *a) {
     if (way == NOTHING) return 0;
     return spoil(fst_kernels_cpu()->fnuz(stream, a), a->dst, a->count);
 }

@@ -70,15 +70,15 @@ template <int Src, int Dst> struct Batch {
     }
 };
 
-typedef int cast_fn(fst_stream, const fst_cast_args *);
-typedef int batch_fn(fst_stream, const fst_batch_args *);
+typedef int cast_fn(fst_queue, const fst_cast_args *);
+typedef int batch_fn(fst_queue, const fst_batch_args *);
 
 struct Launchers {
     cast_fn  *cast;
     batch_fn *batch;
 };
 
-template <int Src, int Dst> int cast(fst_stream stream, const fst_cast_args *args) {
+template <int Src, int Dst> int cast(fst_queue stream, const fst_cast_args *args) {
     const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
     const Cast<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
                                  unit % 8 ? args->count / 8 * unit + args->count % 8 * unit / 8 : args->count * (unit / 8),
@@ -86,7 +86,7 @@ template <int Src, int Dst> int cast(fst_stream stream, const fst_cast_args *arg
     return launch(stream, body, body.blocks());
 }
 
-template <int Src, int Dst> int batch(fst_stream stream, const fst_batch_args *args) {
+template <int Src, int Dst> int batch(fst_queue stream, const fst_batch_args *args) {
     const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
     const Batch<Src, Dst> body = {reinterpret_cast<uint64_t>(args->jobs), args->jobs_count, unit, args->tiles,
                                   limit_of<Src, Dst>(args->flags)};
@@ -133,7 +133,7 @@ bool fits(int type, uint64_t address, uint64_t count) {
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_cast)(fst_stream stream, const fst_cast_args *args) {
+extern "C" int FST_SYMBOL(fst_cast)(fst_queue stream, const fst_cast_args *args) {
     const Launchers pair = find(args->src_dtype, args->dst_dtype);
     if (!pair.cast) return FST_K_NO_KERNEL;
     const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
@@ -145,7 +145,7 @@ extern "C" int FST_SYMBOL(fst_cast)(fst_stream stream, const fst_cast_args *args
     return pair.cast(stream, args);
 }
 
-extern "C" int FST_SYMBOL(fst_batch)(fst_stream stream, const fst_batch_args *args) {
+extern "C" int FST_SYMBOL(fst_batch)(fst_queue stream, const fst_batch_args *args) {
     const Launchers pair = find(args->src_dtype, args->dst_dtype);
     if (!pair.batch) return FST_K_NO_KERNEL;
     if (args->tiles == 0 || args->jobs_count == 0) return FST_K_OK;

@@ -80,7 +80,7 @@ struct Fnuz {
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_fnuz)(fst_stream stream, const fst_fnuz_args *args) {
+extern "C" int FST_SYMBOL(fst_fnuz)(fst_queue stream, const fst_fnuz_args *args) {
     if (args->src_dtype != FST_T_F8_E4M3 && args->src_dtype != FST_T_F8_E5M2) return FST_K_NO_KERNEL;
     const Fnuz body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
                        args->count, reinterpret_cast<uint64_t>(args->nans),

@@ -41,7 +41,7 @@ class PlainArithmetic {
     const unsigned saved_ = __builtin_ia32_stmxcsr();
 };
 
-template <class Body> int launch(fst_stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch(fst_queue, const Body &body, uint64_t blocks) {
     const PlainArithmetic plain;
     run(body, blocks);
     return FST_K_OK;
@@ -56,7 +56,7 @@ template <class Body> __attribute__((noinline)) void run_phases(const Body &body
     }
 }
 
-template <class Body> int launch_phases(fst_stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch_phases(fst_queue, const Body &body, uint64_t blocks) {
     const PlainArithmetic plain;
     run_phases(body, blocks);
     return FST_K_OK;

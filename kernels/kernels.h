@@ -11,7 +11,7 @@ extern "C" {
 #endif
 
 /* A hipStream_t or cudaStream_t; NULL on the CPU, where a launch returns when it is done. */
-typedef void *fst_stream;
+typedef void *fst_queue;
 
 /* 0, a HIP or CUDA error (> 0), or one of these, found before anything is launched. */
 enum {
@@ -132,13 +132,13 @@ typedef struct fst_fnuz_args {
 } fst_fnuz_args;
 
 typedef struct fst_kernels {
-    int (*cast)(fst_stream stream, const fst_cast_args *args);
-    int (*batch)(fst_stream stream, const fst_batch_args *args);
-    int (*scaled)(fst_stream stream, const fst_scaled_args *args);
-    int (*quantize)(fst_stream stream, const fst_quantize_args *args);
-    int (*rows)(fst_stream stream, const fst_rows_args *args);
-    int (*transpose)(fst_stream stream, const fst_transpose_args *args);
-    int (*fnuz)(fst_stream stream, const fst_fnuz_args *args);
+    int (*cast)(fst_queue stream, const fst_cast_args *args);
+    int (*batch)(fst_queue stream, const fst_batch_args *args);
+    int (*scaled)(fst_queue stream, const fst_scaled_args *args);
+    int (*quantize)(fst_queue stream, const fst_quantize_args *args);
+    int (*rows)(fst_queue stream, const fst_rows_args *args);
+    int (*transpose)(fst_queue stream, const fst_transpose_args *args);
+    int (*fnuz)(fst_queue stream, const fst_fnuz_args *args);
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 

@@ -23,7 +23,7 @@ template <class Body> __global__ void __launch_bounds__(Body::threads) run(const
 
 // AMD counts the threads of a launch in 32 bits: more go in several launches.
 template <class Body>
-int launch_kernel(fst_stream stream, void (*kernel)(Body, uint64_t), const Body &body, uint64_t blocks) {
+int launch_kernel(fst_queue stream, void (*kernel)(Body, uint64_t), const Body &body, uint64_t blocks) {
     constexpr uint64_t most = 0x80000000u / Body::threads;
     for (uint64_t first = 0; first < blocks; first += most) {
         const uint64_t n = blocks - first < most ? blocks - first : most;
@@ -35,7 +35,7 @@ int launch_kernel(fst_stream stream, void (*kernel)(Body, uint64_t), const Body 
     return FST_K_OK;
 }
 
-template <class Body> int launch(fst_stream stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch(fst_queue stream, const Body &body, uint64_t blocks) {
     return launch_kernel<Body>(stream, run<Body>, body, blocks);
 }
 
@@ -54,7 +54,7 @@ template <class Body> __global__ void __launch_bounds__(Body::threads, resident)
     body.after(first + blockIdx.x, threadIdx.x, shared);
 }
 
-template <class Body> int launch_phases(fst_stream stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch_phases(fst_queue stream, const Body &body, uint64_t blocks) {
     return launch_kernel<Body>(stream, run_phases<Body>, body, blocks);
 }
 

@@ -506,9 +506,9 @@ template <int Src, int Dst> struct Encode {
 
 // ---- Launchers ----
 
-typedef int quantize_fn(fst_stream, const fst_quantize_args *);
+typedef int quantize_fn(fst_queue, const fst_quantize_args *);
 
-template <int Src, int Dst> int quantize_tensor(fst_stream stream, const fst_quantize_args *args) {
+template <int Src, int Dst> int quantize_tensor(fst_queue stream, const fst_quantize_args *args) {
     const uint64_t count = args->rows * args->cols, scale = reinterpret_cast<uint64_t>(args->scales);
     const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
     const Stretch<Src, Dst> all = {src, src, src + count * size_of<Src>, dst, count};
@@ -521,7 +521,7 @@ template <int Src, int Dst> int quantize_tensor(fst_stream stream, const fst_qua
 }
 
 template <int Src, int Dst, unsigned Threads>
-int quantize_tiles(fst_stream stream, const fst_quantize_args *args) {
+int quantize_tiles(fst_queue stream, const fst_quantize_args *args) {
     const bool block = args->kind == FST_SCALE_BLOCK;
     const uint64_t rows = block ? 128 : 1, cols = block ? 128 : args->cols;
     const uint64_t grid_rows = (args->rows - 1) / rows + 1,
@@ -538,7 +538,7 @@ int quantize_tiles(fst_stream stream, const fst_quantize_args *args) {
     return launch_reduce(stream, body, grid_rows * grid_cols);
 }
 
-template <int Src, int Dst> int quantize(fst_stream stream, const fst_quantize_args *args) {
+template <int Src, int Dst> int quantize(fst_queue stream, const fst_quantize_args *args) {
     if (args->kind == FST_SCALE_TENSOR) return quantize_tensor<Src, Dst>(stream, args);
     // As many threads as hold a row of 4,096, or a tile of 128 x 128, in registers.
     constexpr unsigned tile = 256 * (size_of<Src> / 2);
@@ -567,7 +567,7 @@ quantize_fn *find(int src, int dst) {
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_quantize)(fst_stream stream, const fst_quantize_args *args) {
+extern "C" int FST_SYMBOL(fst_quantize)(fst_queue stream, const fst_quantize_args *args) {
     quantize_fn *const launcher = find(args->src_dtype, args->dst_dtype);
     uint64_t elements;
     if (!launcher) return FST_K_NO_KERNEL;

@@ -23,7 +23,7 @@ template <class Body> __attribute__((noinline)) void run_reduce(const Body &body
     }
 }
 
-template <class Body> int launch_reduce(fst_stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch_reduce(fst_queue, const Body &body, uint64_t blocks) {
     const PlainArithmetic plain;
     run_reduce(body, blocks);
     return FST_K_OK;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(Body::threads) FST_FOUR_WAVES run_reduce(const
     body.finish(block, threadIdx.x, state, shared_maximum);
 }
 
-template <class Body> int launch_reduce(fst_stream stream, const Body &body, uint64_t blocks) {
+template <class Body> int launch_reduce(fst_queue stream, const Body &body, uint64_t blocks) {
     return launch_kernel<Body>(stream, run_reduce<Body>, body, blocks);
 }
 

@@ -63,9 +63,9 @@ struct Plan {
     Box box;
 };
 
-typedef int rows_fn(fst_stream, const Plan &, unsigned flags);
+typedef int rows_fn(fst_queue, const Plan &, unsigned flags);
 
-template <int Src, int Dst> int rows(fst_stream stream, const Plan &plan, unsigned flags) {
+template <int Src, int Dst> int rows(fst_queue stream, const Plan &plan, unsigned flags) {
     using Row = Range<Src, Dst>;
     Rows<Src, Dst> body = {
         plan.src, plan.dst, plan.cols, limit_of<Src, Dst>(flags), plan.src + plan.src_bytes, plan.box, {}, 0};
@@ -191,7 +191,7 @@ void collapse(unsigned src_size, unsigned dst_size, Plan *plan) {
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_rows)(fst_stream stream, const fst_rows_args *args) {
+extern "C" int FST_SYMBOL(fst_rows)(fst_queue stream, const fst_rows_args *args) {
     rows_fn *const run_rows = find(args->src_dtype, args->dst_dtype);
     if (!run_rows) return FST_K_NO_KERNEL;
     if (args->ndim > FST_ROWS_DIMS) return FST_K_SIZE;

@@ -247,10 +247,10 @@ template <int Src, int Dst> struct Scaled {
 #endif
 };
 
-typedef int scaled_fn(fst_stream, const fst_scaled_args *, const Divisor &, const Divisor &);
+typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const Divisor &);
 
 template <int Src, int Dst>
-int scaled(fst_stream stream, const fst_scaled_args *args, const Divisor &block_rows,
+int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_rows,
            const Divisor &block_cols) {
     const Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
                                    reinterpret_cast<uint64_t>(args->dst),
@@ -314,7 +314,7 @@ uint64_t scales_of(const fst_scaled_args *args, uint64_t block_rows, uint64_t bl
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_scaled)(fst_stream stream, const fst_scaled_args *args) {
+extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *args) {
     scaled_fn *const launcher = find(args->src_dtype, args->dst_dtype);
     uint64_t block_rows = 0, block_cols = 0, elements, end;
     if (!launcher || !find_blocks(args, &block_rows, &block_cols)) return FST_K_NO_KERNEL;

@@ -3,13 +3,13 @@
 
 extern "C" {
 
-int FST_SYMBOL(fst_cast)(fst_stream stream, const fst_cast_args *args);
-int FST_SYMBOL(fst_batch)(fst_stream stream, const fst_batch_args *args);
-int FST_SYMBOL(fst_scaled)(fst_stream stream, const fst_scaled_args *args);
-int FST_SYMBOL(fst_quantize)(fst_stream stream, const fst_quantize_args *args);
-int FST_SYMBOL(fst_rows)(fst_stream stream, const fst_rows_args *args);
-int FST_SYMBOL(fst_transpose)(fst_stream stream, const fst_transpose_args *args);
-int FST_SYMBOL(fst_fnuz)(fst_stream stream, const fst_fnuz_args *args);
+int FST_SYMBOL(fst_cast)(fst_queue stream, const fst_cast_args *args);
+int FST_SYMBOL(fst_batch)(fst_queue stream, const fst_batch_args *args);
+int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *args);
+int FST_SYMBOL(fst_quantize)(fst_queue stream, const fst_quantize_args *args);
+int FST_SYMBOL(fst_rows)(fst_queue stream, const fst_rows_args *args);
+int FST_SYMBOL(fst_transpose)(fst_queue stream, const fst_transpose_args *args);
+int FST_SYMBOL(fst_fnuz)(fst_queue stream, const fst_fnuz_args *args);
 
 #if !defined(FST_CPU_LEVEL) && defined(__CUDACC__)
 #define FST_TARGET "cuda"

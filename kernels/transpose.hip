@@ -144,10 +144,10 @@ template <int Src, int Dst> struct Transpose {
 #endif
 };
 
-typedef int transpose_fn(fst_stream, const fst_transpose_args *, uint64_t src_bytes);
+typedef int transpose_fn(fst_queue, const fst_transpose_args *, uint64_t src_bytes);
 
 template <int Src, int Dst>
-int transpose(fst_stream stream, const fst_transpose_args *args, uint64_t src_bytes) {
+int transpose(fst_queue stream, const fst_transpose_args *args, uint64_t src_bytes) {
     using Body = Transpose<Src, Dst>;
     const uint64_t src = reinterpret_cast<uint64_t>(args->src);
     const uint64_t across = (args->cols - 1) / Body::tile_cols + 1,
@@ -228,7 +228,7 @@ bool are_apart(uint64_t batch, uint64_t batch_stride, uint64_t rows, uint64_t st
 
 } // namespace
 
-extern "C" int FST_SYMBOL(fst_transpose)(fst_stream stream, const fst_transpose_args *args) {
+extern "C" int FST_SYMBOL(fst_transpose)(fst_queue stream, const fst_transpose_args *args) {
     transpose_fn *const run_transpose = find(args->src_dtype, args->dst_dtype);
     const fst_transpose_args &a = *args;
     if (!run_transpose) return FST_K_NO_KERNEL;

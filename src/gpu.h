@@ -30,19 +30,19 @@ typedef struct fst_gpu_calls {
     int (*pin)(const fst_gpu *, void *memory, size_t size);
     void (*unpin)(const fst_gpu *, void *memory);
 
-    int (*stream_new)(const fst_gpu *, fst_stream *out);
-    void (*stream_free)(const fst_gpu *, fst_stream);
-    int (*stream_wait)(const fst_gpu *, fst_stream); /* the host waits until all of it is done */
+    int (*stream_new)(const fst_gpu *, fst_queue *out);
+    void (*stream_free)(const fst_gpu *, fst_queue);
+    int (*stream_wait)(const fst_gpu *, fst_queue); /* the host waits until all of it is done */
     int (*event_new)(const fst_gpu *, fst_event *out);
     void (*event_free)(const fst_gpu *, fst_event);
-    int (*event_record)(const fst_gpu *, fst_event, fst_stream);
+    int (*event_record)(const fst_gpu *, fst_event, fst_queue);
     int (*event_wait)(const fst_gpu *, fst_event); /* the host waits; at once when never recorded */
     /* Milliseconds from one recorded event to another, both done; < 0 when not known. */
     float (*event_elapsed)(const fst_gpu *, fst_event from, fst_event to);
 
-    int (*to_device)(const fst_gpu *, fst_stream, void *device, const void *host, size_t size);
-    int (*to_host)(const fst_gpu *, fst_stream, void *host, const void *device, size_t size);
-    int (*copy_on_device)(const fst_gpu *, fst_stream, void *dst, const void *src, size_t size);
+    int (*to_device)(const fst_gpu *, fst_queue, void *device, const void *host, size_t size);
+    int (*to_host)(const fst_gpu *, fst_queue, void *host, const void *device, size_t size);
+    int (*copy_on_device)(const fst_gpu *, fst_queue, void *dst, const void *src, size_t size);
 } fst_gpu_calls;
 
 /* One device. Lives as long as the process once found: results may outlive everything else. */

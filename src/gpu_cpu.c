@@ -68,7 +68,7 @@ static int wait(const fst_gpu *gpu, void *which) {
     return 0;
 }
 
-static int event_record(const fst_gpu *gpu, fst_event event, fst_stream stream) {
+static int event_record(const fst_gpu *gpu, fst_event event, fst_queue stream) {
     (void)gpu, (void)event, (void)stream;
     return 0;
 }
@@ -78,7 +78,7 @@ static float event_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
     return -1;
 }
 
-static int copy(const fst_gpu *gpu, fst_stream stream, void *dst, const void *src, size_t size) {
+static int copy(const fst_gpu *gpu, fst_queue stream, void *dst, const void *src, size_t size) {
     (void)gpu, (void)stream;
     memcpy(dst, src, size);
     return 0;

@@ -102,17 +102,17 @@ static void unpin(const fst_gpu *gpu, void *host) {
     (void)hipHostUnregister(host);
 }
 
-static int stream_new(const fst_gpu *gpu, fst_stream *out) {
+static int stream_new(const fst_gpu *gpu, fst_queue *out) {
     (void)gpu;
     return hipStreamCreateWithFlags((hipStream_t *)out, hipStreamNonBlocking);
 }
 
-static void stream_free(const fst_gpu *gpu, fst_stream stream) {
+static void stream_free(const fst_gpu *gpu, fst_queue stream) {
     (void)gpu;
     (void)hipStreamDestroy((hipStream_t)stream);
 }
 
-static int stream_wait(const fst_gpu *gpu, fst_stream stream) {
+static int stream_wait(const fst_gpu *gpu, fst_queue stream) {
     (void)gpu;
     return hipStreamSynchronize((hipStream_t)stream);
 }
@@ -128,7 +128,7 @@ static void event_free(const fst_gpu *gpu, fst_event event) {
     (void)hipEventDestroy((hipEvent_t)event);
 }
 
-static int event_record(const fst_gpu *gpu, fst_event event, fst_stream stream) {
+static int event_record(const fst_gpu *gpu, fst_event event, fst_queue stream) {
     (void)gpu;
     return hipEventRecord((hipEvent_t)event, (hipStream_t)stream);
 }
@@ -146,17 +146,17 @@ static float event_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
     return -1;
 }
 
-static int to_device(const fst_gpu *gpu, fst_stream stream, void *device, const void *host, size_t size) {
+static int to_device(const fst_gpu *gpu, fst_queue stream, void *device, const void *host, size_t size) {
     (void)gpu;
     return hipMemcpyAsync(device, host, size, hipMemcpyHostToDevice, (hipStream_t)stream);
 }
 
-static int to_host(const fst_gpu *gpu, fst_stream stream, void *host, const void *device, size_t size) {
+static int to_host(const fst_gpu *gpu, fst_queue stream, void *host, const void *device, size_t size) {
     (void)gpu;
     return hipMemcpyAsync(host, device, size, hipMemcpyDeviceToHost, (hipStream_t)stream);
 }
 
-static int copy_on_device(const fst_gpu *gpu, fst_stream stream, void *dst, const void *src, size_t size) {
+static int copy_on_device(const fst_gpu *gpu, fst_queue stream, void *dst, const void *src, size_t size) {
     (void)gpu;
     return hipMemcpyAsync(dst, src, size, hipMemcpyDeviceToDevice, (hipStream_t)stream);
 }
@@ -196,7 +196,7 @@ static int try_it(const fst_gpu *gpu) {
     const float one = 1;
     uint16_t result = 0;
     void *block = NULL;
-    fst_stream stream = NULL;
+    fst_queue stream = NULL;
     int code = alloc_block(gpu, 512, &block);
     if (!code) code = stream_new(gpu, &stream);
     if (!code) code = to_device(gpu, stream, block, &one, sizeof one);

@@ -38,7 +38,7 @@ typedef struct slot {
 typedef struct worker {
     fst_engine *engine;
     pthread_t thread;
-    fst_stream stream;
+    fst_queue stream;
     slot slots[SLOTS_PER_THREAD];
     fst_pipeline_stats stats;
 } worker;

@@ -278,7 +278,7 @@ static fst_status gpu_failed(const writer *w, int code, const char *what) {
 }
 
 /* Queues copies of the next bytes into the buffer; `filled` is recorded behind them. */
-static fst_status fill(const writer *w, bounce *slot, cursor *at, fst_stream stream) {
+static fst_status fill(const writer *w, bounce *slot, cursor *at, fst_queue stream) {
     const fst_gpu *gpu = w->model->gpu;
     size_t size = 0;
     slot->used = 0;
@@ -292,7 +292,7 @@ static fst_status fill(const writer *w, bounce *slot, cursor *at, fst_stream str
     return rc ? gpu_failed(w, rc, "record an event") : FST_OK;
 }
 
-static fst_status write_through(writer *w, bounce slots[2], fst_stream stream) {
+static fst_status write_through(writer *w, bounce slots[2], fst_queue stream) {
     const fst_gpu *gpu = w->model->gpu;
     cursor at = {0};
     fst_status status = fill(w, &slots[0], &at, stream);
@@ -329,7 +329,7 @@ static fst_status write_from_device(writer *w) {
     const fst_gpu *gpu = w->model->gpu;
     int saved, rc = gpu->calls->enter(gpu, &saved);
     if (rc) return gpu_failed(w, rc, "use the device");
-    fst_stream stream = NULL;
+    fst_queue stream = NULL;
     bounce slots[2] = {0};
     rc = gpu->calls->stream_new(gpu, &stream);
     fst_status status = rc ? gpu_failed(w, rc, "make a stream") : FST_OK;

@@ -18,7 +18,7 @@
 
 typedef struct test_rig {
     fst_gpu    gpu;        /* a copy: the CPU's with the kernels of one level, or a GPU's */
-    fst_stream stream;
+    fst_queue stream;
     uint8_t   *src, *dst;  /* `capacity` bytes each, on the device; 256-byte aligned */
     uint8_t   *host;       /* as many for what comes back */
     size_t     capacity;

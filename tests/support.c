@@ -146,7 +146,7 @@ static void run_some(void) {
             run_one(s);
 }
 
-static int enqueue(fst_stream to, const op *what) {
+static int enqueue(fst_queue to, const op *what) {
     stream *s = to;
     pthread_mutex_lock(&fake.lock);
     int fails = must_fail();
@@ -219,7 +219,7 @@ static void fake_unpin(const fst_gpu *gpu, void *memory) {
     fake.pins--;
 }
 
-static int fake_stream_new(const fst_gpu *gpu, fst_stream *out) {
+static int fake_stream_new(const fst_gpu *gpu, fst_queue *out) {
     (void)gpu;
     pthread_mutex_lock(&fake.lock);
     stream *s = must_fail() ? NULL : calloc(1, sizeof *s);
@@ -234,7 +234,7 @@ static int fake_stream_new(const fst_gpu *gpu, fst_stream *out) {
     return s ? 0 : 719;
 }
 
-static void fake_stream_free(const fst_gpu *gpu, fst_stream which) {
+static void fake_stream_free(const fst_gpu *gpu, fst_queue which) {
     (void)gpu;
     pthread_mutex_lock(&fake.lock);
     for (stream **at = &fake.list; *at; at = &(*at)->next)
@@ -249,7 +249,7 @@ static void fake_stream_free(const fst_gpu *gpu, fst_stream which) {
     pthread_mutex_unlock(&fake.lock);
 }
 
-static int fake_stream_wait(const fst_gpu *gpu, fst_stream which) {
+static int fake_stream_wait(const fst_gpu *gpu, fst_queue which) {
     stream *s = which;
     (void)gpu;
     pthread_mutex_lock(&fake.lock);
@@ -276,7 +276,7 @@ static void fake_event_free(const fst_gpu *gpu, fst_event which) {
     pthread_mutex_unlock(&fake.lock);
 }
 
-static int fake_event_record(const fst_gpu *gpu, fst_event which, fst_stream to) {
+static int fake_event_record(const fst_gpu *gpu, fst_event which, fst_queue to) {
     op o = {.kind = OP_EVENT, .event = which};
     (void)gpu;
     return enqueue(to, &o);
@@ -297,18 +297,18 @@ static float fake_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
     return -1;
 }
 
-static int fake_copy(const fst_gpu *gpu, fst_stream to, void *dst, const void *src, size_t size) {
+static int fake_copy(const fst_gpu *gpu, fst_queue to, void *dst, const void *src, size_t size) {
     op o = {.kind = OP_COPY, .dst = dst, .src = src, .size = size};
     (void)gpu;
     return enqueue(to, &o);
 }
 
-static int fake_cast(fst_stream to, const fst_cast_args *args) {
+static int fake_cast(fst_queue to, const fst_cast_args *args) {
     op o = {.kind = OP_CAST, .cast = *args};
     return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
 }
 
-static int fake_batch(fst_stream to, const fst_batch_args *args) {
+static int fake_batch(fst_queue to, const fst_batch_args *args) {
     op o = {.kind = OP_BATCH, .batch = *args};
     return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
 }

@@ -14,7 +14,7 @@ enum { chunk = 1 << 22, most_devices = 8 };
 
 typedef struct target {
     fst_gpu gpu;
-    fst_stream stream;
+    fst_queue stream;
     void *src, *dst;
 } target;
 
