@@ -4,7 +4,8 @@
 
 namespace {
 
-template <int Src, int Dst> FST_FN Range<Src, Dst> range_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t limit) {
+template <int Src, int Dst>
+FST_FN Range<Src, Dst> range_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t limit) {
     const uint8_t *from = global<const uint8_t>(src);
     return {from, global<uint8_t>(dst), count, limit, from, from + bytes_of<bits_of<Src>::value>(count)};
 }
@@ -36,7 +37,7 @@ template <int Src, int Dst> struct Batch {
     FST_INLINE uint64_t blocks() const { return by_element ? jobs_count : tiles; }
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
         const fst_batch_job *list = global<const fst_batch_job>(jobs);
-        const fst_batch_job  job = list[by_element ? block : find(list, block)];
+        const fst_batch_job job = list[by_element ? block : find(list, block)];
         const Part range = range_of<Src, Dst>(job.src, job.dst, job.count * unit / 8, limit);
         const uint64_t slots = range.slots();
         if (by_element) {
@@ -55,10 +56,11 @@ template <int Src, int Dst> struct Batch {
     // The last job whose first tile is not beyond `tile`: empty jobs share theirs with the next one. Jobs are mostly of
     // one size: the search begins where it would be then, and widens.
     FST_INLINE uint32_t find(const fst_batch_job *list, uint64_t tile) const {
-        const float    share = static_cast<float>(tile) / static_cast<float>(tiles);
+        const float share = static_cast<float>(tile) / static_cast<float>(tiles);
         const uint32_t guess = static_cast<uint32_t>(share * static_cast<float>(jobs_count));
         uint32_t low = guess < jobs_count ? guess : jobs_count - 1, high = low + 1, step = 1;
-        while (low > 0 && list[low].first_tile > tile) high = low, low = low > step ? low - step : 0, step *= 2;
+        while (low > 0 && list[low].first_tile > tile)
+            high = low, low = low > step ? low - step : 0, step *= 2;
         while (high < jobs_count && list[high].first_tile <= tile)
             low = high, high = jobs_count - high > step ? high + step : jobs_count, step *= 2;
         while (high - low > 1) {
@@ -74,14 +76,15 @@ typedef int cast_fn(fst_queue, const fst_cast_args *);
 typedef int batch_fn(fst_queue, const fst_batch_args *);
 
 struct Launchers {
-    cast_fn  *cast;
+    cast_fn *cast;
     batch_fn *batch;
 };
 
 template <int Src, int Dst> int cast(fst_queue stream, const fst_cast_args *args) {
     const unsigned unit = Src == Dst ? fst_type_bits(args->src_dtype) : 8;
     const Cast<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src), reinterpret_cast<uint64_t>(args->dst),
-                                 unit % 8 ? args->count / 8 * unit + args->count % 8 * unit / 8 : args->count * (unit / 8),
+                                 unit % 8 ? args->count / 8 * unit + args->count % 8 * unit / 8
+                                          : args->count * (unit / 8),
                                  limit_of<Src, Dst>(args->flags)};
     return launch(stream, body, body.blocks());
 }
@@ -110,7 +113,8 @@ template <int Src> Launchers find_to(int dst) {
 
 // The launchers of a pair; NULL where it does not exist.
 Launchers find(int src, int dst) {
-    if (src == dst && fst_type_bits(src)) return {cast<bytes_type, bytes_type>, batch<bytes_type, bytes_type>};
+    if (src == dst && fst_type_bits(src))
+        return {cast<bytes_type, bytes_type>, batch<bytes_type, bytes_type>};
     switch (src) {
 #define X(name, ...) \
     case FST_T_##name: return find_to<FST_T_##name>(dst);
@@ -137,7 +141,8 @@ extern "C" int FST_SYMBOL(fst_cast)(fst_queue stream, const fst_cast_args *args)
     const Launchers pair = find(args->src_dtype, args->dst_dtype);
     if (!pair.cast) return FST_K_NO_KERNEL;
     const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
-    if (!fits(args->src_dtype, src, args->count) || !fits(args->dst_dtype, dst, args->count)) return FST_K_SIZE;
+    if (!fits(args->src_dtype, src, args->count) || !fits(args->dst_dtype, dst, args->count))
+        return FST_K_SIZE;
     if (args->count == 0) return FST_K_OK;
     if (!src || !dst) return FST_K_NULL;
     const unsigned size = fst_type_bits(args->dst_dtype) / 8;

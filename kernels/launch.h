@@ -28,8 +28,9 @@ int launch_kernel(fst_queue stream, void (*kernel)(Body, uint64_t), const Body &
     for (uint64_t first = 0; first < blocks; first += most) {
         const uint64_t n = blocks - first < most ? blocks - first : most;
         void *args[] = {const_cast<Body *>(&body), &first};
-        const hipError_t error = hipLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(static_cast<unsigned>(n)),
-                                                 dim3(Body::threads), args, 0, static_cast<hipStream_t>(stream));
+        const hipError_t error =
+            hipLaunchKernel(reinterpret_cast<const void *>(kernel), dim3(static_cast<unsigned>(n)),
+                            dim3(Body::threads), args, 0, static_cast<hipStream_t>(stream));
         if (error != hipSuccess) return static_cast<int>(error);
     }
     return FST_K_OK;
@@ -47,7 +48,8 @@ constexpr int resident = 4;
 #endif
 
 // A body in two phases, `before` and `after` a barrier, that share a Body::Shared.
-template <class Body> __global__ void __launch_bounds__(Body::threads, resident) run_phases(const Body body, uint64_t first) {
+template <class Body>
+__global__ void __launch_bounds__(Body::threads, resident) run_phases(const Body body, uint64_t first) {
     __shared__ typename Body::Shared shared;
     body.before(first + blockIdx.x, threadIdx.x, shared);
     __syncthreads();

@@ -94,13 +94,15 @@ FST_FN uint32_t funnel(uint32_t low, uint32_t high, unsigned skip) {
 // [begin, end).
 template <unsigned bytes>
 FST_FN bool load_words(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
-    const unsigned skip = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4), words = (skip + bytes + 3) / 4;
+    const unsigned skip = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % 4),
+                   words = (skip + bytes + 3) / 4;
     const uint8_t *low = from - skip;
     if (low < begin || low + 4 * words > end) return false;
     const uint32_t a = load_aligned<4>(low).word[0];
     const uint32_t b = words > 1 ? load_aligned<4>(low + 4).word[0] : 0;
     out->word[0] = funnel(a, b, skip);
-    if constexpr (bytes == 6) out->word[1] = funnel(b, words > 2 ? load_aligned<4>(low + 8).word[0] : 0, skip);
+    if constexpr (bytes == 6)
+        out->word[1] = funnel(b, words > 2 ? load_aligned<4>(low + 8).word[0] : 0, skip);
     return true;
 }
 
@@ -124,9 +126,8 @@ FST_FN bool load_pair(const uint8_t *from, const uint8_t *begin, const uint8_t *
         for (unsigned i = 0; i < n; i++) all[i] = a.word[i], all[n + i] = b.word[i];
         // Whole words first, by selects: an index known only at run time would put the array into memory.
         FST_UNROLLED
-        for (unsigned step = n / 2; step > 0; step /= 2)
-            FST_UNROLLED
-            for (unsigned i = 0; i + step < 2 * n; i++) all[i] = skew & 4 * step ? all[i + step] : all[i];
+        for (unsigned step = n / 2; step > 0; step /= 2) FST_UNROLLED
+        for (unsigned i = 0; i + step < 2 * n; i++) all[i] = skew & 4 * step ? all[i + step] : all[i];
         FST_UNROLLED
         for (unsigned i = 0; i < n; i++) out->word[i] = funnel(all[i], all[i + 1], skew % 4);
     }
@@ -184,7 +185,8 @@ template <unsigned size, unsigned bytes> FST_FN Vector<size> piece_at(const Vect
     return piece;
 }
 
-template <unsigned size, unsigned bytes> FST_FN void store_piece(uint8_t *to, const Vector<bytes> &v, unsigned at) {
+template <unsigned size, unsigned bytes>
+FST_FN void store_piece(uint8_t *to, const Vector<bytes> &v, unsigned at) {
     store_aligned(to + at, piece_at<size>(v, at));
 }
 

@@ -17,10 +17,8 @@ constexpr unsigned size_of = Type == FST_T_F32                         ? 4
                                                                        : 1;
 
 template <int Src> FST_FN uint32_t to_f32(uint32_t code) {
-    if constexpr (Src == FST_T_F32)
-        return code;
-    else
-        return fst_decode32(code, fst_float_of(Src));
+    if constexpr (Src == FST_T_F32) return code;
+    else return fst_decode32(code, fst_float_of(Src));
 }
 
 template <int Src>
@@ -56,13 +54,14 @@ class Quotient {
   public:
     // `tame`: only finite numbers will be divided.
     FST_INLINE Quotient(uint32_t scale, bool tame)
-        : scale_(fst_float_of_bits32(scale)), reciprocal_(1.0f / scale_), usual_(scale_ > 0x1p-60f && scale_ < 0x1p60f),
-          tame_(tame && usual_) {}
+        : scale_(fst_float_of_bits32(scale)), reciprocal_(1.0f / scale_),
+          usual_(scale_ > 0x1p-60f && scale_ < 0x1p60f), tame_(tame && usual_) {}
     FST_INLINE bool tame() const { return tame_; }
     FST_INLINE float of_finite(float x) const {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__) || defined(FST_DEVICE_SHAPE)
         const float q = x * reciprocal_;
-        const uint32_t bits = fst_bits_of_float32(__builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q));
+        const uint32_t bits =
+            fst_bits_of_float32(__builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q));
         // Of -0 the sum makes 0.
         return fst_float_of_bits32((bits & 0x7FFFFFFF) | (fst_bits_of_float32(x) & 0x80000000));
 #else
@@ -73,7 +72,7 @@ class Quotient {
         const float x = fst_float_of_bits32(bits), q = x * reciprocal_;
         if (!usual_) return fst_bits_of_float32(x / scale_);
         return (fst_bits_of_float32(q) & 0x7FFFFFFF) < 0x7F800000 ? fst_bits_of_float32(of_finite(x))
-                                                                 : fst_bits_of_float32(q); // x is Inf or NaN
+                                                                  : fst_bits_of_float32(q); // x is Inf or NaN
     }
 
   private:
@@ -225,7 +224,8 @@ template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t
 #if FST_PACKED >= 89
 // Four codes of finite numbers under a scale in the usual range. No quotient is beyond M by more than a rounding. A code
 // of FNUZ is that of twice the number in OCP, but for -0.
-template <int Src, int Dst> FST_FN uint32_t tame_codes(const Vector<16> &in, unsigned i, const Quotient &quotient) {
+template <int Src, int Dst>
+FST_FN uint32_t tame_codes(const Vector<16> &in, unsigned i, const Quotient &quotient) {
     uint32_t x[4];
     FST_UNROLLED
     for (unsigned k = 0; k < 4; k++) {
@@ -238,7 +238,8 @@ template <int Src, int Dst> FST_FN uint32_t tame_codes(const Vector<16> &in, uns
         const float q = quotient.of_finite(fst_float_of_bits32(x[k]));
         x[k] = fst_bits_of_float32(fst_is_fnuz(fst_float_of(Dst)) ? q + q : q);
     }
-    const uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3]) << 16;
+    const uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3])
+                                                                        << 16;
     if (!fst_is_fnuz(fst_float_of(Dst))) return codes;
     return codes & (((codes & four(0x7F)) + four(0x7F)) | four(0x7F));
 }
@@ -250,7 +251,8 @@ FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quoti
 #if FST_PACKED >= 89
     if (quotient.tame()) {
         FST_UNROLLED
-        for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) out.word[i / 4] = tame_codes<Src, Dst>(in, i, quotient);
+        for (unsigned i = 0; i < 16 / size_of<Src>; i += 4)
+            out.word[i / 4] = tame_codes<Src, Dst>(in, i, quotient);
         store_aligned(to, out);
         return;
     }
@@ -284,10 +286,8 @@ FST_FN void encode_slot(const Stretch<Src, Dst> &s, uint64_t slot, const Quotien
     uint64_t begin, end;
     Vector<16> in;
     if (!s.range(slot, &begin, &end)) return;
-    if (s.load(begin, end, &in))
-        store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
-    else
-        encode_elements<Src, Dst>(s, begin, end, quotient);
+    if (s.load(begin, end, &in)) store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
+    else encode_elements<Src, Dst>(s, begin, end, quotient);
 }
 #endif
 
@@ -322,7 +322,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
         for (unsigned k = 0; k < kept; k++) { // all loads are under way before the first is used
             uint64_t slot, begin, end;
             Stretch<Src, Dst> s;
-            const bool whole = places.find(k, &s, &slot) && s.range(slot, &begin, &end) && s.load(begin, end, &state.in[k]);
+            const bool whole =
+                places.find(k, &s, &slot) && s.range(slot, &begin, &end) && s.load(begin, end, &state.in[k]);
             state.whole |= static_cast<uint32_t>(whole) << k;
         }
         FST_UNROLLED
@@ -333,8 +334,11 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
             uint64_t slot, begin, end;
             Stretch<Src, Dst> s;
             Vector<16> in;
-            if ((k < kept && state.whole >> k & 1) || !places.find(k, &s, &slot) || !s.range(slot, &begin, &end)) continue;
-            amax = larger(amax, s.load(begin, end, &in) ? amax_of_vector<Src>(in, &found) : amax_of(s, begin, end, &found));
+            if ((k < kept && state.whole >> k & 1) || !places.find(k, &s, &slot) ||
+                !s.range(slot, &begin, &end))
+                continue;
+            amax = larger(amax, s.load(begin, end, &in) ? amax_of_vector<Src>(in, &found)
+                                                        : amax_of(s, begin, end, &found));
         }
 #endif
         count_nans(nans, found);
@@ -366,7 +370,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
         for (unsigned k = places.begin_rest(state.whole, kept); k < places.count; k++) {
             uint64_t slot;
             Stretch<Src, Dst> s;
-            if (!(k < kept && state.whole >> k & 1) && places.find(k, &s, &slot)) encode_slot<Src, Dst>(s, slot, quotient);
+            if (!(k < kept && state.whole >> k & 1) && places.find(k, &s, &slot))
+                encode_slot<Src, Dst>(s, slot, quotient);
         }
 #endif
     }
@@ -394,24 +399,29 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
         uint32_t each, row, slot, row_step, slot_step; // from one slot of the thread to the next
         uint32_t count;
 
-        FST_INLINE Places(const Tile &tile, uint64_t block, unsigned thread) : first(tile.stretch(block, tile.first_row(block))), cols(tile.cols) {
-            const bool aligned = (tile.dst | tile.cols | (tile.grid_cols == 1 ? 0 : tile.tile_cols)) % width == 0;
+        FST_INLINE Places(const Tile &tile, uint64_t block, unsigned thread)
+            : first(tile.stretch(block, tile.first_row(block))), cols(tile.cols) {
+            const bool aligned =
+                (tile.dst | tile.cols | (tile.grid_cols == 1 ? 0 : tile.tile_cols)) % width == 0;
             const uint64_t in_row = (first.count + (aligned ? 0 : width - 1) + width - 1) / width;
             const uint64_t all = (tile.last_row(block) - tile.first_row(block)) * in_row;
-            each = static_cast<uint32_t>(in_row); // a row of 2^32 slots and more has no tile beside it: not divided
+            each = static_cast<uint32_t>(
+                in_row); // a row of 2^32 slots and more has no tile beside it: not divided
             row = slot = row_step = slot_step = 0;
             count = thread < all ? static_cast<uint32_t>((all - thread - 1) / threads + 1) : 0;
             if (tile.tile_rows == 1) {
                 slot = thread, slot_step = threads;
             } else {
-                row = thread / each, slot = thread % each, row_step = threads / each, slot_step = threads % each;
+                row = thread / each, slot = thread % each, row_step = threads / each,
+                slot_step = threads % each;
             }
         }
         // The k-th: its row and its place there. False past the end.
         FST_INLINE bool find(unsigned k, Stretch<Src, Dst> *s, uint64_t *at) const {
             uint32_t r = row + k * row_step;
             uint64_t c = slot + static_cast<uint64_t>(k) * slot_step;
-            if (row_step && slot_step) r += static_cast<uint32_t>(c) / each, c = static_cast<uint32_t>(c) % each;
+            if (row_step && slot_step)
+                r += static_cast<uint32_t>(c) / each, c = static_cast<uint32_t>(c) % each;
             *s = first;
             s->src += r * cols * src_size, s->dst += r * cols;
             *at = c;

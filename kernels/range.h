@@ -59,7 +59,7 @@ template <int Src, int Dst, unsigned width>
 FST_FN Vector<width * bits_of<Dst>::value / 8> convert_vector(
     const Vector<width * bits_of<Src>::value / 8> &in, uint64_t limit) {
     constexpr unsigned src_bits = bits_of<Src>::value, dst_bits = bits_of<Dst>::value;
-    Vector<width * dst_bits / 8> out = {};
+    Vector<width *dst_bits / 8> out = {};
     if constexpr (Src == Dst) {
         out = in;
 #if FST_PACKED
@@ -124,7 +124,7 @@ template <int Src, int Dst> struct Range {
             if (from < readable || from + sizeof in > readable_end ||
                 !load_vector(from, readable, readable_end, &in))
                 return slot(index);
-            const Vector<width * dst_size> out = convert_vector<Src, Dst, width>(in, limit);
+            const Vector<width *dst_size> out = convert_vector<Src, Dst, width>(in, limit);
             const uint64_t rest = count + before - position;
             const unsigned begin = position < before ? static_cast<unsigned>(before - position) : 0;
             const unsigned end = static_cast<unsigned>(rest < width ? rest : width);

@@ -13,10 +13,8 @@ constexpr bool by_element = false;
 
 // Codes of 8 and 4 bits -> F32 bits, exactly.
 template <int Src> FST_FN uint32_t decode(uint32_t code) {
-    if constexpr (Src == FST_T_I8)
-        return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
-    else
-        return fst_decode32(code, fst_float_of(Src));
+    if constexpr (Src == FST_T_I8) return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
+    else return fst_decode32(code, fst_float_of(Src));
 }
 
 // The product of two F32. A NaN is the one code, with the sign that the product has: the same on every
@@ -27,8 +25,7 @@ FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
 }
 
 template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
-    if constexpr (Dst == FST_T_F32)
-        return bits;
+    if constexpr (Dst == FST_T_F32) return bits;
     else {
         const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), fst_float_of(Dst), 0));
         return fst_encode32(bits, fst_float_of(Dst), limit);
@@ -61,7 +58,8 @@ template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scal
         FST_UNROLLED
         for (unsigned pair = 0; pair < 2; pair++) {
             uint32_t y = widen<Src, FST_T_BF16>(codes, pair);
-            if (Src == FST_T_F8_E5M2) y |= permute((codes & four(0x7F)) + four(4), 0, pair ? 0xBBAA : 0x9988) & twice(0x7F80);
+            if (Src == FST_T_F8_E5M2)
+                y |= permute((codes & four(0x7F)) + four(4), 0, pair ? 0xBBAA : 0x9988) & twice(0x7F80);
             x[2 * pair] = y << 16, x[2 * pair + 1] = y & 0xFFFF0000;
         }
     }
@@ -72,7 +70,8 @@ template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scal
         FST_UNROLLED
         for (unsigned i = 0; i < 4; i++) {
             if (is_byte_float(Src))
-                x[i] = choose(permute(nans, 0, 0x8888 + 0x1111 * i), (scales[i] & 0x80000000) | 0x7FC00000, x[i]);
+                x[i] = choose(permute(nans, 0, 0x8888 + 0x1111 * i), (scales[i] & 0x80000000) | 0x7FC00000,
+                              x[i]);
             out[i] = Src == FST_T_I8 ? x[i] : x[i] ^ (codes << (24 - 8 * i) & 0x80000000);
         }
     } else {
@@ -138,10 +137,8 @@ template <int Src, int Dst> struct Scaled {
   private:
     FST_INLINE uint32_t code(uint64_t i) const {
         const uint8_t *from = global<const uint8_t>(src);
-        if constexpr (src_bits == 4)
-            return from[i / 2] >> (i % 2 * 4) & 15;
-        else
-            return from[i];
+        if constexpr (src_bits == 4) return from[i / 2] >> (i % 2 * 4) & 15;
+        else return from[i];
     }
 
     // The scale at a place, and how many elements of its row are under it from there on.
@@ -233,13 +230,15 @@ template <int Src, int Dst> struct Scaled {
     }
 #if FST_PACKED
     // The first `split` elements under one scale, the others under another.
-    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2, unsigned split) const {
+    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2,
+                           unsigned split) const {
         Vector<16> out;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i += 4) {
             const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
                                     i + 2 < split ? scale : scale2, i + 3 < split ? scale : scale2};
-            scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by, &out.word[i * dst_size / 4]);
+            scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by,
+                             &out.word[i * dst_size / 4]);
         }
         store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
     }

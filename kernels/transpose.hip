@@ -118,7 +118,7 @@ template <int Src, int Dst> struct Transpose {
     // `width` elements from (row, col) on; what is beyond the matrix is 0.
     FST_INLINE Vector<width * src_size> load(const Tile &t, uint64_t row, uint64_t col) const {
         const uint8_t *from = t.src + row * src_stride + col * src_size;
-        Vector<width * src_size> in = {};
+        Vector<width *src_size> in = {};
         if (row >= rows) return in;
         if (col + width <= cols &&
             load_vector(from, global<const uint8_t>(src), global<const uint8_t>(readable_end), &in))

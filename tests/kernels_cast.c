@@ -63,8 +63,10 @@ TEST(kernels_copy, float_codes_are_kept_as_they_are) {
     EACH_RIG(&rig, 4096) {
         rig_upload(&rig, rig.src, codes, sizeof codes);
         for (int i = 0; i < RIG_FLOATS; i++)
-            CHECK_BYTES(codes, rig_cast(&rig, rig_floats[i], rig_floats[i], 0, 0, 0,
-                                        sizeof codes * 8 / fst_type_bits(rig_floats[i])), sizeof codes);
+            CHECK_BYTES(codes,
+                        rig_cast(&rig, rig_floats[i], rig_floats[i], 0, 0, 0,
+                                 sizeof codes * 8 / fst_type_bits(rig_floats[i])),
+                        sizeof codes);
     }
 }
 
@@ -96,10 +98,11 @@ TEST(kernels_value, no_overflow_of_the_count_beyond_32_bits) {
     test_skip(0, "too slow with a sanitizer");
 #endif
     const uint64_t count = (1ull << 32) + 37, piece = 64u << 20;
-    const size_t   size = (size_t)(((count + piece) / piece) * piece);
-    const int      fd = memfd_create("dst", MFD_CLOEXEC);
+    const size_t size = (size_t)(((count + piece) / piece) * piece);
+    const int fd = memfd_create("dst", MFD_CLOEXEC);
     CHECK(fd >= 0 && ftruncate(fd, (off_t)piece) == 0);
-    uint8_t *src = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint8_t *src =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     uint8_t *dst = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     CHECK(src != MAP_FAILED && dst != MAP_FAILED);
     for (size_t at = 0; at < size; at += piece)
@@ -126,18 +129,21 @@ TEST(kernels_bounds, nothing_outside_the_source_is_read) {
     test_rig rig;
     EACH_RIG(&rig, 16384) {
         if (!rig.gpu.host_access) continue;
-        for (int s = 0; s < RIG_SOURCES; s++) for (int d = 0; d < RIG_FLOATS; d++) {
-            const size_t src_bits = fst_type_bits(rig_floats[s]), dst_size = fst_type_bits(rig_floats[d]) / 8;
-            if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
-            for (uint64_t count = 0; count < most; count++) for (size_t skew = 0; skew < 16; skew += dst_size) {
-                if (count * src_bits % 8) continue;
-                const uint8_t *end = pages + 2 * page - count * src_bits / 8;
-                fst_cast_args args = {end, rig.dst + skew, count, rig_floats[s], rig_floats[d], 0};
-                CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
-                args.src = pages + page;
-                CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
+        for (int s = 0; s < RIG_SOURCES; s++)
+            for (int d = 0; d < RIG_FLOATS; d++) {
+                const size_t src_bits = fst_type_bits(rig_floats[s]),
+                             dst_size = fst_type_bits(rig_floats[d]) / 8;
+                if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
+                for (uint64_t count = 0; count < most; count++)
+                    for (size_t skew = 0; skew < 16; skew += dst_size) {
+                        if (count * src_bits % 8) continue;
+                        const uint8_t *end = pages + 2 * page - count * src_bits / 8;
+                        fst_cast_args args = {end, rig.dst + skew, count, rig_floats[s], rig_floats[d], 0};
+                        CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
+                        args.src = pages + page;
+                        CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
+                    }
             }
-        }
     }
     munmap(pages, 3 * page);
 }
@@ -148,21 +154,24 @@ TEST(kernels_bounds, no_byte_outside_the_source_is_read) {
     test_rig rig;
     EACH_RIG(&rig, 4096) {
         if (!rig.gpu.host_access) continue;
-        for (int s = 0; s < RIG_SOURCES; s++) for (int d = 0; d < RIG_FLOATS; d++) {
-            const size_t src_bits = fst_type_bits(rig_floats[s]);
-            if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
-            for (uint64_t count = 1; count < 70; count += 3) for (size_t skew = 0; skew < 16; skew++) {
-                if (count * src_bits % 8) continue;
-                const size_t size = skew + (size_t)count * src_bits / 8;
-                uint8_t *memory = calloc(1, size);
-                CHECK(memory);
-                POISON(memory, skew);
-                const fst_cast_args args = {memory + skew, rig.dst, count, rig_floats[s], rig_floats[d], 0};
-                CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
-                UNPOISON(memory, skew);
-                free(memory);
+        for (int s = 0; s < RIG_SOURCES; s++)
+            for (int d = 0; d < RIG_FLOATS; d++) {
+                const size_t src_bits = fst_type_bits(rig_floats[s]);
+                if (!fst_kernels_have(rig_floats[s], rig_floats[d])) continue;
+                for (uint64_t count = 1; count < 70; count += 3)
+                    for (size_t skew = 0; skew < 16; skew++) {
+                        if (count * src_bits % 8) continue;
+                        const size_t size = skew + (size_t)count * src_bits / 8;
+                        uint8_t *memory = calloc(1, size);
+                        CHECK(memory);
+                        POISON(memory, skew);
+                        const fst_cast_args args = {memory + skew, rig.dst,       count,
+                                                    rig_floats[s], rig_floats[d], 0};
+                        CHECK_INT(0, rig.gpu.kernels->cast(NULL, &args));
+                        UNPOISON(memory, skew);
+                        free(memory);
+                    }
             }
-        }
     }
 }
 
@@ -171,7 +180,8 @@ TEST(kernels_bounds, no_byte_outside_the_source_is_read) {
 enum { most_jobs = 64 };
 
 /* Runs jobs of these counts over F16 -> F32 (or F16 -> F16) and compares with casts of one job each. */
-static void check_batch(const uint64_t *counts, uint32_t jobs, int dst_dtype, size_t src_skew, size_t dst_skew) {
+static void check_batch(const uint64_t *counts, uint32_t jobs, int dst_dtype, size_t src_skew,
+                        size_t dst_skew) {
     const size_t size = fst_type_bits(dst_dtype) / 8;
     static uint8_t in[1 << 18];
     test_rig rig;
@@ -182,7 +192,8 @@ static void check_batch(const uint64_t *counts, uint32_t jobs, int dst_dtype, si
         uint64_t tiles = 0, src_at = src_skew, dst_at = RIG_GUARD + dst_skew;
         rig_upload(&rig, rig.src, in, sizeof in);
         for (uint32_t i = 0; i < jobs; i++) {
-            list[i] = (fst_batch_job){(uintptr_t)rig.src + src_at, (uintptr_t)rig.dst + dst_at, counts[i], tiles};
+            list[i] =
+                (fst_batch_job){(uintptr_t)rig.src + src_at, (uintptr_t)rig.dst + dst_at, counts[i], tiles};
             tiles += (counts[i] + FST_BATCH_TILE - 1) / FST_BATCH_TILE;
             src_at += counts[i] * 2 + i % 3; /* any alignment */
             dst_at += (counts[i] + i % 5) * size + 2 * RIG_GUARD / size * size;
@@ -193,8 +204,8 @@ static void check_batch(const uint64_t *counts, uint32_t jobs, int dst_dtype, si
         memset(want, 0x5A, rig.capacity);
         for (uint32_t i = 0; i < jobs; i++) {
             const size_t from = (size_t)(list[i].src - (uintptr_t)rig.src);
-            const fst_cast_args args = {in + from, want + (list[i].dst - (uintptr_t)rig.dst), list[i].count,
-                                        FST_T_F16, dst_dtype, 0};
+            const fst_cast_args args = {
+                in + from, want + (list[i].dst - (uintptr_t)rig.dst), list[i].count, FST_T_F16, dst_dtype, 0};
             CHECK_INT(0, fst_kernels_cpu()->cast(NULL, &args));
         }
         memset(rig.host, 0x5A, rig.capacity);
@@ -216,12 +227,14 @@ TEST(kernels_batch, one_job) {
 }
 
 TEST(kernels_batch, jobs_of_many_tiles) {
-    const uint64_t counts[] = {FST_BATCH_TILE - 1, FST_BATCH_TILE, FST_BATCH_TILE + 1, 5 * FST_BATCH_TILE + 3, 1};
+    const uint64_t counts[] = {FST_BATCH_TILE - 1, FST_BATCH_TILE, FST_BATCH_TILE + 1, 5 * FST_BATCH_TILE + 3,
+                               1};
     for (size_t skew = 0; skew < 16; skew += 4) check_batch(counts, 5, FST_T_F32, skew + 1, skew);
 }
 
 TEST(kernels_batch, copies) {
-    const uint64_t counts[] = {FST_BATCH_TILE - 1, FST_BATCH_TILE, FST_BATCH_TILE + 1, 3 * FST_BATCH_TILE, 2, 1};
+    const uint64_t counts[] = {
+        FST_BATCH_TILE - 1, FST_BATCH_TILE, FST_BATCH_TILE + 1, 3 * FST_BATCH_TILE, 2, 1};
     for (size_t skew = 0; skew < 16; skew += 2) check_batch(counts, 6, FST_T_F16, 15 - skew, skew);
 }
 
@@ -256,13 +269,14 @@ TEST(kernels_batch, no_such_pair) {
 
 /* ---- Wrong arguments of cast: a status, and nothing is written ---- */
 
-static void check_refused(int want, size_t src_skew, size_t dst_skew, int nulls, uint64_t count, int src, int dst) {
+static void check_refused(int want, size_t src_skew, size_t dst_skew, int nulls, uint64_t count, int src,
+                          int dst) {
     test_rig rig;
     EACH_RIG(&rig, 4096) {
         memset(rig.host, 0xA5, 4096);
         rig_upload(&rig, rig.dst, rig.host, 4096);
-        const fst_cast_args args = {nulls & 1 ? NULL : rig.src + src_skew, nulls & 2 ? NULL : rig.dst + dst_skew,
-                                    count, src, dst, 0};
+        const fst_cast_args args = {
+            nulls & 1 ? NULL : rig.src + src_skew, nulls & 2 ? NULL : rig.dst + dst_skew, count, src, dst, 0};
         CHECK_INT(want, rig.gpu.kernels->cast(rig.stream, &args));
         rig_download(&rig, 4096);
         for (size_t i = 0; i < 4096; i++) CHECK_INT(0xA5, rig.host[i]);
@@ -272,18 +286,26 @@ static void check_refused(int want, size_t src_skew, size_t dst_skew, int nulls,
 TEST(kernels_refuse, integer_to_float) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_I32, FST_T_F32); }
 TEST(kernels_refuse, float_to_integer) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_I32); }
 TEST(kernels_refuse, integer_to_another) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_I32, FST_T_U32); }
-TEST(kernels_refuse, narrow_to_8_bits) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F4, FST_T_F8_E4M3); }
+TEST(kernels_refuse, narrow_to_8_bits) {
+    check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F4, FST_T_F8_E4M3);
+}
 TEST(kernels_refuse, narrow_to_F64) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F6_E2M3, FST_T_F64); }
-TEST(kernels_refuse, narrow_to_narrow) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F6_E2M3, FST_T_F6_E3M2); }
+TEST(kernels_refuse, narrow_to_narrow) {
+    check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F6_E2M3, FST_T_F6_E3M2);
+}
 TEST(kernels_refuse, to_narrow) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_F4); }
-TEST(kernels_refuse, float_to_a_scale) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_F8_E8M0); }
+TEST(kernels_refuse, float_to_a_scale) {
+    check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_F32, FST_T_F8_E8M0);
+}
 TEST(kernels_refuse, complex) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_C64, FST_T_F32); }
 TEST(kernels_refuse, native) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, FST_T_NATIVE, FST_T_NATIVE); }
 TEST(kernels_refuse, dtype_outside_the_list) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, 1000, 1000); }
 TEST(kernels_refuse, dtype_below_the_list) { check_refused(FST_K_NO_KERNEL, 0, 0, 0, 4, -1, FST_T_F32); }
 TEST(kernels_refuse, source_null) { check_refused(FST_K_NULL, 0, 0, 1, 4, FST_T_F16, FST_T_F32); }
 TEST(kernels_refuse, destination_null) { check_refused(FST_K_NULL, 0, 0, 2, 4, FST_T_F16, FST_T_F32); }
-TEST(kernels_refuse, nulls_are_fine_with_nothing_to_do) { check_refused(0, 0, 0, 3, 0, FST_T_F16, FST_T_F32); }
+TEST(kernels_refuse, nulls_are_fine_with_nothing_to_do) {
+    check_refused(0, 0, 0, 3, 0, FST_T_F16, FST_T_F32);
+}
 TEST(kernels_refuse, destination_between_16_bit_elements) {
     check_refused(FST_K_ALIGN, 0, 1, 0, 4, FST_T_F32, FST_T_BF16);
 }
@@ -293,7 +315,9 @@ TEST(kernels_refuse, destination_between_32_bit_elements) {
 TEST(kernels_refuse, destination_between_64_bit_elements) {
     check_refused(FST_K_ALIGN, 0, 4, 0, 4, FST_T_F16, FST_T_F64);
 }
-TEST(kernels_refuse, copy_to_between_elements) { check_refused(FST_K_ALIGN, 0, 4, 0, 4, FST_T_I64, FST_T_I64); }
+TEST(kernels_refuse, copy_to_between_elements) {
+    check_refused(FST_K_ALIGN, 0, 4, 0, 4, FST_T_I64, FST_T_I64);
+}
 TEST(kernels_refuse, bytes_of_the_source_overflow) {
     check_refused(FST_K_SIZE, 0, 0, 0, 1ull << 61, FST_T_F64, FST_T_F8_E4M3);
 }
@@ -303,7 +327,9 @@ TEST(kernels_refuse, bytes_of_the_result_overflow) {
 TEST(kernels_refuse, end_beyond_the_address_space) {
     check_refused(FST_K_SIZE, 0, 0, 0, UINT64_MAX - 100, FST_T_U8, FST_T_U8);
 }
-TEST(kernels_refuse, elements_that_do_not_fill_a_byte) { check_refused(FST_K_SIZE, 0, 0, 0, 3, FST_T_F4, FST_T_F4); }
+TEST(kernels_refuse, elements_that_do_not_fill_a_byte) {
+    check_refused(FST_K_SIZE, 0, 0, 0, 3, FST_T_F4, FST_T_F4);
+}
 TEST(kernels_refuse, six_bit_elements_that_do_not_fill_bytes) {
     check_refused(FST_K_SIZE, 0, 0, 0, 6, FST_T_F6_E2M3, FST_T_F6_E2M3);
 }
@@ -321,11 +347,11 @@ TEST(kernels_have, agrees_with_what_runs) {
     test_rig rig;
     CHECK_INT(FST_BF16, FST_T_BF16);
     CHECK_INT(FST_U64, FST_T_U64);
-    EACH_RIG(&rig, 4096) for (int src = -1; src <= FST_DTYPE_COUNT; src++)
-        for (int dst = -1; dst <= FST_DTYPE_COUNT; dst++) {
-            const fst_cast_args args = {NULL, NULL, 0, src, dst, 0};
-            CHECK_INT(fst_kernels_have(src, dst) ? 0 : FST_K_NO_KERNEL, rig.gpu.kernels->cast(rig.stream, &args));
-        }
+    EACH_RIG(&rig, 4096)
+    for (int src = -1; src <= FST_DTYPE_COUNT; src++) for (int dst = -1; dst <= FST_DTYPE_COUNT; dst++) {
+        const fst_cast_args args = {NULL, NULL, 0, src, dst, 0};
+        CHECK_INT(fst_kernels_have(src, dst) ? 0 : FST_K_NO_KERNEL, rig.gpu.kernels->cast(rig.stream, &args));
+    }
 }
 
 TEST(kernels_have, levels_that_do_not_exist) {

@@ -111,10 +111,8 @@ static void check_outcome(const test_rig *rig, const fst_quantize_args *args, co
         double *const to = &amax[scale_at(args, i)];
         const double x = fabs(rig_value(args->src_dtype, word_at(elements, size_of(args->src_dtype), i)));
         nans += isnan(x) ? 1 : 0;
-        if (isnan(x) || isnan(*to))
-            *to = NAN;
-        else
-            *to = fmax(*to, isinf(x) ? largest_value(args->src_dtype) : x);
+        if (isnan(x) || isnan(*to)) *to = NAN;
+        else *to = fmax(*to, isinf(x) ? largest_value(args->src_dtype) : x);
     }
     for (uint64_t i = 0; i < scales; i++) {
         const uint32_t want = rig_code(FST_T_F32, scale_by_definition(amax[i], args->dst_dtype), 0);
@@ -232,13 +230,13 @@ TEST(kernels_quantize, every_alignment) {
     static uint8_t elements[5 * 67 * 4];
     test_rig rig;
     EACH_RIG(&rig, 1 << 14)
-    for (int s = 0; s < 3; s++) for (size_t src_skew = 0; src_skew < 16;
-                                     src_skew++) for (size_t dst_skew = 0; dst_skew < 16;
-                                                      dst_skew += rig.gpu.host_access ? 1 : 5) {
-        uint64_t random = src_skew * 16 + dst_skew;
-        fill(elements, sources[s], 5 * 67, &random);
-        check_matrix(&rig, sources[s], 5, 67, elements, src_skew, dst_skew);
-    }
+    for (int s = 0; s < 3; s++)
+        for (size_t src_skew = 0; src_skew < 16; src_skew++)
+            for (size_t dst_skew = 0; dst_skew < 16; dst_skew += rig.gpu.host_access ? 1 : 5) {
+                uint64_t random = src_skew * 16 + dst_skew;
+                fill(elements, sources[s], 5 * 67, &random);
+                check_matrix(&rig, sources[s], 5, 67, elements, src_skew, dst_skew);
+            }
 }
 
 TEST(kernels_quantize, rows_longer_than_a_block_keeps) {
@@ -534,11 +532,11 @@ static void check_status(int want, fst_quantize_args args, unsigned faults) {
     }
 }
 
-#define REFUSED(name, want, faults, ...)                                                                     \
-    TEST(kernels_quantize_refuse, name) {                                                                    \
-        fst_quantize_args args = good;                                                                       \
-        __VA_ARGS__;                                                                                         \
-        check_status(want, args, faults);                                                                    \
+#define REFUSED(name, want, faults, ...)  \
+    TEST(kernels_quantize_refuse, name) { \
+        fst_quantize_args args = good;    \
+        __VA_ARGS__;                      \
+        check_status(want, args, faults); \
     }
 
 REFUSED(f64_source, FST_K_NO_KERNEL, 0, args.src_dtype = FST_T_F64)

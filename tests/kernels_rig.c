@@ -24,7 +24,8 @@ static const fst_gpu *find_gpu(void) {
         const char *asked = getenv("FST_TEST_DEVICE");
         fst_error error;
         char why[512];
-        fst_status status = fst_gpu_find(FST_DEVICE_GPU(asked ? atoi(asked) : 0), &gpu, why, sizeof why, &error);
+        fst_status status =
+            fst_gpu_find(FST_DEVICE_GPU(asked ? atoi(asked) : 0), &gpu, why, sizeof why, &error);
         if (status != FST_OK) gpu = NULL;
         if (status != FST_OK && asked) test_fail(__FILE__, __LINE__, "FST_TEST_DEVICE: %s", error.text);
         done = 1;
@@ -100,8 +101,8 @@ const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t 
     for (size_t i = 0; i < end; i++)
         if ((i < begin || i >= begin + bytes) && rig->host[i] != 0xA5)
             test_fail(__FILE__, __LINE__, "%s: %s to %s, %zu elements from +%zu to +%zu: byte %td is changed",
-                      rig->gpu.kernels->target, rig_dtype_name(src), rig_dtype_name(dst), (size_t)count, src_skew,
-                      dst_skew, (ptrdiff_t)(i - begin));
+                      rig->gpu.kernels->target, rig_dtype_name(src), rig_dtype_name(dst), (size_t)count,
+                      src_skew, dst_skew, (ptrdiff_t)(i - begin));
     return rig->host + begin;
 }
 

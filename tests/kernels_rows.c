@@ -528,25 +528,25 @@ TEST(kernels_huge, more_elements_than_32_bits_count) {
 static void check_fnuz(int src, const uint8_t *in, size_t count, uint64_t bad) {
     test_rig rig;
     EACH_RIG(&rig, 16384)
-    for (size_t src_skew = 0; src_skew < 16; src_skew += 5) for (size_t dst_skew = 0; dst_skew < 16;
-                                                                 dst_skew += 3) {
-        uint8_t *dst = rig.dst + 64 + RIG_GUARD + dst_skew;
-        memset(rig.host, 0, 64);
-        memset(rig.host + 64, 0xA5, 8192);
-        rig_upload(&rig, rig.dst, rig.host, 8192);
-        rig_upload(&rig, rig.src + src_skew, in, count);
-        const fst_fnuz_args args = {rig.src + src_skew, dst, count, src, (uint64_t *)(void *)rig.dst};
-        CHECK_INT(0, rig.gpu.kernels->fnuz(rig.stream, &args));
-        CHECK_INT(0, rig.gpu.kernels->fnuz(rig.stream, &args));
-        rig_download(&rig, 8192);
-        uint64_t counted;
-        memcpy(&counted, rig.host, 8);
-        CHECK_INT(2 * bad, counted);
-        for (size_t i = 64; i < 8192; i++) {
-            const size_t at = i - 64 - RIG_GUARD - dst_skew; /* wraps below the result */
-            CHECK_INT(at >= count ? 0xA5 : in[at] == 0x80 ? 0 : in[at], rig.host[i]);
+    for (size_t src_skew = 0; src_skew < 16; src_skew += 5)
+        for (size_t dst_skew = 0; dst_skew < 16; dst_skew += 3) {
+            uint8_t *dst = rig.dst + 64 + RIG_GUARD + dst_skew;
+            memset(rig.host, 0, 64);
+            memset(rig.host + 64, 0xA5, 8192);
+            rig_upload(&rig, rig.dst, rig.host, 8192);
+            rig_upload(&rig, rig.src + src_skew, in, count);
+            const fst_fnuz_args args = {rig.src + src_skew, dst, count, src, (uint64_t *)(void *)rig.dst};
+            CHECK_INT(0, rig.gpu.kernels->fnuz(rig.stream, &args));
+            CHECK_INT(0, rig.gpu.kernels->fnuz(rig.stream, &args));
+            rig_download(&rig, 8192);
+            uint64_t counted;
+            memcpy(&counted, rig.host, 8);
+            CHECK_INT(2 * bad, counted);
+            for (size_t i = 64; i < 8192; i++) {
+                const size_t at = i - 64 - RIG_GUARD - dst_skew; /* wraps below the result */
+                CHECK_INT(at >= count ? 0xA5 : in[at] == 0x80 ? 0 : in[at], rig.host[i]);
+            }
         }
-    }
 }
 
 TEST(kernels_fnuz, every_code_of_E4M3) {

@@ -308,20 +308,21 @@ static void check_every_code(int src) {
         codes[i] = (uint8_t)(cols == 16 ? i % 8 * 2 | (i % 8 * 2 + 1) << 4 : i);
     test_rig rig;
     EACH_RIG(&rig, 1 << 19)
-    for (int t = 0; t < target_count; t++) for (int s = 0; s < scale_type_count; s++) {
-        uint64_t random = 7;
-        for (unsigned i = 0; i < rows; i++)
-            put_scale(scales, scale_types[s], i, a_scale(scale_types[s], &random, i));
-        const fst_scaled_args args = {.scales_count = rows,
-                                      .rows = rows,
-                                      .cols = cols,
-                                      .count = rows * cols,
-                                      .src_dtype = src,
-                                      .dst_dtype = targets[t],
-                                      .scale_dtype = scale_types[s],
-                                      .kind = FST_SCALE_ROW};
-        check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, 0, scales, 0));
-    }
+    for (int t = 0; t < target_count; t++)
+        for (int s = 0; s < scale_type_count; s++) {
+            uint64_t random = 7;
+            for (unsigned i = 0; i < rows; i++)
+                put_scale(scales, scale_types[s], i, a_scale(scale_types[s], &random, i));
+            const fst_scaled_args args = {.scales_count = rows,
+                                          .rows = rows,
+                                          .cols = cols,
+                                          .count = rows * cols,
+                                          .src_dtype = src,
+                                          .dst_dtype = targets[t],
+                                          .scale_dtype = scale_types[s],
+                                          .kind = FST_SCALE_ROW};
+            check_values(&rig, &args, codes, scales, run_scaled(&rig, args, codes, 0, scales, 0));
+        }
 }
 
 TEST(kernels_scaled, every_e4m3_under_many_scales) { check_every_code(FST_T_F8_E4M3); }
@@ -391,24 +392,25 @@ TEST(kernels_scaled, every_alignment) {
         put_scale(scales, FST_T_F32, i, a_scale(FST_T_F32, &random, (unsigned)i + 20));
     test_rig rig;
     EACH_RIG(&rig, 1 << 16)
-    for (int s = 0; s < source_count; s++) for (int t = 0; t < target_count; t++) for (int kind = 0; kind < 4;
-                                                                                       kind++) {
-        fst_scaled_args args = {.rows = 19,
-                                .cols = 67,
-                                .count = 19 * 67,
-                                .src_dtype = sources[s],
-                                .dst_dtype = targets[t],
-                                .scale_dtype = FST_T_F32,
-                                .kind = (fst_scale_kind)kind,
-                                .block_rows = 5,
-                                .block_cols = 29};
-        args.scales_count = scales_for(&args);
-        for (size_t src_skew = 0; src_skew < 16; src_skew++) {
-            const size_t size = bytes_of(targets[t], 1), dst_skew = src_skew * 7 / size * size % 16;
-            check_values(&rig, &args, codes, scales,
-                         run_scaled(&rig, args, codes, src_skew, scales, dst_skew));
-        }
-    }
+    for (int s = 0; s < source_count; s++)
+        for (int t = 0; t < target_count; t++)
+            for (int kind = 0; kind < 4; kind++) {
+                fst_scaled_args args = {.rows = 19,
+                                        .cols = 67,
+                                        .count = 19 * 67,
+                                        .src_dtype = sources[s],
+                                        .dst_dtype = targets[t],
+                                        .scale_dtype = FST_T_F32,
+                                        .kind = (fst_scale_kind)kind,
+                                        .block_rows = 5,
+                                        .block_cols = 29};
+                args.scales_count = scales_for(&args);
+                for (size_t src_skew = 0; src_skew < 16; src_skew++) {
+                    const size_t size = bytes_of(targets[t], 1), dst_skew = src_skew * 7 / size * size % 16;
+                    check_values(&rig, &args, codes, scales,
+                                 run_scaled(&rig, args, codes, src_skew, scales, dst_skew));
+                }
+            }
 }
 
 TEST(kernels_scaled, pieces_give_the_bytes_of_the_whole) {
@@ -589,11 +591,11 @@ static void check_status(int want, fst_scaled_args args, unsigned faults) {
     }
 }
 
-#define REFUSED(name, want, kind, faults, ...)                                                               \
-    TEST(kernels_scaled_refuse, name) {                                                                      \
-        fst_scaled_args args = good(kind);                                                                   \
-        __VA_ARGS__;                                                                                         \
-        check_status(want, args, faults);                                                                    \
+#define REFUSED(name, want, kind, faults, ...) \
+    TEST(kernels_scaled_refuse, name) {        \
+        fst_scaled_args args = good(kind);     \
+        __VA_ARGS__;                           \
+        check_status(want, args, faults);      \
     }
 
 REFUSED(f16_source, FST_K_NO_KERNEL, FST_SCALE_TENSOR, 0, args.src_dtype = FST_T_F16)
