@@ -1,0 +1,341 @@
+/* Memory that runs out: each allocation of the library fails in turn. The linker sends its calls of the allocator
+ * here (CMakeLists.txt), and those of this program's other files, but not support.c's: what the fakes hold is no
+ * business of these cases. yyjson, a library of its own, is handed an allocator that comes here too. */
+#include <dirent.h>
+#include <dlpack/dlpack.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <yyjson.h>
+
+#include "harness.h"
+#include "model.h"
+#include "support.h"
+
+/* ---- The allocator --------------------------------------------------------------------------- */
+
+static atomic_int fail_at; /* the so-manieth call that can fail does, from 1; 0: none */
+static atomic_int calls;   /* since fail_at was set */
+static atomic_long live;   /* allocations that were not freed, of all that came by here */
+
+static int must_fail(void) {
+    int at = atomic_load(&fail_at);
+    return at && atomic_fetch_add(&calls, 1) + 1 == at;
+}
+
+static void *counted(void *memory) {
+    if (memory) atomic_fetch_add(&live, 1);
+    return memory;
+}
+
+static void *no_memory(void) {
+    errno = ENOMEM;
+    return NULL;
+}
+
+void *__real_malloc(size_t size);
+void *__real_calloc(size_t count, size_t size);
+void *__real_realloc(void *memory, size_t size);
+void __real_free(void *memory);
+char *__real_strdup(const char *text);
+char *__real_strndup(const char *text, size_t length);
+int __real_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
+                          void *arg);
+yyjson_doc *__real_yyjson_read_opts(char *json, size_t length, yyjson_read_flag flags,
+                                    const yyjson_alc *allocator, yyjson_read_err *error);
+
+void *__wrap_malloc(size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_realloc(void *memory, size_t size);
+void __wrap_free(void *memory);
+char *__wrap_strdup(const char *text);
+char *__wrap_strndup(const char *text, size_t length);
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
+                          void *arg);
+yyjson_doc *__wrap_yyjson_read_opts(char *json, size_t length, yyjson_read_flag flags,
+                                    const yyjson_alc *allocator, yyjson_read_err *error);
+
+void *__wrap_malloc(size_t size) { return must_fail() ? no_memory() : counted(__real_malloc(size)); }
+
+void *__wrap_calloc(size_t count, size_t size) {
+    return must_fail() ? no_memory() : counted(__real_calloc(count, size));
+}
+
+void *__wrap_realloc(void *memory, size_t size) {
+    if (must_fail()) return no_memory();
+    void *larger = __real_realloc(memory, size);
+    return memory ? larger : counted(larger);
+}
+
+void __wrap_free(void *memory) {
+    if (memory) atomic_fetch_sub(&live, 1);
+    __real_free(memory);
+}
+
+char *__wrap_strdup(const char *text) { return must_fail() ? no_memory() : counted(__real_strdup(text)); }
+
+char *__wrap_strndup(const char *text, size_t length) {
+    return must_fail() ? no_memory() : counted(__real_strndup(text, length));
+}
+
+static void *json_malloc(void *context, size_t size) {
+    (void)context;
+    return __wrap_malloc(size);
+}
+
+static void *json_realloc(void *context, void *memory, size_t old_size, size_t size) {
+    (void)context, (void)old_size;
+    return __wrap_realloc(memory, size);
+}
+
+static void json_free(void *context, void *memory) {
+    (void)context;
+    __wrap_free(memory);
+}
+
+yyjson_doc *__wrap_yyjson_read_opts(char *json, size_t length, yyjson_read_flag flags,
+                                    const yyjson_alc *allocator, yyjson_read_err *error) {
+    static const yyjson_alc ours = {json_malloc, json_realloc, json_free, NULL};
+    return __real_yyjson_read_opts(json, length, flags, allocator ? allocator : &ours, error);
+}
+
+/* A thread needs memory too. What of it the system allocates is its own business: the whole call fails. */
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
+                          void *arg) {
+    return must_fail() ? EAGAIN : __real_pthread_create(thread, attributes, run, arg);
+}
+
+/* ---- One call, over and over ----------------------------------------------------------------- */
+
+/* What a case does. `act` checks and frees what it gets, and that it gets nothing when it fails. */
+typedef struct scene {
+    fst_status (*act)(const struct scene *s, fst_error *error);
+    const char *files[2];
+    int device;
+    int keeps_engine; /* the act leaves it to the next */
+    fst_model *model;
+} scene;
+
+/* What a system call, or what stands behind seam 1, could not get memory for is an ENOMEM of that call. */
+static void check_error(fst_status status, const fst_error *error) {
+    CHECK(status == FST_E_MEMORY || (status == FST_E_IO && error->code == ENOMEM));
+    CHECK_INT(status, error->status);
+    CHECK_INT(status, fst_last_error()->status);
+    CHECK(strstr(error->text, "memory") || strstr(error->text, "thread"));
+}
+
+/* Acts with the first allocation failing, then the second, and so on, until an act needs no more. Returns how many
+ * failed. Each failure must give back all that it took: what is held is counted before and after. */
+static int fail_each(const scene *s) {
+    unsigned descriptors = support_open_descriptors(), threads = support_threads();
+    long held = atomic_load(&live);
+    int blocks = fake_gpu_blocks();
+    for (int at = 1;; at++) {
+        fst_error error = {.status = FST_OK};
+        atomic_store(&calls, 0);
+        atomic_store(&fail_at, at);
+        fst_status status = s->act(s, &error);
+        atomic_store(&fail_at, 0);
+        int reached = atomic_load(&calls) >= at;
+        if (reached) check_error(status, &error);
+        else CHECK_INT(FST_OK, status);
+        CHECK_INT(blocks, fake_gpu_blocks());
+        CHECK_INT(held, atomic_load(&live));
+        CHECK_INT(descriptors, support_open_descriptors());
+        CHECK_INT(threads, support_threads());
+        if (!reached) return at - 1;
+    }
+}
+
+/* ---- Loads ----------------------------------------------------------------------------------- */
+
+enum { LARGE = 40000, MANY = 150, BLOCKS = 4 };
+
+/* Enough tensors, names and metadata that every list grows: two files with an index. */
+static void write_files(void) {
+    static float large[LARGE];
+    static char names[MANY][16], metadata[8000];
+    support_tensor tensors[MANY + 1];
+    for (size_t i = 0; i < LARGE; i++) large[i] = (float)(i % 256);
+    for (int i = 0; i < MANY; i++) {
+        sprintf(names[i], "small.%d", i);
+        tensors[i] = (support_tensor){names[i], "U8", "[6]", names[i], 6};
+    }
+    tensors[MANY] = (support_tensor){"large", "F32", "[40000]", large, sizeof large};
+    snprintf(metadata, sizeof metadata, "{\"format\":\"pt\",\"notes\":\"%07000d\"}", 0);
+    support_checkpoint(test_path("1.safetensors"), metadata, tensors, MANY + 1, 0);
+    tensors[MANY].name = "other";
+    support_checkpoint(test_path("2.safetensors"), "{\"format\":\"pt\"}", &tensors[MANY], 1, 3);
+
+    char *index = malloc(MANY * 64 + 256), *end = index;
+    CHECK(index);
+    end += sprintf(end, "{\"weight_map\":{\"large\":\"1.safetensors\",\"other\":\"2.safetensors\"");
+    for (int i = 0; i < MANY; i++) end += sprintf(end, ",\"small.%d\":\"1.safetensors\"", i);
+    end += sprintf(end, "}}");
+    support_write(test_path("model.safetensors.index.json"), index, (size_t)(end - index));
+    free(index);
+}
+
+static void check_cast(const fst_model *model, const char *name) {
+    fst_tensor tensor;
+    CHECK_INT(FST_OK, fst_model_find(model, name, &tensor));
+    CHECK_INT(LARGE * 2, tensor.nbytes);
+    const uint16_t *codes = tensor.data;
+    for (int i = 0; i < LARGE; i++) { /* BF16 has all of 0 to 255 */
+        float value = (float)(i % 256);
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        CHECK_INT(bits >> 16, codes[i]);
+    }
+}
+
+static fst_status load(const scene *s, fst_error *error) {
+    fst_options options = FST_OPTIONS_INIT;
+    fst_model *model = (fst_model *)(uintptr_t)1;
+    options.cast = FST_BF16;
+    options.device = s->device;
+    options.threads = 3;
+    options.slot_bytes = 64 << 10;
+    fst_status status = fst_load(s->files, &options, &model, error);
+    if (status) {
+        CHECK(model == NULL);
+    } else {
+        CHECK_INT(MANY + 2, fst_model_count(model));
+        check_cast(model, "large");
+        check_cast(model, "other");
+    }
+    fst_model_free(model);
+    if (!s->keeps_engine) fst_release_cached();
+    return status;
+}
+
+static fst_status open_headers(const scene *s, fst_error *error) {
+    fst_model *model = (fst_model *)(uintptr_t)1;
+    fst_status status = fst_open(s->files, NULL, &model, error);
+    if (status) CHECK(model == NULL);
+    else CHECK_INT(MANY + 2, fst_model_count(model));
+    fst_model_free(model);
+    return status;
+}
+
+static scene prepare(fst_status (*act)(const scene *, fst_error *), int device) {
+    write_files();
+    fst_release_cached();
+    return (scene){act, {test_path("model.safetensors.index.json"), NULL}, device, 0, NULL};
+}
+
+/* Small blocks: there are several, and most are allocated while the threads already read. */
+static void fail_loads(int device, int keeps_engine, int least) {
+    scene s = prepare(load, device);
+    uint64_t usual = fst_block_bytes;
+    fst_error error;
+    fst_block_bytes = 64 << 10;
+    s.keeps_engine = keeps_engine;
+    CHECK_INT(FST_OK, load(&s, &error));
+    int failed = fail_each(&s);
+    fst_block_bytes = usual;
+    CHECK(failed >= least);
+}
+
+TEST(memory, of_a_load_on_the_cpu) { fail_loads(FST_DEVICE_CPU, 0, 50); }
+
+TEST(memory, of_a_load_on_a_gpu) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    fail_loads(FST_DEVICE_GPU(0), 0, 50);
+    fake_gpu_end();
+}
+
+TEST(memory, of_a_load_that_finds_an_engine) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 2});
+    fail_loads(FST_DEVICE_GPU(0), 1, 45);
+    fake_gpu_end();
+    fail_loads(FST_DEVICE_CPU, 1, 45);
+    fst_release_cached();
+}
+
+TEST(memory, of_opening_an_index) {
+    scene s = prepare(open_headers, 0);
+    CHECK(fail_each(&s) >= 35);
+}
+
+TEST(memory, of_opening_a_directory) {
+    scene s = prepare(open_headers, 0);
+    s.files[0] = test_directory();
+    CHECK(fail_each(&s) >= 35);
+    CHECK_INT(0, unlink(test_path("model.safetensors.index.json")));
+    CHECK(fail_each(&s) >= 15);
+}
+
+/* ---- What is done with a model --------------------------------------------------------------- */
+
+static fst_model *load_model(int device) {
+    scene s = prepare(NULL, device);
+    fst_options options = FST_OPTIONS_INIT;
+    options.device = device;
+    fst_model *model;
+    CHECK_INT(FST_OK, fst_load(s.files, &options, &model, NULL));
+    return model;
+}
+
+static fst_status export_first(const scene *s, fst_error *error) {
+    DLManagedTensorVersioned *tensor = (DLManagedTensorVersioned *)(uintptr_t)1;
+    fst_status status = fst_model_dlpack(s->model, 0, &tensor);
+    *error = *fst_last_error();
+    if (status) CHECK(tensor == NULL);
+    else tensor->deleter(tensor);
+    return status;
+}
+
+TEST(memory, of_an_export_to_dlpack) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 3});
+    scene s = {.act = export_first, .model = load_model(FST_DEVICE_GPU(0))};
+    CHECK_INT(1, fail_each(&s));
+    fst_model_free(s.model);
+    fake_gpu_end(); /* no block is held */
+}
+
+static int count_entries(void) {
+    DIR *directory = opendir(test_directory());
+    int count = 0;
+    CHECK(directory);
+    while (readdir(directory)) count++;
+    closedir(directory);
+    return count;
+}
+
+/* The file is the new one or the old one, and nothing lies beside it. */
+static fst_status save(const scene *s, fst_error *error) {
+    const char *path = s->files[0];
+    fst_model *saved;
+    support_write(path, "old", 3);
+    int before = count_entries();
+    fst_status status = fst_save(s->model, path, NULL, error);
+    CHECK_INT(before, count_entries());
+    struct stat st;
+    CHECK_INT(0, stat(path, &st));
+    if (status && st.st_size == 3) return status;
+    atomic_store(&fail_at, 0);
+    CHECK_INT(FST_OK, fst_open(s->files, NULL, &saved, NULL));
+    CHECK_INT(MANY + 2, fst_model_count(saved));
+    fst_model_free(saved);
+    return status;
+}
+
+static void fail_saves(int device) {
+    scene s = {.act = save, .files = {test_path("out.safetensors"), NULL}, .model = load_model(device)};
+    CHECK(fail_each(&s) >= 5);
+    fst_model_free(s.model);
+}
+
+TEST(memory, of_a_save_from_the_cpu) { fail_saves(FST_DEVICE_CPU); }
+
+TEST(memory, of_a_save_from_a_gpu) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 4});
+    fail_saves(FST_DEVICE_GPU(0));
+    fake_gpu_end();
+}
