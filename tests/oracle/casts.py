@@ -26,14 +26,14 @@ TYPES = {
     "F8_E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, np.uint8, 0x80, 57344.0),
 }
 
-
-# Types that are only cast from. Tables hold a code's bits one after the other, the low ones first.
+# Types that are only cast from, and to which. Tables hold a code's bits one after the other, the low ones first.
 NARROW = {
     "F8_E8M0": (ml_dtypes.float8_e8m0fnu, 8),
     "F6_E2M3": (ml_dtypes.float6_e2m3fn, 6),
     "F6_E3M2": (ml_dtypes.float6_e3m2fn, 6),
     "F4": (ml_dtypes.float4_e2m1fn, 4),
 }
+NARROW_TARGETS = ("F32", "F16", "BF16")
 
 
 # Bits of a number, and the exponent of the smallest subnormal, of those types that ml_dtypes makes from F64 by
@@ -142,7 +142,7 @@ def make_narrow_tables(folder):
         stream = (codes[:, None] >> np.arange(bits, dtype=np.uint8) & 1).reshape(-1)
         np.packbits(stream, bitorder="little").tofile(os.path.join(folder, f"{src}.in"))
         values = codes.view(src_type).astype(np.float64)
-        for dst in ("F32", "F16", "BF16"):
+        for dst in NARROW_TARGETS:
             dst_type, dst_bits, nan, _ = TYPES[dst]
             out = values.astype(dst_type).view(dst_bits)
             np.where(np.isnan(values), dst_bits(nan), out).tofile(os.path.join(folder, f"{src}-{dst}-plain.out"))
@@ -167,4 +167,5 @@ def main():
         sys.exit(__doc__)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,8 @@
 """Writes checkpoints to load: by seed, with Python's own library alone, without the library under test.
 
     checkpoint.py mixed OUT --bytes 1e9 --tensors 500 --odd-header [--castable]
-        all 22 dtypes (--castable: without F4 and F6), special values, empty and scalar tensors
+        all 22 dtypes, special values, empty and scalar tensors (--castable: without F4 and F6, which are cast to
+        F32, F16 and BF16 alone)
     checkpoint.py llama OUTDIR --bytes 14e9 --dtype bf16 --files 4
         Llama 3 8B's names and shapes, as many layers as fit, cut into files with an index
     checkpoint.py many OUTDIR --tensors 20000 --bytes-each 4096 --dtype bf16 --files 2
