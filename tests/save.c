@@ -507,29 +507,17 @@ TEST(save, short_and_interrupted_writes) {
     free(want);
 }
 
-TEST(save, failing_fsync) {
+static void check_failing(int *result, int code) {
     fst_model *model = load_small();
-    fsync_result = -EIO;
-    check_old_file_survives(model, FST_E_IO, EIO);
-    fsync_result = 0;
+    *result = -code;
+    check_old_file_survives(model, FST_E_IO, code);
+    *result = 0;
     fst_model_free(model);
 }
 
-TEST(save, failing_close) {
-    fst_model *model = load_small();
-    close_result = -EDQUOT;
-    check_old_file_survives(model, FST_E_IO, EDQUOT);
-    close_result = 0;
-    fst_model_free(model);
-}
-
-TEST(save, failing_rename) {
-    fst_model *model = load_small();
-    rename_result = -EPERM;
-    check_old_file_survives(model, FST_E_IO, EPERM);
-    rename_result = 0;
-    fst_model_free(model);
-}
+TEST(save, failing_fsync) { check_failing(&fsync_result, EIO); }
+TEST(save, failing_close) { check_failing(&close_result, EDQUOT); }
+TEST(save, failing_rename) { check_failing(&rename_result, EPERM); }
 
 /* ---- Progress and cancelling ----------------------------------------------------------------- */
 
