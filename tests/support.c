@@ -91,7 +91,7 @@ unsigned support_threads(void) {
 
 /* ---- A device that runs late ---- */
 
-typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_EVENT } op_kind;
+typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_EVENT, OP_FOLLOW } op_kind;
 
 typedef struct op {
     op_kind kind;
@@ -102,6 +102,8 @@ typedef struct op {
     fst_cast_args cast;
     fst_batch_args batch;
     struct event *event;
+    struct stream *of; /* FOLLOW: what of it must have run */
+    long at;
 } op;
 
 typedef struct stream {
@@ -136,6 +138,8 @@ static void run_one(stream *s) {
     if (o->kind == OP_COPY) memcpy(o->dst, o->src, o->size);
     if (o->kind == OP_CAST) fst_kernels_cpu()->cast(NULL, &o->cast);
     if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
+    if (o->kind == OP_FOLLOW)
+        while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
 }
 
@@ -158,6 +162,7 @@ static int enqueue(fst_queue to, const op *what) {
         s->last = &o->next;
         s->queued++;
         if (o->kind == OP_EVENT) o->event->stream = s, o->event->at = s->queued;
+        if (o->kind == OP_FOLLOW) o->of = o->event->stream, o->at = o->event->at;
         run_some();
     }
     pthread_mutex_unlock(&fake.lock);
@@ -259,8 +264,8 @@ static int fake_stream_wait(const fst_gpu *gpu, fst_queue which) {
     return fails ? 719 : 0;
 }
 
-static int fake_event_new(const fst_gpu *gpu, fst_event *out) {
-    (void)gpu;
+static int fake_event_new(const fst_gpu *gpu, int timed, fst_event *out) {
+    (void)gpu, (void)timed;
     pthread_mutex_lock(&fake.lock);
     *out = must_fail() ? NULL : calloc(1, sizeof(event));
     if (*out) fake.events++;
@@ -292,6 +297,12 @@ static int fake_event_wait(const fst_gpu *gpu, fst_event which) {
     return fails ? 719 : 0;
 }
 
+static int fake_follow(const fst_gpu *gpu, fst_queue which, fst_event of) {
+    op o = {.kind = OP_FOLLOW, .event = of};
+    (void)gpu;
+    return enqueue(which, &o);
+}
+
 static float fake_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
     (void)gpu, (void)from, (void)to;
     return -1;
@@ -314,13 +325,34 @@ static int fake_batch(fst_queue to, const fst_batch_args *args) {
 }
 
 void fake_gpu_begin(const fake_gpu_options *options) {
-    static const fst_gpu_calls calls = {fake_enter,      fake_leave,        fake_describe,    fake_memory,
-                                        fake_alloc,      fake_free,         fake_pin,         fake_unpin,
-                                        fake_stream_new, fake_stream_free,  fake_stream_wait, fake_event_new,
-                                        fake_event_free, fake_event_record, fake_event_wait,  fake_elapsed,
-                                        fake_copy,       fake_copy,         fake_copy};
+    static const fst_gpu_calls calls = {
+        .enter = fake_enter,
+        .leave = fake_leave,
+        .describe = fake_describe,
+        .memory = fake_memory,
+        .alloc_block = fake_alloc,
+        .free_block = fake_free,
+        .pin = fake_pin,
+        .unpin = fake_unpin,
+        .stream_new = fake_stream_new,
+        .stream_free = fake_stream_free,
+        .stream_wait = fake_stream_wait,
+        .event_new = fake_event_new,
+        .event_free = fake_event_free,
+        .event_record = fake_event_record,
+        .event_wait = fake_event_wait,
+        .stream_follow = fake_follow,
+        .event_elapsed = fake_elapsed,
+        .to_device = fake_copy,
+        .to_host = fake_copy,
+        .copy_on_device = fake_copy,
+    };
     static const fst_kernels kernels = {.cast = fake_cast, .batch = fake_batch, .target = "fake"};
-    static const fst_gpu gpu = {&calls, &kernels, 2, 0, 0, "fake:0", "a device of the tests"};
+    static const fst_gpu gpu = {.calls = &calls,
+                                .kernels = &kernels,
+                                .dlpack_type = 2,
+                                .label = "fake:0",
+                                .name = "a device of the tests"};
     fst_release_cached();
     fake.options = *options;
     fake.random = options->seed;
@@ -341,96 +373,3 @@ void fake_gpu_end(void) {
 int fake_gpu_calls(void) { return fake.calls; }
 uint64_t fake_gpu_peak(void) { return fake.peak; }
 int fake_gpu_blocks(void) { return fake.blocks; }
-
-/* ---- System calls that fail ---- */
-
-static fst_os real;
-static struct {
-    fake_os_options options;
-    pthread_mutex_t lock;
-    int calls, descriptors, mappings;
-    unsigned reads;
-    uint64_t bytes;
-} os = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-static int os_fails(void) {
-    pthread_mutex_lock(&os.lock);
-    int fails = ++os.calls == os.options.fail_at;
-    pthread_mutex_unlock(&os.lock);
-    return fails;
-}
-
-static void os_count(int *which, int by) {
-    pthread_mutex_lock(&os.lock);
-    *which += by;
-    pthread_mutex_unlock(&os.lock);
-}
-
-static int os_open(const char *path) {
-    int fd = os_fails() ? -os.options.error : real.open_read(path);
-    if (fd >= 0) os_count(&os.descriptors, 1);
-    return fd;
-}
-
-static int os_close(int fd) {
-    os_count(&os.descriptors, -1);
-    return real.close(fd);
-}
-
-static int os_identify(int fd, fst_file_id *id, fst_file_type *type) {
-    return os_fails() ? -os.options.error : real.identify(fd, id, type);
-}
-
-static ssize_t os_pread(int fd, void *buffer, size_t size, uint64_t offset) {
-    pthread_mutex_lock(&os.lock);
-    int fails = ++os.calls == os.options.fail_at;
-    unsigned turn = ++os.reads;
-    void (*hook)(void) =
-        os.bytes <= os.options.after && os.bytes + size > os.options.after ? os.options.hook : NULL;
-    os.bytes += size;
-    if (hook) os.options.hook = NULL;
-    pthread_mutex_unlock(&os.lock);
-    if (hook) hook();
-    if (fails) return -os.options.error;
-    if (os.options.short_reads) {
-        if (turn % 3 == 0) return -EINTR;
-        size_t most = 1 + turn * 977u % 4095;
-        if (size > most) size = most;
-    }
-    return real.pread(fd, buffer, size, offset);
-}
-
-static void *os_map(size_t size) {
-    void *memory = os_fails() ? NULL : real.map(size);
-    if (memory) os_count(&os.mappings, 1);
-    return memory;
-}
-
-static void os_unmap(void *memory, size_t size) {
-    os_count(&os.mappings, -1);
-    real.unmap(memory, size);
-}
-
-void fake_os_begin(const fake_os_options *options) {
-    fst_release_cached();
-    real = fst_os_calls;
-    os.options = *options;
-    os.calls = os.descriptors = os.mappings = 0;
-    os.reads = 0;
-    os.bytes = 0;
-    fst_os_calls.open_read = os_open;
-    fst_os_calls.close = os_close;
-    fst_os_calls.identify = os_identify;
-    fst_os_calls.pread = os_pread;
-    fst_os_calls.map = os_map;
-    fst_os_calls.unmap = os_unmap;
-}
-
-void fake_os_end(void) {
-    fst_release_cached();
-    fst_os_calls = real;
-    if (os.descriptors || os.mappings)
-        test_fail(__FILE__, __LINE__, "still held: %d descriptors, %d mappings", os.descriptors, os.mappings);
-}
-
-int fake_os_calls(void) { return os.calls; }

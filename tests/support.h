@@ -47,19 +47,56 @@ int  fake_gpu_calls(void);       /* that could fail, so far */
 uint64_t fake_gpu_peak(void);    /* most device memory at one time */
 int  fake_gpu_blocks(void);      /* blocks that are allocated now */
 
-/* ---- System calls that fail ---- */
+/* ---- System calls that fail (fake_os.c) ---- */
+
+typedef enum fake_os_kind {
+    FAKE_OS_NEEDED, /* a load fails without them: open_read, identify, pread, map */
+    FAKE_OS_OPEN_DIRECT,
+    FAKE_OS_OPEN_PROBE,
+    FAKE_OS_PREAD_DIRECT, /* on a descriptor of O_DIRECT; they count as needed, too */
+    FAKE_OS_FILE_SYSTEM,
+    FAKE_OS_ALIGNMENT,
+    FAKE_OS_IS_OWNER,
+    FAKE_OS_CACHESTAT,
+    FAKE_OS_MAP_FILE,
+    FAKE_OS_MINCORE,
+    FAKE_OS_PREAD_CACHED,
+    FAKE_OS_ADVISE,
+    FAKE_OS_MEMORY,
+    FAKE_OS_READ_TEXT,
+    FAKE_OS_SET_AFFINITY,
+    FAKE_OS_BIND_MEMORY,
+    FAKE_OS_URING_OPEN,
+    FAKE_OS_URING_BUFFERS,
+    FAKE_OS_URING_FILES,
+    FAKE_OS_URING_FILE,
+    FAKE_OS_URING_READ,
+    FAKE_OS_URING_WAIT,
+    FAKE_OS_URING_RESULT, /* what the kernel says of a read that was waited for */
+    FAKE_OS_KINDS
+} fake_os_kind;
 
 typedef struct fake_os_options {
-    int  fail_at;        /* the so-manieth call that can fail does, from 1; 0: none */
+    int  fail_at;        /* the so-manieth call of this kind fails, from 1; 0: none */
+    fake_os_kind kind;
     int  error;          /* with this errno (as a positive number) */
-    int  short_reads;    /* reads return at most 1 to 4095 bytes, and every third is -EINTR */
+    unsigned refuse;     /* kinds, as bits 1u << kind, of which every call fails... */
+    int  refusal;        /* ...with this errno */
+    int  short_reads;    /* reads return at most 1 to 4096 bytes, and every third is -EINTR */
     uint64_t after;      /* bytes read before `hook` is called, once, in a reader's thread */
     void (*hook)(void);
+    int  system;         /* files lie on this fst_file_system + 1; 0: where they do */
+    int  stranger;       /* files are another owner's */
+    int  replaced;       /* a file opened for O_DIRECT is not the same any more */
+    int  alignment;      /* for O_DIRECT; -1: there is none; 0: as it is */
+    uint64_t memory;     /* that is available; 0: as it is */
+    const char *const *texts; /* path, contents, path, ..., NULL: all that /proc and /sys have */
 } fake_os_options;
 
 void fake_os_begin(const fake_os_options *options);
-/* The real calls again; fails the case when a descriptor or a mapping is still held. */
+/* The real calls again; fails the case when a descriptor, a mapping or a ring is still held. */
 void fake_os_end(void);
-int  fake_os_calls(void);
+int  fake_os_calls(void);                     /* of FAKE_OS_NEEDED, so far */
+int  fake_os_calls_of(fake_os_kind kind);
 
 #endif
