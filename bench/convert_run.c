@@ -300,7 +300,7 @@ static int time_on_gpu(const convert_timer *t, const convert_case *c, const conv
     fst_event *events = calloc(2 * most + 1, sizeof *events);
     if (!events) bench_die("out of memory");
     for (unsigned i = 0; i < 2 * most + 1; i++)
-        if (t->gpu->calls->event_new(t->gpu, &events[i])) bench_die("no event");
+        if (t->gpu->calls->event_new(t->gpu, 1, &events[i])) bench_die("no event");
     int code = time_turns(t, c, sets, count, WARM_UP, 1, events, ms, copy_ms);
     if (!code) {
         const double one = copy_ms[WARM_UP - 1];

@@ -1,6 +1,7 @@
 /* fst: .safetensors checkpoints into device memory, converted on the way.
  *
- * Three rungs: one call (fst_load_cast), a call with options (fst_load), headers alone (fst_open).
+ * Three rungs: one call (fst_load_cast), a call with options (fst_load), tensor by tensor as they become complete
+ * (fst_stream_open). fst_open reads headers alone.
  *
  *     const char *files[] = {"model.safetensors", NULL};
  *     fst_model *model = fst_load_cast(files, FST_BF16);
@@ -117,6 +118,7 @@ typedef enum fst_status {
     FST_E_CONFLICT,      /* two files give one metadata key different values */
     FST_E_NO_DATA,       /* the model was opened, not loaded: its tensors have no data */
     FST_E_DLPACK,        /* DLPack cannot express this tensor */
+    FST_E_AGAIN,         /* a stream has nothing to give before tensors are released: not the end of it */
     FST_STATUS_COUNT
 } fst_status;
 
@@ -146,18 +148,63 @@ enum {
 #define FST_DEVICE_GPU(n) (2 + (n)) /* the n-th GPU as HIP or CUDA counts them, from 0 */
 
 enum {
-    FST_NON_SATURATING = 1u << 0 /* out of range becomes Inf, or NaN where there is no Inf */
+    FST_NON_SATURATING = 1u << 0, /* out of range becomes Inf, or NaN where there is no Inf */
+    FST_AS_READY       = 1u << 1  /* fst_stream_next: as tensors become complete; otherwise in the order of the files */
 };
+
+/* How files are read. */
+typedef enum fst_reader_kind {
+    FST_READER_AUTO = 0,
+    FST_READER_THREADS,  /* pread in threads */
+    FST_READER_DIRECT,   /* the same, with O_DIRECT for what is not cached */
+    FST_READER_URING     /* io_uring for what is not cached, where the system has it */
+} fst_reader_kind;
+
+/* Whether what is read from storage shall stay in the page cache. */
+typedef enum fst_cache {
+    FST_CACHE_AUTO = 0, /* when it fits in half of the memory that is available */
+    FST_CACHE_KEEP,
+    FST_CACHE_AVOID     /* O_DIRECT, where the file system lets us; what is cached is copied nevertheless */
+} fst_cache;
 
 typedef struct fst_progress {
     uint64_t bytes_done;  /* bytes of the files that are in place, converted */
     uint64_t bytes_total;
     double   seconds;     /* since the call */
+    double   bytes_per_second;
 } fst_progress;
 
 /* Called in the thread that called fst_load, some twenty times a second and once at the end.
  * A return other than 0 cancels the load (FST_E_CANCELLED). It must not call into that load. */
 typedef int (*fst_progress_fn)(void *arg, const fst_progress *progress);
+
+/* Where results go, in place of memory of the library's own. Calls come one at a time, from the thread that called or,
+ * with streams, from the library's. `device` is the number of the GPU, -1 the CPU. */
+typedef struct fst_allocator {
+    /* Device memory of `nbytes`, at a multiple of 256 bytes, usable on every stream; NULL: there is none. */
+    void *(*allocate)(void *arg, uint64_t nbytes, int device);
+    /* Takes it back, with the last tensor in it, from any thread. */
+    void  (*release)(void *arg, void *memory, uint64_t nbytes, int device);
+    void   *arg;
+} fst_allocator;
+
+typedef struct fst_tensor fst_tensor;
+
+/* What is wanted of one tensor: filled in with the load's defaults, to be changed by an fst_rule_fn. */
+typedef struct fst_rule {
+    int       skip;         /* non-zero: the tensor is not loaded */
+    fst_dtype cast;         /* as in the options; of no effect where tensors are kept anyway */
+    void     *memory;       /* where the result goes: device memory of the caller's, at a multiple of its element's
+                               size, that outlives the model and all DLPack tensors of it; NULL: to the others */
+    uint64_t  memory_bytes; /* how much is there: at least the result's size */
+    uint64_t  reserved[8];
+} fst_rule;
+
+/* Called once for each tensor, in order, before any data is read. A return other than 0 ends the load
+ * (FST_E_CANCELLED). `tensor` is as after fst_open. */
+typedef int (*fst_rule_fn)(void *arg, const fst_tensor *tensor, fst_rule *rule);
+
+typedef struct fst_context fst_context;
 
 /* Everything is optional: zero is the default, `size` alone must be set (FST_OPTIONS_INIT).
  * Grows only at its end. */
@@ -165,7 +212,7 @@ typedef struct fst_options {
     size_t          size;         /* sizeof(fst_options) */
     fst_dtype       cast;         /* target of the float tensors; FST_NATIVE keeps what is stored */
     int             device;       /* FST_DEVICE_AUTO, _CPU, _GPU(n) */
-    unsigned        flags;        /* FST_NON_SATURATING */
+    unsigned        flags;        /* FST_NON_SATURATING, FST_AS_READY */
     unsigned        threads;      /* reader threads, more than 64 count as 64; 0: as many as suit the
                                      device, at most the CPUs */
     size_t          slot_bytes;   /* bytes of one bounce slot, 64 KiB to 64 MiB; 0: as suits the device */
@@ -173,9 +220,21 @@ typedef struct fst_options {
     void           *progress_arg;
     const volatile int *cancel;   /* when not NULL: set *cancel to non-zero from any thread or signal
                                      handler, and the load ends with FST_E_CANCELLED */
+    fst_reader_kind reader;
+    fst_cache       cache;
+    fst_context    *context;      /* whose threads and buffers are used; NULL: the process's own */
+    const fst_allocator *allocator; /* copied; NULL: memory of the library's own */
+    fst_rule_fn     rule;         /* NULL: every tensor as the options say */
+    void           *rule_arg;
+    void           *stream;       /* fst_stream_next: a hipStream_t or cudaStream_t on which the data is ready for work
+                                     queued from then on; NULL: ready for everybody */
+    uint64_t        memory_bytes; /* streams: most device memory for results at one time; 0: 1 GiB, or the
+                                     largest tensor's size when that is more */
 } fst_options;
 
-#define FST_OPTIONS_INIT {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL}
+#define FST_OPTIONS_INIT                                                                         \
+    {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL, FST_READER_AUTO, \
+     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, 0}
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
@@ -209,12 +268,20 @@ FST_API fst_status fst_open(const char *const *files, const fst_options *options
 FST_API void fst_model_free(fst_model *model);
 
 /* Loads, failed ones too, leave their threads, pinned buffers and staging ring on the device for the
- * next load of the process. This gives back those that no load uses at the moment. */
+ * next load with the same context. This gives back those of the process's own that no load uses at the moment. */
 FST_API void fst_release_cached(void);
+
+/* A context of one's own: nobody else's loads use its threads and buffers (two sets of them are kept at most; loads at
+ * the same time use one each). NULL when memory ran out. */
+FST_API fst_context *fst_context_new(void);
+/* Gives back what no load uses at the moment. */
+FST_API void fst_context_release(fst_context *context);
+/* Frees it; no load may use it any more, models that came through it may live on. NULL is allowed. */
+FST_API void fst_context_free(fst_context *context);
 
 /* ---- What a model holds ---------------------------------------------------------------------- */
 
-typedef struct fst_tensor {
+struct fst_tensor {
     const char    *name;
     fst_dtype      dtype;         /* of `data` */
     fst_dtype      stored_dtype;  /* in the file */
@@ -226,7 +293,7 @@ typedef struct fst_tensor {
     uint64_t       file_offset;   /* where its bytes start in that file */
     uint64_t       file_nbytes;   /* and how many they are */
     uint64_t       reserved[8];
-} fst_tensor;
+};
 
 FST_API size_t fst_model_count(const fst_model *model);
 
@@ -279,15 +346,51 @@ typedef struct fst_stats {
     double      kernel_seconds;    /* on the CPU device, summed over threads; 0 on a GPU */
     double      open_seconds;      /* opening, reading and checking headers, planning */
     double      allocate_seconds;  /* final blocks, rings and threads */
-    uint64_t    tensors_ignored;   /* in the files, but not in their index */
+    uint64_t    tensors_ignored;   /* in the files, but not in their index, or skipped by a rule */
+    uint64_t    bytes_cached;      /* of bytes_read: copied out of the page cache */
+    uint64_t    bytes_buffered;    /* read from storage into the page cache, or not known to be there */
+    uint64_t    bytes_direct;      /* read past the page cache (O_DIRECT) */
+    const char *reader;            /* how they were read, and how it was known what is cached */
+    double      copy_seconds;      /* summed over streams: copies to the device, as the device measured a sample */
+    double      convert_seconds;   /* the same for kernels */
+    double      consumer_seconds;  /* summed over threads: waited for memory, that a stream's consumer held */
+    double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
+    unsigned    slots_unpinned;    /* threads that got less pinned memory than wanted */
+    int         numa_node;         /* of the ring and its threads; -1: any */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */
 FST_API fst_status fst_model_stats(const fst_model *model, fst_stats *out);
 
-/* ---- DLPack ---------------------------------------------------------------------------------- */
+/* ---- Tensor by tensor --------------------------------------------------------------------------- */
 
 struct DLManagedTensorVersioned; /* DLPack's own; its header is not needed here */
+
+typedef struct fst_stream fst_stream;
+
+/* Begins to load in the background and returns. No more than options.memory_bytes are held on the device by tensors
+ * that were not released: readers wait then. One thread at a time may use a stream. FST_E_ARG: a tensor is larger
+ * than memory_bytes. */
+FST_API fst_status fst_stream_open(const char *const *files, const fst_options *options, fst_stream **out,
+                                   fst_error *error);
+
+/* The next tensor that is complete; *tensor has a NULL name after the last one. With `dlpack`, *dlpack owns the data
+ * until its deleter has run, also after fst_stream_close; without (NULL), it is there until the next call with this
+ * stream. Memory goes back block by block, when the last tensor in one is released. Data is ready for every stream, or
+ * on options.stream. Waits; FST_E_AGAIN when nothing can come because the tensors that were taken hold all of
+ * memory_bytes: release some, call again. After any other failure the stream gives the same error on every call. The
+ * files are compared with what they were before the last tensor is given, which may be FST_E_CHANGED. */
+FST_API fst_status fst_stream_next(fst_stream *stream, fst_tensor *tensor,
+                                   struct DLManagedTensorVersioned **dlpack, fst_error *error);
+
+/* Names, shapes, files and metadata, as after fst_open. Lives as long as the stream. Its statistics are complete after
+ * the last tensor. */
+FST_API const fst_model *fst_stream_model(const fst_stream *stream);
+
+/* Ends the stream, also in the middle of it. Tensors that were taken as DLPack stay. NULL is allowed. */
+FST_API void fst_stream_close(fst_stream *stream);
+
+/* ---- DLPack ---------------------------------------------------------------------------------- */
 
 /* The i-th tensor as a DLPack 1.x tensor that keeps its memory alive, also after fst_model_free.
  * The caller runs its deleter once, from any thread. Strides are always set, byte_offset is 0, and

@@ -57,7 +57,7 @@ static DLTensor describe(const fst_model *model, const fst_model_tensor *tensor,
     uint32_t ndim = tensor->entry->ndim;
     return (DLTensor){
         /* NULL when there are no bytes: dlpack.h wants it so. */
-        .data = tensor->nbytes ? (char *)tensor->block->data + tensor->block_offset : NULL,
+        .data = tensor->nbytes ? tensor->data : NULL,
         .device = {(DLDeviceType)model->gpu->dlpack_type, model->gpu->index},
         .ndim = (int32_t)ndim,
         .dtype = {(uint8_t)fst_dtype_dlpack_code(tensor->dtype), (uint8_t)fst_dtype_bits(tensor->dtype),

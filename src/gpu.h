@@ -9,7 +9,7 @@
 #include "fst.h"
 #include "kernels.h"
 
-#define FST_GPU_ABI 2
+#define FST_GPU_ABI 3
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
 typedef struct fst_gpu fst_gpu;
@@ -33,11 +33,13 @@ typedef struct fst_gpu_calls {
     int (*stream_new)(const fst_gpu *, fst_queue *out);
     void (*stream_free)(const fst_gpu *, fst_queue);
     int (*stream_wait)(const fst_gpu *, fst_queue); /* the host waits until all of it is done */
-    int (*event_new)(const fst_gpu *, fst_event *out);
+    int (*event_new)(const fst_gpu *, int timed, fst_event *out);
     void (*event_free)(const fst_gpu *, fst_event);
     int (*event_record)(const fst_gpu *, fst_event, fst_queue);
     int (*event_wait)(const fst_gpu *, fst_event); /* the host waits; at once when never recorded */
-    /* Milliseconds from one recorded event to another, both done; < 0 when not known. */
+    /* Work that is queued on the stream from now on, the caller's, waits for what the event was last recorded behind. */
+    int (*stream_follow)(const fst_gpu *, fst_queue stream, fst_event);
+    /* Milliseconds from one recorded event to another, both timed and done; < 0 when not known. */
     float (*event_elapsed)(const fst_gpu *, fst_event from, fst_event to);
 
     int (*to_device)(const fst_gpu *, fst_queue, void *device, const void *host, size_t size);
@@ -54,6 +56,7 @@ struct fst_gpu {
     int  host_access;    /* 1: blocks are host memory, kernels return when done, nothing is copied */
     char label[16];      /* "cpu", "hip:0", "cuda:0" */
     char name[128];
+    char pci[16];        /* where it is attached, "0000:17:00.0"; "": nowhere */
 };
 
 /* What a module exports as `fst_module`. */

@@ -61,6 +61,11 @@ static int handle_new(const fst_gpu *gpu, void **out) {
     return 0;
 }
 
+static int event_new(const fst_gpu *gpu, int timed, fst_event *out) {
+    (void)timed;
+    return handle_new(gpu, out);
+}
+
 static void handle_free(const fst_gpu *gpu, void *which) { (void)gpu, (void)which; }
 
 static int wait(const fst_gpu *gpu, void *which) {
@@ -70,6 +75,11 @@ static int wait(const fst_gpu *gpu, void *which) {
 
 static int event_record(const fst_gpu *gpu, fst_event event, fst_queue stream) {
     (void)gpu, (void)event, (void)stream;
+    return 0;
+}
+
+static int stream_follow(const fst_gpu *gpu, fst_queue stream, fst_event event) {
+    (void)gpu, (void)stream, (void)event;
     return 0;
 }
 
@@ -96,10 +106,11 @@ static const fst_gpu_calls calls = {
     .stream_new = handle_new,
     .stream_free = handle_free,
     .stream_wait = wait,
-    .event_new = handle_new,
+    .event_new = event_new,
     .event_free = handle_free,
     .event_record = event_record,
     .event_wait = wait,
+    .stream_follow = stream_follow,
     .event_elapsed = event_elapsed,
     .to_device = copy,
     .to_host = copy,

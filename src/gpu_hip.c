@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #ifdef __HIP_PLATFORM_AMD__
 #define RUNTIME "hip"
@@ -14,6 +15,8 @@
 #define RUNTIME "cuda"
 #define DLPACK_TYPE 2 /* kDLCUDA */
 #endif
+
+#define SPINS 20u /* looks at an event, some microsecond each, before the first sleep */
 
 const fst_kernels *fst_kernels_gpu(void);
 
@@ -117,10 +120,9 @@ static int stream_wait(const fst_gpu *gpu, fst_queue stream) {
     return hipStreamSynchronize((hipStream_t)stream);
 }
 
-/* Threads that wait for an event sleep: a dozen of them spinning would take the cores from the readers. */
-static int event_new(const fst_gpu *gpu, fst_event *out) {
+static int event_new(const fst_gpu *gpu, int timed, fst_event *out) {
     (void)gpu;
-    return hipEventCreateWithFlags((hipEvent_t *)out, hipEventBlockingSync);
+    return hipEventCreateWithFlags((hipEvent_t *)out, timed ? hipEventDefault : hipEventDisableTiming);
 }
 
 static void event_free(const fst_gpu *gpu, fst_event event) {
@@ -133,9 +135,21 @@ static int event_record(const fst_gpu *gpu, fst_event event, fst_queue stream) {
     return hipEventRecord((hipEvent_t)event, (hipStream_t)stream);
 }
 
+/* Looks again and again, at first at once, then after short sleeps: being woken by the device's interrupt takes longer
+ * than most copies do, and a dozen threads that only spin would take the cores from one another. */
 static int event_wait(const fst_gpu *gpu, fst_event event) {
+    const struct timespec nap = {0, 20000};
+    int code;
     (void)gpu;
-    return hipEventSynchronize((hipEvent_t)event);
+    for (unsigned turn = 0; (code = hipEventQuery((hipEvent_t)event)) == hipErrorNotReady; turn++)
+        if (turn >= SPINS) nanosleep(&nap, NULL);
+    (void)hipGetLastError(); /* 'not ready' is no error of the caller's */
+    return code;
+}
+
+static int stream_follow(const fst_gpu *gpu, fst_queue stream, fst_event event) {
+    (void)gpu;
+    return hipStreamWaitEvent((hipStream_t)stream, (hipEvent_t)event, 0);
 }
 
 static float event_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
@@ -177,6 +191,7 @@ static const fst_gpu_calls calls = {
     .event_free = event_free,
     .event_record = event_record,
     .event_wait = event_wait,
+    .stream_follow = stream_follow,
     .event_elapsed = event_elapsed,
     .to_device = to_device,
     .to_host = to_host,
@@ -222,6 +237,7 @@ static int open_gpu(int index, fst_gpu *gpu) {
     gpu->index = index;
     snprintf(gpu->label, sizeof gpu->label, RUNTIME ":%d", index);
     snprintf(gpu->name, sizeof gpu->name, "%.127s", properties.name);
+    if (hipDeviceGetPCIBusId(gpu->pci, sizeof gpu->pci, index)) gpu->pci[0] = 0;
     code = enter(gpu, &saved);
     if (code) return code;
     code = try_it(gpu);

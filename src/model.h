@@ -7,6 +7,7 @@
 #include "gpu.h"
 #include "header.h"
 #include "paths.h"
+#include "pipeline.h"
 
 /* A block of device memory. Freed with its last reference: the model's, or a DLPack tensor's. */
 typedef struct fst_block {
@@ -14,11 +15,16 @@ typedef struct fst_block {
     const fst_gpu *gpu;
     void          *data;
     uint64_t       nbytes;
+    fst_allocator  allocator;     /* that the memory is from; .allocate NULL: the device's own */
+    fst_budget    *budget;        /* that it counts for, or NULL */
 } fst_block;
 
 /* Size of the blocks that tensors share; a larger tensor has its own. Tests make it small. */
 extern uint64_t fst_block_bytes;
 
+/* `budget` and `allocator` may be NULL. May wait for the budget. `wanted`: bytes in all that the load wants. */
+fst_status fst_block_new(const fst_gpu *gpu, const fst_allocator *allocator, fst_budget *budget, uint64_t nbytes,
+                         uint64_t wanted, fst_block **out, fst_error *error);
 void fst_block_hold(fst_block *block);
 void fst_block_drop(fst_block *block); /* NULL is allowed */
 
@@ -26,8 +32,8 @@ typedef struct fst_model_tensor {
     const fst_entry *entry;
     uint32_t         file;
     fst_dtype        dtype;
-    fst_block       *block;       /* NULL after fst_open */
-    uint64_t         block_offset;
+    fst_block       *block;       /* that its data is in; NULL: it has none, or it is in memory of the caller's */
+    void            *data;
     uint64_t         nbytes;
 } fst_model_tensor;
 
@@ -44,6 +50,11 @@ struct fst_model {
     const fst_gpu    *gpu;        /* NULL after fst_open */
     fst_stats         stats;
     char              device_reason[256];
+    char              reader[512]; /* for the statistics */
 };
+
+void   fst_describe_tensor(const fst_model *model, const fst_model_tensor *tensor, fst_tensor *out);
+/* The slot of the table that has this name, or the free one where it would go. */
+size_t fst_model_slot(const fst_model *model, const char *name, size_t length);
 
 #endif

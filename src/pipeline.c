@@ -1,91 +1,99 @@
 #include "pipeline.h"
 
-#include <errno.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "dtype.h"
+#include "engine.h"
+#include "os.h"
+#include "ring.h"
 
 #define PAGE 4096u
-#define SLOTS_PER_THREAD 2u
-#define MAX_THREADS 64u
-#define MAX_IDLE 2u                  /* engines kept for the next load */
-#define MAX_RING ((size_t)256 << 20) /* bytes of slots, unless more is asked for in so many words */
-#define MIN_SLOT ((size_t)64 << 10)
 #define PROGRESS_SECONDS 0.05
+#define CANCEL_SECONDS 0.01
+#define NEXT_SECONDS 0.002 /* a consumer looks so often whether all the others wait for it */
 #define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
+#define AHEAD_BYTES ((uint64_t)64 << 20) /* of files, that the kernel is asked to read before they are read */
 
-/* Measured on an H100 with 16 cores: 12 threads with two slots of 4 MiB reach the link's limit, and the
- * ring stays in the last-level cache; 8 MiB slots lose a third (docs/measuring.md). */
-#define GPU_THREADS 12u
-#define GPU_SLOT ((size_t)4 << 20)
-#define CPU_SLOT ((size_t)512 << 10) /* what is read is still in the core's cache when it is converted */
+fst_trace *fst_pipeline_trace;
 
-typedef struct slot {
-    unsigned char *bounce;  /* host memory, pinned when the device wants that */
-    unsigned char *staging; /* its counterpart on the device */
-    fst_event started, copied, converted;
-    int busy;        /* its copies were queued and not waited for */
-    uint64_t nbytes; /* of the chunk in it */
-} slot;
+/* ---- Memory that the consumer holds ----------------------------------------------------------- */
 
-typedef struct worker {
-    fst_engine *engine;
-    pthread_t thread;
-    fst_queue stream;
-    slot slots[SLOTS_PER_THREAD];
-    fst_pipeline_stats stats;
-} worker;
-
-struct fst_engine {
-    const fst_gpu *gpu;
-    fst_engine *next;       /* in the list of idle ones */
-    pid_t process;          /* threads do not survive a fork */
-    unsigned threads_count; /* workers whose thread runs */
-    fst_engine_facts facts;
-    size_t slot_room; /* bytes between the starts of two slots */
-    unsigned char *ring;
-    size_t ring_bytes;
-    int pinned;
-    void *staging;
-    worker *workers;
-
-    pthread_mutex_t lock;
-    pthread_cond_t wake;        /* workers: a job, or the end */
-    pthread_cond_t done;        /* the caller: all workers are idle */
-    pthread_cond_t allocated;   /* workers: one more block is there, or none will come */
-    atomic_size_t blocks_ready; /* of the job's blocks */
-    int quit;
-    unsigned generation; /* counts jobs */
-    unsigned running;    /* workers at the job, or, at first, at touching their slots */
-    const fst_load_job *job;
-    fst_error *error; /* of the job; written by the first who fails */
-
-    atomic_size_t next_chunk;
-    atomic_int stop; /* nothing new is begun */
-    atomic_uint_fast64_t bytes_done;
-};
-
-/* ---- One chunk ------------------------------------------------------------------------------- */
-
-/* The first failure of a job counts; it stops all the others. */
-static fst_error *claim_error(fst_engine *engine) {
-    if (atomic_exchange(&engine->stop, 1)) return NULL;
-    pthread_mutex_lock(&engine->lock);
-    pthread_cond_broadcast(&engine->allocated);
-    pthread_mutex_unlock(&engine->lock);
-    return engine->error;
+fst_budget *fst_budget_new(uint64_t limit) {
+    fst_budget *budget = calloc(1, sizeof *budget);
+    if (!budget) return NULL;
+    atomic_init(&budget->references, 1);
+    pthread_mutex_init(&budget->lock, NULL);
+    pthread_cond_init(&budget->given, NULL);
+    budget->limit = limit;
+    return budget;
 }
 
-static void fail_device(fst_engine *engine, int code, const char *what) {
-    fst_error *error = claim_error(engine);
-    if (error) fst_gpu_fail(error, engine->gpu, code, what);
+int fst_budget_take(fst_budget *budget, uint64_t nbytes) {
+    pthread_mutex_lock(&budget->lock);
+    budget->waiting++;
+    while (!budget->stopped && budget->held + nbytes > budget->limit)
+        pthread_cond_wait(&budget->given, &budget->lock);
+    budget->waiting--;
+    int taken = !budget->stopped;
+    if (taken) budget->held += nbytes;
+    if (budget->held > budget->peak) budget->peak = budget->held;
+    pthread_mutex_unlock(&budget->lock);
+    return taken;
+}
+
+void fst_budget_give(fst_budget *budget, uint64_t nbytes) {
+    pthread_mutex_lock(&budget->lock);
+    budget->held -= nbytes;
+    pthread_cond_broadcast(&budget->given);
+    pthread_mutex_unlock(&budget->lock);
+}
+
+void fst_budget_stop(fst_budget *budget) {
+    pthread_mutex_lock(&budget->lock);
+    budget->stopped = 1;
+    pthread_cond_broadcast(&budget->given);
+    pthread_mutex_unlock(&budget->lock);
+}
+
+int fst_budget_is_waited_for(fst_budget *budget) {
+    pthread_mutex_lock(&budget->lock);
+    int waited = budget->waiting > 0;
+    pthread_mutex_unlock(&budget->lock);
+    return waited;
+}
+
+fst_budget *fst_budget_hold(fst_budget *budget) {
+    if (budget) atomic_fetch_add_explicit(&budget->references, 1, memory_order_relaxed);
+    return budget;
+}
+
+void fst_budget_drop(fst_budget *budget) {
+    if (!budget || atomic_fetch_sub_explicit(&budget->references, 1, memory_order_acq_rel) != 1) return;
+    pthread_mutex_destroy(&budget->lock);
+    pthread_cond_destroy(&budget->given);
+    free(budget);
+}
+
+/* ---- Failing ----------------------------------------------------------------------------------- */
+
+/* The first failure of a job counts; it stops all the others. Non-zero: `why` is it. */
+static int fail_with(fst_engine *engine, const fst_load_job *job, const fst_error *why) {
+    pthread_mutex_lock(&engine->lock);
+    int first = engine->first.status == FST_OK;
+    if (first) engine->first = *why;
+    atomic_store(&engine->stop, 1);
+    pthread_cond_broadcast(&engine->done);
+    pthread_mutex_unlock(&engine->lock);
+    if (job->budget) fst_budget_stop(job->budget);
+    return first;
+}
+
+static void fail_device(fst_worker *w, const fst_load_job *job, int code, const char *what) {
+    fst_error error = {.file = -1, .offset = -1};
+    fst_gpu_fail(&error, w->engine->gpu, code, what);
+    fail_with(w->engine, job, &error);
 }
 
 static const char *piece_name(const fst_load_job *job, const fst_plan_piece *piece) {
@@ -93,36 +101,64 @@ static const char *piece_name(const fst_load_job *job, const fst_plan_piece *pie
     return job->headers[tensor->file].tensors[tensor->entry].name;
 }
 
-/* Reads `size` bytes of the chunk's file; a failure names the tensor that `piece` is of. */
-static int read_part(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, uint32_t piece,
-                     void *buffer, size_t size, uint64_t offset) {
-    double start = fst_os_now();
-    ssize_t got = fst_os_read_all(job->fds[chunk->file], buffer, size, offset);
-    w->stats.read_seconds += fst_os_now() - start;
-    if (got == (ssize_t)size) {
-        w->stats.bytes_read += size;
+/* What a read of `wanted` bytes came to; a failure names the tensor that `piece` is of. */
+static int check_read(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, uint32_t piece,
+                      uint64_t offset, size_t wanted, ssize_t got) {
+    fst_error error = {.file = -1, .offset = -1};
+    if (got == (ssize_t)wanted) {
+        w->stats.bytes_read += wanted;
         return 1;
     }
-    fst_error *error = claim_error(w->engine);
-    if (!error) return 0;
     const char *name = piece_name(job, &job->plan->pieces[piece]);
+    fst_where where = {job->paths[chunk->file], (int)chunk->file, (int64_t)offset};
     if (got < 0) {
-        fst_where where = {job->paths[chunk->file], (int)chunk->file, (int64_t)offset};
-        fst_fail(error, FST_E_IO, (int)-got, &where, "reading tensor \"%s\": %s", name, strerror((int)-got));
+        fst_fail(&error, FST_E_IO, (int)-got, &where, "reading tensor \"%s\": %s", name, strerror((int)-got));
     } else {
-        fst_where where = {job->paths[chunk->file], (int)chunk->file, (int64_t)(offset + (uint64_t)got)};
-        fst_fail(error, FST_E_CHANGED, 0, &where,
+        where.offset += got;
+        fst_fail(&error, FST_E_CHANGED, 0, &where,
                  "the file ends here, inside tensor \"%s\": it was cut short during the load", name);
     }
+    fail_with(w->engine, job, &error);
     return 0;
 }
+
+/* ---- Blocks ------------------------------------------------------------------------------------ */
+
+/* Blocks are allocated in order, each by whoever needs it first. 0 when the job was stopped. */
+static int need_block(fst_engine *engine, const fst_load_job *job, uint32_t block) {
+    if (block == FST_NO_BLOCK || atomic_load(&job->blocks[block])) return !atomic_load(&engine->stop);
+    atomic_fetch_add(&engine->held_up, 1);
+    pthread_mutex_lock(&engine->allocating);
+    for (uint32_t i = 0; i <= block && !atomic_load(&engine->stop); i++) {
+        void *memory = NULL;
+        if (atomic_load(&job->blocks[i])) continue;
+        fst_error why = {.file = -1, .offset = -1};
+        fst_status status = job->allocate(job->allocate_arg, i, &memory, &why);
+        if (status) fail_with(engine, job, &why);
+        else atomic_store(&job->blocks[i], memory);
+    }
+    pthread_mutex_unlock(&engine->allocating);
+    atomic_fetch_sub(&engine->held_up, 1);
+    return !atomic_load(&engine->stop);
+}
+
+static int worker_needs_block(fst_worker *w, const fst_load_job *job, uint32_t block) {
+    double start = fst_os_now();
+    int there = need_block(w->engine, job, block);
+    w->stats.held_seconds += fst_os_now() - start;
+    return there;
+}
+
+/* ---- Conversions ------------------------------------------------------------------------------- */
 
 /* What converts a piece that lies at `src`. */
 static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    unsigned char *result = tensor->memory;
+    if (!result) result = (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
     return (fst_cast_args){
         .src = src,
-        .dst = (unsigned char *)job->blocks[tensor->block] + tensor->block_offset + piece->dst_offset,
+        .dst = result + piece->dst_offset,
         .count = piece->count,
         .src_dtype = (int)job->headers[tensor->file].tensors[tensor->entry].dtype,
         .dst_dtype = (int)tensor->dtype,
@@ -130,55 +166,10 @@ static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *pi
     };
 }
 
-static int launch_one(worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     fst_cast_args args = cast_args(job, piece, src);
     w->stats.launches++;
     return w->engine->gpu->kernels->cast(w->stream, &args);
-}
-
-/* The CPU device: what is kept is read into place, what is converted comes through the slot. */
-static int load_chunk_on_host(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
-    const fst_plan *plan = job->plan;
-    for (uint32_t r = 0; r < chunk->runs; r++) {
-        const fst_plan_run *run = &plan->runs[chunk->first_run + r];
-        const fst_plan_piece *pieces = &plan->pieces[run->first_piece];
-        uint64_t offset = chunk->offset + run->chunk_offset;
-        if (run->kind == FST_RUN_PLACE) {
-            fst_cast_args args = cast_args(job, pieces, NULL);
-            if (!read_part(w, job, chunk, run->first_piece, args.dst, run->nbytes, offset)) return 0;
-            continue;
-        }
-        unsigned char *buffer = w->slots[0].bounce + offset % PAGE;
-        if (!read_part(w, job, chunk, run->first_piece, buffer, run->nbytes, offset)) return 0;
-        double start = fst_os_now();
-        for (uint32_t i = 0; i < run->pieces; i++) {
-            int code = launch_one(w, job, &pieces[i], buffer + (pieces[i].chunk_offset - run->chunk_offset));
-            if (code) {
-                fail_device(w->engine, code, "a cast");
-                return 0;
-            }
-        }
-        w->stats.kernel_seconds += fst_os_now() - start;
-    }
-    atomic_fetch_add(&w->engine->bytes_done, chunk->nbytes);
-    return 1;
-}
-
-/* Waits until the copies out of a slot are done. 0, or a device error. */
-static int drain_slot(worker *w, slot *s) {
-    const fst_gpu *gpu = w->engine->gpu;
-    if (!s->busy) return 0;
-    double start = fst_os_now();
-    int code = gpu->calls->event_wait(gpu, s->copied);
-    w->stats.wait_seconds += fst_os_now() - start;
-    s->busy = 0;
-    if (code) return code;
-    atomic_fetch_add(&w->engine->bytes_done, s->nbytes);
-    float copy = gpu->calls->event_elapsed(gpu, s->started, s->copied);
-    float convert = gpu->calls->event_elapsed(gpu, s->copied, s->converted);
-    if (copy > 0) w->stats.copy_ms += (double)copy;
-    if (convert > 0) w->stats.launch_ms += (double)convert;
-    return 0;
 }
 
 /* The jobs of one pair of dtypes among a chunk's CONVERT pieces. */
@@ -188,7 +179,8 @@ typedef struct job_list {
     uint64_t tiles;
 } job_list;
 
-#define MAX_PAIRS 64u /* kept dtypes and casts to one target: at most twice the dtypes there are */
+#define MAX_PAIRS \
+    64u /* of dtypes in a chunk that becomes one batch a pair; a chunk with more is launched piece by piece */
 
 /* The next of a chunk's CONVERT pieces, UINT32_MAX behind the last. *run and *i start as 0. */
 static uint32_t next_convert_piece(const fst_plan *plan, const fst_plan_chunk *chunk, uint32_t *run,
@@ -202,7 +194,7 @@ static uint32_t next_convert_piece(const fst_plan *plan, const fst_plan_chunk *c
     return UINT32_MAX;
 }
 
-/* Writes the chunk's job list, grouped by pair, to `jobs`: addresses are those on the device. */
+/* Writes the chunk's job list, grouped by pair, to `jobs`: addresses are those on the device. 0 pairs: too many. */
 static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, const unsigned char *staged,
                           fst_batch_job *jobs, job_list lists[MAX_PAIRS]) {
     uint32_t lists_count = 0, starts[MAX_PAIRS], start = 0;
@@ -215,6 +207,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
             while (k < lists_count &&
                    (lists[k].src_dtype != args.src_dtype || lists[k].dst_dtype != args.dst_dtype))
                 k++;
+            if (k == MAX_PAIRS) return 0;
             if (k == lists_count) lists[lists_count++] = (job_list){args.src_dtype, args.dst_dtype, 0, 0};
             if (pass == 1) {
                 jobs[starts[k] + lists[k].count] = (fst_batch_job){
@@ -233,8 +226,8 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
     return lists_count;
 }
 
-static int convert_batched(worker *w, const fst_load_job *job, const job_list *lists, uint32_t lists_count,
-                           const fst_batch_job *staged_jobs) {
+static int convert_batched(fst_worker *w, const fst_load_job *job, const job_list *lists,
+                           uint32_t lists_count, const fst_batch_job *staged_jobs) {
     for (uint32_t k = 0; k < lists_count; k++) {
         fst_batch_args args = {
             .jobs = staged_jobs,
@@ -252,8 +245,36 @@ static int convert_batched(worker *w, const fst_load_job *job, const job_list *l
     return 0;
 }
 
+/* ---- Tensors that are complete ------------------------------------------------------------------ */
+
+/* The work of a chunk was queued in a slot, or, on the CPU device, is done. */
+static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index, unsigned slot) {
+    fst_engine *engine = w->engine;
+    fst_tracking *tracking = job->tracking;
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    const fst_plan_run *last = &job->plan->runs[chunk->first_run + chunk->runs - 1];
+    uint32_t first = job->plan->runs[chunk->first_run].first_piece, end = last->first_piece + last->pieces;
+    unsigned worker = (unsigned)(w - engine->workers), completed = 0;
+    if (!tracking) return;
+    atomic_store(&tracking->slots[index], 1 + worker * FST_MAX_SLOTS + slot);
+    for (uint32_t i = first; i < end; i++) {
+        uint32_t tensor = job->plan->pieces[i].tensor; /* one piece of a tensor in a chunk */
+        if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
+        pthread_mutex_lock(&engine->lock);
+        tracking->ready[tracking->ready_count++] = tensor;
+        pthread_mutex_unlock(&engine->lock);
+        completed++;
+    }
+    if (!completed) return;
+    pthread_mutex_lock(&engine->lock);
+    pthread_cond_broadcast(&engine->done);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* ---- One chunk on a GPU ------------------------------------------------------------------------- */
+
 /* Queues the copies and kernels of a chunk that was read into the slot. 0 or a code; *what says of what. */
-static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, slot *s,
+static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, fst_slot *s,
                        const char **what) {
     const fst_gpu *gpu = w->engine->gpu;
     const fst_plan *plan = job->plan;
@@ -263,11 +284,11 @@ static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk 
     uint32_t convert_pieces = chunk->jobs_bytes / sizeof(fst_batch_job), lists_count = 0;
     job_list lists[MAX_PAIRS];
     size_t jobs_bytes = 0;
-    int code = gpu->calls->event_record(gpu, s->started, w->stream);
+    int code = s->started ? gpu->calls->event_record(gpu, s->started, w->stream) : 0;
     *what = "a copy to the device";
     if (convert_pieces > DIRECT_LAUNCHES) {
         lists_count = make_jobs(job, chunk, staged, (fst_batch_job *)(void *)(bounce + jobs_at), lists);
-        jobs_bytes = chunk->jobs_bytes;
+        jobs_bytes = lists_count ? chunk->jobs_bytes : 0;
     }
     for (uint32_t r = 0; r < chunk->runs && !code; r++) {
         const fst_plan_run *run = &plan->runs[chunk->first_run + r];
@@ -301,390 +322,461 @@ static int queue_chunk(worker *w, const fst_load_job *job, const fst_plan_chunk 
     return code;
 }
 
-static int load_chunk_on_device(worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, slot *s) {
-    const char *what = "waiting for a copy";
-    int code = drain_slot(w, s);
-    if (!code) {
-        uint32_t first = job->plan->runs[chunk->first_run].first_piece;
-        if (atomic_load(&w->engine->stop)) return 0;
-        if (!read_part(w, job, chunk, first, s->bounce + chunk->offset % PAGE, chunk->nbytes, chunk->offset))
+/* ---- One chunk on the CPU device ----------------------------------------------------------------- */
+
+static int convert_run_on_host(fst_worker *w, const fst_load_job *job, const fst_plan_run *run,
+                               const unsigned char *data) {
+    const fst_plan_piece *pieces = &job->plan->pieces[run->first_piece];
+    double start = fst_os_now();
+    for (uint32_t i = 0; i < run->pieces; i++) {
+        int code = launch_one(w, job, &pieces[i], data + (pieces[i].chunk_offset - run->chunk_offset));
+        if (code) {
+            fail_device(w, job, code, "a cast");
             return 0;
-        s->busy = 1;
-        s->nbytes = chunk->nbytes;
-        code = queue_chunk(w, job, chunk, s, &what);
+        }
     }
-    if (code) fail_device(w->engine, code, what);
-    return code == 0;
+    w->stats.kernel_seconds += fst_os_now() - start;
+    return 1;
 }
 
-/* Waits until the blocks of a chunk's tensors are there. Tensors are in the order of their blocks, and so the last
- * one tells. 0 when the job was stopped. */
-static int wait_for_blocks(fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
-    const fst_plan_run *last = &job->plan->runs[chunk->first_run + chunk->runs - 1];
-    const fst_plan_piece *piece = &job->plan->pieces[last->first_piece + last->pieces - 1];
-    size_t needed = (size_t)job->plan->tensors[piece->tensor].block + 1;
-    if (atomic_load(&engine->blocks_ready) >= needed) return 1;
-    pthread_mutex_lock(&engine->lock);
-    while (atomic_load(&engine->blocks_ready) < needed && !atomic_load(&engine->stop))
-        pthread_cond_wait(&engine->allocated, &engine->lock);
-    pthread_mutex_unlock(&engine->lock);
-    return !atomic_load(&engine->stop);
+/* What was read into the slot goes to its places. */
+static int place_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                               const fst_slot *s) {
+    const unsigned char *data = s->bounce + chunk->offset % PAGE;
+    for (uint32_t r = 0; r < chunk->runs; r++) {
+        const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
+        const unsigned char *from = data + run->chunk_offset;
+        if (run->kind == FST_RUN_PLACE)
+            memcpy(cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst, from, run->nbytes);
+        else if (!convert_run_on_host(w, job, run, from)) return 0;
+    }
+    return 1;
 }
 
-/* ---- Workers --------------------------------------------------------------------------------- */
-
-static void work(worker *w, const fst_load_job *job) {
-    fst_engine *engine = w->engine;
-    const fst_gpu *gpu = engine->gpu;
-    for (unsigned turn = 0; !atomic_load(&engine->stop); turn++) {
-        size_t i = atomic_fetch_add(&engine->next_chunk, 1);
-        if (i >= job->plan->chunks_count) break;
-        const fst_plan_chunk *chunk = &job->plan->chunks[i];
-        if (!wait_for_blocks(engine, job, chunk)) break;
-        w->stats.chunks++;
-        if (!(gpu->host_access ? load_chunk_on_host(w, job, chunk)
-                               : load_chunk_on_device(w, job, chunk, &w->slots[turn % SLOTS_PER_THREAD])))
-            break;
+/* What is kept is read into place, what is converted comes through the slot. */
+static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                              const fst_slot *s, fst_how how) {
+    for (uint32_t r = 0; r < chunk->runs; r++) {
+        const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
+        uint64_t offset = chunk->offset + run->chunk_offset;
+        unsigned char *to = s->bounce + offset % PAGE;
+        if (run->kind == FST_RUN_PLACE) to = cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst;
+        double start = fst_os_now();
+        ssize_t got = fst_reader_read_to(job->reader, &how, chunk->file, to, offset, run->nbytes);
+        w->stats.read_seconds += fst_os_now() - start;
+        if (!check_read(w, job, chunk, run->first_piece, offset, run->nbytes, got)) return 0;
+        if (run->kind == FST_RUN_CONVERT && !convert_run_on_host(w, job, run, to)) return 0;
     }
+    return 1;
+}
+
+/* ---- Slots --------------------------------------------------------------------------------------- */
+
+static unsigned slot_number(const fst_worker *w, const fst_slot *s) { return (unsigned)(s - w->slots); }
+
+static fst_trace_record *trace_record(const fst_worker *w, const fst_slot *s) {
+    fst_trace *trace = fst_pipeline_trace;
+    size_t at = trace && s->trace ? s->trace - 1 : SIZE_MAX;
+    (void)w;
+    return trace && at < trace->room ? &trace->records[at] : NULL;
+}
+
+static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32_t nbytes, fst_how how) {
+    fst_trace *trace = fst_pipeline_trace;
+    s->trace = trace ? atomic_fetch_add(&trace->count, 1) + 1 : 0;
+    fst_trace_record *record = trace_record(w, s);
+    if (record)
+        *record = (fst_trace_record){.worker = (unsigned)(w - w->engine->workers),
+                                     .slot = slot_number(w, s),
+                                     .chunk = chunk,
+                                     .nbytes = nbytes,
+                                     .how = how,
+                                     .read_begin = fst_os_now()};
+}
+
+static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    fst_trace_record *record = trace_record(w, s);
+    atomic_fetch_add(&w->engine->bytes_done, job->plan->chunks[s->chunk].nbytes);
+    if (record) record->done = fst_os_now();
+    s->state = FST_SLOT_FREE;
+}
+
+/* Waits until the copies out of a slot are done. */
+static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_gpu *gpu = w->engine->gpu;
+    if (s->state != FST_SLOT_COPYING) return 1;
+    double start = fst_os_now();
+    int code = gpu->calls->event_wait(gpu, s->copied), timed = s->started != NULL;
+    double now = fst_os_now();
+    w->stats.wait_seconds += now - start;
+    w->stats.slot_seconds += now - s->queued;
+    if (code) {
+        s->state = FST_SLOT_FREE;
+        fail_device(w, job, code, "waiting for a copy");
+        return 0;
+    }
+    float copy = timed ? gpu->calls->event_elapsed(gpu, s->started, s->copied) : -1;
+    float convert = timed ? gpu->calls->event_elapsed(gpu, s->copied, s->converted) : -1;
+    if (copy >= 0) w->stats.timed++, w->stats.copy_ms += (double)copy;
+    if (convert > 0) w->stats.launch_ms += (double)convert;
+    chunk_is_done(w, job, s);
+    return 1;
+}
+
+/* A chunk's bytes are in its slot: on they go. */
+static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
+    fst_trace_record *record = trace_record(w, s);
+    const char *what = "";
+    if (record) record->read_end = fst_os_now();
+    s->state = FST_SLOT_FREE;
+    if (!worker_needs_block(w, job, chunk->block)) return 0;
+    if (w->engine->gpu->host_access) {
+        if (!place_chunk_on_host(w, job, chunk, s)) return 0;
+        chunk_is_done(w, job, s);
+    } else {
+        s->state = FST_SLOT_COPYING; /* also when only a part of it gets queued */
+        s->queued = fst_os_now();
+        if (record) record->queued = s->queued;
+        int code = queue_chunk(w, job, chunk, s, &what);
+        if (code) {
+            fail_device(w, job, code, what);
+            return 0;
+        }
+        w->stats.bytes_copied += chunk->nbytes;
+    }
+    track_chunk(w, job, s->chunk, slot_number(w, s));
+    return 1;
+}
+
+/* A ring that broke may write to its slots for ever: what it had is lost, and so is the load. */
+static void lose_ring(fst_worker *w, int code) {
+    for (unsigned k = 0; k < w->slots_count; k++)
+        if (w->slots[k].state == FST_SLOT_READING && !w->slots[k].finished)
+            w->slots[k].finished = 1, w->slots[k].got = code;
+    w->ring_is_broken = 1;
+}
+
+/* Waits until the io_uring has read a slot's chunk, and sends it on. */
+static int finish_reading(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
+    double start = fst_os_now();
+    if (s->state != FST_SLOT_READING) return 1;
+    while (!s->finished) {
+        uint64_t tag = 0;
+        ssize_t got = 0;
+        fst_how how;
+        int code = fst_reader_wait(job->reader, w->ring, &tag, &got, &how);
+        if (code < 0) lose_ring(w, code);
+        else w->slots[tag].finished = 1, w->slots[tag].got = got;
+    }
+    w->stats.read_seconds += fst_os_now() - start;
+    s->state = FST_SLOT_FREE;
+    if (atomic_load(&w->engine->stop)) return 0;
+    if (!check_read(w, job, chunk, job->plan->runs[chunk->first_run].first_piece, chunk->offset,
+                    chunk->nbytes, s->got))
+        return 0;
+    return send_chunk(w, job, s);
+}
+
+/* Those that come before the `turn`-th in the order of the file, so that nothing that waits for memory holds back a
+ * chunk that needs none. */
+static int finish_older(fst_worker *w, const fst_load_job *job, unsigned turn) {
+    for (unsigned i = 1; i < w->slots_count; i++)
+        if (!finish_reading(w, job, &w->slots[(turn + i) % w->slots_count])) return 0;
+    return 1;
+}
+
+/* How a chunk will be read: 1 + its fst_how once somebody decided, be it for later; DECIDING in between. */
+#define DECIDING 255u
+
+static fst_how choose(const fst_load_job *job, size_t index) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    unsigned char decided = atomic_load(&job->hows[index]);
+    if (decided && decided != DECIDING) return (fst_how)(decided - 1);
+    fst_how how = fst_reader_choose(job->reader, chunk->file, chunk->offset, chunk->nbytes);
+    atomic_store(&job->hows[index], (unsigned char)(1 + how));
+    return how;
+}
+
+static void read_ahead(const fst_load_job *job, size_t index) {
+    const fst_plan *plan = job->plan;
+    const fst_plan_chunk *from = &plan->chunks[index];
+    size_t ahead = index + 1;
+    unsigned char undecided = 0;
+    while (ahead < plan->chunks_count && plan->chunks[ahead].file == from->file &&
+           plan->chunks[ahead].offset - from->offset < AHEAD_BYTES)
+        ahead++;
+    if (ahead == plan->chunks_count ||
+        !atomic_compare_exchange_strong(&job->hows[ahead], &undecided, DECIDING))
+        return;
+    const fst_plan_chunk *chunk = &plan->chunks[ahead];
+    fst_how how = fst_reader_ahead(job->reader, chunk->file, chunk->offset, chunk->nbytes);
+    atomic_store(&job->hows[ahead], (unsigned char)(1 + how));
+}
+
+/* The ring of a worker, made by the first chunk that wants one. */
+static int prepare_ring(fst_worker *w, const fst_load_job *job) {
+    struct iovec slots[FST_MAX_SLOTS];
+    const char *why = NULL;
+    if (!job->use_ring || w->ring_is_refused) return 0;
+    if (w->ring) return 1;
+    for (unsigned k = 0; k < w->slots_count; k++)
+        slots[k] = (struct iovec){w->slots[k].bounce, w->engine->slot_room};
+    w->ring_is_refused = fst_ring_new(w->slots_count, slots, w->slots_count, &w->ring, &why) != 0;
+    if (why) fst_reader_note_ring(job->reader, why);
+    return !w->ring_is_refused;
+}
+
+/* Reads a chunk into a free slot, or begins to. */
+static int begin_chunk(fst_worker *w, const fst_load_job *job, unsigned turn, size_t index) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    fst_slot *s = &w->slots[turn % w->slots_count];
+    fst_how how = choose(job, index);
+    uint32_t first = job->plan->runs[chunk->first_run].first_piece;
+    s->chunk = (uint32_t)index;
+    w->stats.chunks++;
+    trace_begin(w, s, s->chunk, chunk->nbytes, how);
+    if (how == FST_HOW_BUFFERED) read_ahead(job, index);
+    if (how != FST_HOW_CACHED && prepare_ring(w, job) &&
+        fst_reader_submit(job->reader, w->ring, slot_number(w, s), how, chunk->file, s->bounce, chunk->offset,
+                          chunk->nbytes) == 0) {
+        s->finished = 0;
+        s->state = FST_SLOT_READING;
+        return 1;
+    }
+    if (!finish_older(w, job, turn)) return 0;
+    if (w->engine->gpu->host_access && how != FST_HOW_DIRECT) {
+        if (!worker_needs_block(w, job, chunk->block) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
+        chunk_is_done(w, job, s);
+        track_chunk(w, job, s->chunk, slot_number(w, s));
+        return 1;
+    }
+    double start = fst_os_now();
+    ssize_t got = fst_reader_read(job->reader, &how, chunk->file, s->bounce, chunk->offset, chunk->nbytes);
+    w->stats.read_seconds += fst_os_now() - start;
+    return check_read(w, job, chunk, first, chunk->offset, chunk->nbytes, got) && send_chunk(w, job, s);
+}
+
+/* ---- A worker ------------------------------------------------------------------------------------ */
+
+static int is_cancelled(const fst_load_job *job) { return job->cancel && *job->cancel; }
+
+static void cancel(fst_engine *engine, const fst_load_job *job) {
+    fst_error error = {.file = -1, .offset = -1};
+    fst_fail(&error, FST_E_CANCELLED, 0, NULL, "the load was cancelled");
+    fail_with(engine, job, &error);
+}
+
+/* Also after a failure: nothing may be under way when the blocks are freed. */
+static void settle(fst_worker *w, const fst_load_job *job, unsigned turn) {
+    const fst_gpu *gpu = w->engine->gpu;
+    for (unsigned i = 0; i < w->slots_count; i++)
+        finish_reading(w, job, &w->slots[(turn + i) % w->slots_count]);
+    for (unsigned i = 0; i < w->slots_count; i++) drain_slot(w, job, &w->slots[(turn + i) % w->slots_count]);
     if (gpu->host_access) return;
-    /* Also after a failure: nothing may be under way when the blocks are freed. */
-    for (unsigned i = 0; i < SLOTS_PER_THREAD; i++) {
-        int code = drain_slot(w, &w->slots[i]);
-        if (code) fail_device(engine, code, "waiting for a copy");
-    }
     double start = fst_os_now();
     int code = gpu->calls->stream_wait(gpu, w->stream);
     w->stats.wait_seconds += fst_os_now() - start;
-    if (code) fail_device(engine, code, "waiting for the device");
+    if (code) fail_device(w, job, code, "waiting for the device");
 }
 
-/* Pages are given out at the first touch: by all threads at once, each for what it will use. */
-static void touch_slots(worker *w) {
-    const fst_engine *engine = w->engine;
-    size_t each = engine->slot_room * (engine->facts.slots / engine->facts.threads);
-    volatile unsigned char *mine = engine->ring + each * (size_t)(w - engine->workers);
-    for (size_t i = 0; i < each; i += PAGE) mine[i] = 0;
-}
-
-static void *worker_main(void *arg) {
-    worker *w = arg;
+void fst_engine_work(fst_worker *w, const fst_load_job *job) {
     fst_engine *engine = w->engine;
-    unsigned seen = 0;
-    int saved;
-    int entered = engine->gpu->calls->enter(engine->gpu, &saved);
-    touch_slots(w);
-    pthread_mutex_lock(&engine->lock);
-    if (--engine->running == 0) pthread_cond_signal(&engine->done);
-    for (;;) {
-        while (!engine->quit && engine->generation == seen) pthread_cond_wait(&engine->wake, &engine->lock);
-        if (engine->quit) break;
-        seen = engine->generation;
-        const fst_load_job *job = engine->job;
-        pthread_mutex_unlock(&engine->lock);
-        if (entered != 0) fail_device(engine, entered, "choosing the device");
-        work(w, job);
-        pthread_mutex_lock(&engine->lock);
-        if (--engine->running == 0) pthread_cond_signal(&engine->done);
+    unsigned turn = 0;
+    memset(&w->stats, 0, sizeof w->stats);
+    if (w->setup_what) {
+        fail_device(w, job, w->setup_code, w->setup_what);
+        return;
     }
-    pthread_mutex_unlock(&engine->lock);
-    return NULL;
-}
-
-/* ---- Engines --------------------------------------------------------------------------------- */
-
-static pthread_mutex_t idle_lock = PTHREAD_MUTEX_INITIALIZER;
-static fst_engine *idle;
-
-static void free_slot(const fst_gpu *gpu, slot *s) {
-    if (s->started) gpu->calls->event_free(gpu, s->started);
-    if (s->copied) gpu->calls->event_free(gpu, s->copied);
-    if (s->converted) gpu->calls->event_free(gpu, s->converted);
-}
-
-static void engine_free(fst_engine *engine) {
-    const fst_gpu *gpu = engine->gpu;
-    int saved, entered = gpu->calls->enter(gpu, &saved) == 0;
-    pthread_mutex_lock(&engine->lock);
-    engine->quit = 1;
-    pthread_cond_broadcast(&engine->wake);
-    pthread_mutex_unlock(&engine->lock);
-    for (unsigned i = 0; i < engine->threads_count; i++) pthread_join(engine->workers[i].thread, NULL);
-    for (unsigned i = 0; engine->workers && i < engine->facts.threads; i++) {
-        worker *w = &engine->workers[i];
-        for (unsigned k = 0; k < SLOTS_PER_THREAD; k++) free_slot(gpu, &w->slots[k]);
-        if (w->stream) gpu->calls->stream_free(gpu, w->stream);
+    for (unsigned k = 0; k < w->slots_count; k++)
+        if (engine->staging)
+            w->slots[k].staging = (unsigned char *)engine->staging + (w->slots[k].bounce - engine->ring);
+    for (;; turn++) {
+        fst_slot *s = &w->slots[turn % w->slots_count];
+        if (is_cancelled(job)) cancel(engine, job);
+        if (atomic_load(&engine->stop) || !finish_reading(w, job, s) || !drain_slot(w, job, s)) break;
+        size_t i = atomic_fetch_add(&engine->next_chunk, 1);
+        if (i >= job->plan->chunks_count || !begin_chunk(w, job, turn, i)) break;
     }
-    if (engine->staging) gpu->calls->free_block(gpu, engine->staging, engine->facts.staging_bytes);
-    if (engine->pinned) gpu->calls->unpin(gpu, engine->ring);
-    if (engine->ring) fst_os_calls.unmap(engine->ring, engine->ring_bytes);
-    if (entered) gpu->calls->leave(gpu, saved);
-    free(engine->workers);
-    pthread_mutex_destroy(&engine->lock);
-    pthread_cond_destroy(&engine->wake);
-    pthread_cond_destroy(&engine->done);
-    pthread_cond_destroy(&engine->allocated);
-    free(engine);
-}
-
-/* Waits until all is touched. Memory that was touched on huge pages and is then registered takes a quarter of the time of a pinned
- * allocation. When the system refuses to pin, copies from pageable memory are slower but right. */
-static void pin_ring(fst_engine *engine) {
-    pthread_mutex_lock(&engine->lock);
-    while (engine->running > 0) pthread_cond_wait(&engine->done, &engine->lock);
-    pthread_mutex_unlock(&engine->lock);
-    if (engine->gpu->host_access) return;
-    engine->pinned = engine->gpu->calls->pin(engine->gpu, engine->ring, engine->ring_bytes) == 0;
-    engine->facts.pinned_bytes = engine->pinned ? engine->ring_bytes : 0;
-}
-
-static fst_status make_stream(const fst_engine *engine, worker *w, fst_error *error) {
-    const fst_gpu *gpu = engine->gpu;
-    int code = gpu->calls->stream_new(gpu, &w->stream);
-    for (unsigned k = 0; k < SLOTS_PER_THREAD && !code; k++) {
-        code = gpu->calls->event_new(gpu, &w->slots[k].started);
-        if (!code) code = gpu->calls->event_new(gpu, &w->slots[k].copied);
-        if (!code) code = gpu->calls->event_new(gpu, &w->slots[k].converted);
-    }
-    return code ? fst_gpu_fail(error, gpu, code, "making streams and events") : FST_OK;
-}
-
-/* Readers take no signals: those are the program's. */
-static fst_status start_threads(fst_engine *engine, fst_error *error) {
-    sigset_t all, before;
-    int code = 0;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    engine->running = engine->facts.threads;
-    while (engine->threads_count < engine->facts.threads && code == 0) {
-        worker *w = &engine->workers[engine->threads_count];
-        code = pthread_create(&w->thread, NULL, worker_main, w);
-        if (code == 0) engine->threads_count++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return code ? fst_fail(error, FST_E_MEMORY, code, NULL, "starting a reader thread: %s", strerror(code))
-                : FST_OK;
-}
-
-static fst_status engine_new(const fst_gpu *gpu, unsigned threads, size_t slot_bytes, fst_engine **out,
-                             fst_error *error) {
-    unsigned slots = gpu->host_access ? 1 : SLOTS_PER_THREAD;
-    fst_engine *engine = calloc(1, sizeof *engine);
-    *out = NULL;
-    if (!engine) return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
-    pthread_mutex_init(&engine->lock, NULL);
-    pthread_cond_init(&engine->done, NULL);
-    pthread_cond_init(&engine->wake, NULL);
-    pthread_cond_init(&engine->allocated, NULL);
-    engine->gpu = gpu;
-    engine->process = getpid();
-    engine->facts =
-        (fst_engine_facts){.threads = threads, .slots = threads * slots, .slot_bytes = slot_bytes};
-    /* A page before and behind the chunk, because it keeps the file's alignment, and its jobs. */
-    engine->slot_room = slot_bytes + slot_bytes / 8 + 2 * PAGE;
-    engine->ring_bytes = engine->slot_room * engine->facts.slots;
-    engine->workers = calloc(threads, sizeof *engine->workers);
-    engine->ring = fst_os_calls.map(engine->ring_bytes);
-    fst_status status = FST_OK;
-    if (!engine->workers || !engine->ring)
-        status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes",
-                          engine->ring_bytes);
-    for (unsigned i = 0; i < threads && !status; i++) {
-        worker *w = &engine->workers[i];
-        w->engine = engine;
-        for (unsigned k = 0; k < slots; k++)
-            w->slots[k].bounce = engine->ring + engine->slot_room * (i * slots + k);
-    }
-    if (!status) status = start_threads(engine, error); /* they touch the ring while streams are made */
-    for (unsigned i = 0; i < threads && !status; i++)
-        status = make_stream(engine, &engine->workers[i], error);
-    if (!status) pin_ring(engine);
-    if (status) {
-        engine_free(engine);
-        return status;
-    }
-    *out = engine;
-    return FST_OK;
-}
-
-/* The idle engine of this shape, out of the list. Engines of before a fork have no threads here: dropped. */
-static fst_engine *take_idle(const fst_gpu *gpu, unsigned threads, size_t slot_bytes) {
-    fst_engine *found = NULL;
-    pthread_mutex_lock(&idle_lock);
-    for (fst_engine **at = &idle; *at;) {
-        fst_engine *engine = *at;
-        if (engine->process != getpid()) {
-            *at = engine->next;
-            continue;
-        }
-        if (engine->gpu == gpu && engine->facts.threads == threads &&
-            engine->facts.slot_bytes == slot_bytes) {
-            *at = engine->next;
-            found = engine;
-            break;
-        }
-        at = &engine->next;
-    }
-    pthread_mutex_unlock(&idle_lock);
-    return found;
-}
-
-fst_status fst_engine_take(const fst_gpu *gpu, const fst_engine_config *config, fst_engine **out,
-                           fst_engine_facts *facts, fst_error *error) {
-    unsigned cpus = fst_os_cpus(), threads = config->threads;
-    size_t slot_bytes = config->slot_bytes;
-    fst_status status = FST_OK;
-    if (threads == 0) threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    if (slot_bytes == 0) {
-        size_t most = MAX_RING / SLOTS_PER_THREAD / threads;
-        slot_bytes = gpu->host_access ? CPU_SLOT : GPU_SLOT;
-        if (slot_bytes > most) slot_bytes = most > MIN_SLOT ? most : MIN_SLOT;
-    }
-    slot_bytes = (slot_bytes + PAGE - 1) / PAGE * PAGE;
-    *out = take_idle(gpu, threads, slot_bytes);
-    if (!*out) {
-        int saved, code = gpu->calls->enter(gpu, &saved);
-        if (code) return fst_gpu_fail(error, gpu, code, "choosing the device");
-        status = engine_new(gpu, threads, slot_bytes, out, error);
-        gpu->calls->leave(gpu, saved);
-    }
-    if (!status) *facts = (*out)->facts;
-    return status;
-}
-
-static void free_list(fst_engine *list) {
-    while (list) {
-        fst_engine *engine = list;
-        list = engine->next;
-        if (engine->process == getpid()) engine_free(engine);
+    settle(w, job, turn);
+    if (w->ring) fst_ring_forget(w->ring);
+    if (w->ring_is_broken) {
+        fst_ring_free(w->ring);
+        w->ring = NULL;
+        w->ring_is_broken = 0;
     }
 }
 
-void fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts) { *facts = engine->facts; }
-
-void fst_engine_put(fst_engine *engine) {
-    fst_engine *dropped = NULL;
-    unsigned count = 0;
-    pthread_mutex_lock(&idle_lock);
-    engine->next = idle;
-    idle = engine;
-    for (fst_engine **at = &idle; *at; at = &(*at)->next)
-        if (++count == MAX_IDLE) { /* the oldest go: their rings hold memory that others could use */
-            dropped = (*at)->next;
-            (*at)->next = NULL;
-            break;
-        }
-    pthread_mutex_unlock(&idle_lock);
-    free_list(dropped);
-}
-
-void fst_engines_release(void) {
-    pthread_mutex_lock(&idle_lock);
-    fst_engine *list = idle;
-    idle = NULL;
-    pthread_mutex_unlock(&idle_lock);
-    free_list(list);
-}
-
-/* ---- A load ---------------------------------------------------------------------------------- */
+/* ---- A load -------------------------------------------------------------------------------------- */
 
 /* The staging slots, made by the first load that converts anything. */
 static fst_status make_staging(fst_engine *engine, const fst_plan *plan, fst_error *error) {
     const fst_gpu *gpu = engine->gpu;
     if (gpu->host_access || engine->staging || plan->max_jobs_bytes == 0) return FST_OK;
-    uint64_t size = (uint64_t)engine->slot_room * engine->facts.slots;
-    int code = gpu->calls->alloc_block(gpu, size, &engine->staging);
+    int code = gpu->calls->alloc_block(gpu, engine->ring_bytes, &engine->staging);
     if (code) {
         engine->staging = NULL;
         return fst_gpu_fail(error, gpu, code, "allocating the staging ring");
     }
-    engine->facts.staging_bytes = size;
-    for (unsigned i = 0; i < engine->facts.threads; i++)
-        for (unsigned k = 0; k < SLOTS_PER_THREAD; k++)
-            engine->workers[i].slots[k].staging =
-                (unsigned char *)engine->staging + engine->slot_room * (i * SLOTS_PER_THREAD + k);
+    pthread_mutex_lock(&engine->lock);
+    engine->facts.staging_bytes = engine->ring_bytes;
+    pthread_mutex_unlock(&engine->lock);
     return FST_OK;
 }
 
-/* Allocates what is not there yet, while the workers begin with what is. */
-static void allocate_blocks(fst_engine *engine, const fst_load_job *job) {
-    for (size_t i = job->blocks_ready; i < job->plan->blocks_count && !atomic_load(&engine->stop); i++) {
-        fst_error why = {.status = FST_OK};
-        fst_status status = job->allocate(job->allocate_arg, i, &why);
-        fst_error *error = status ? claim_error(engine) : NULL;
-        if (error) *error = why;
-        pthread_mutex_lock(&engine->lock);
-        if (!status) atomic_store(&engine->blocks_ready, i + 1);
-        pthread_cond_broadcast(&engine->allocated);
-        pthread_mutex_unlock(&engine->lock);
-    }
+static void add_seconds(struct timespec *time, double seconds) {
+    time->tv_nsec += (long)(seconds * 1e9);
+    if (time->tv_nsec >= 1000000000) time->tv_sec++, time->tv_nsec -= 1000000000;
+}
+
+/* Waits on `done`, but not for long. The lock is held. */
+static void wait_a_bit(fst_engine *engine, double seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    add_seconds(&until, seconds);
+    pthread_cond_timedwait(&engine->done, &engine->lock, &until);
+}
+
+static void report_progress(fst_engine *engine, const fst_load_job *job) {
+    double seconds = fst_os_now() - job->started;
+    uint64_t done = atomic_load(&engine->bytes_done);
+    fst_progress progress = {done, job->bytes_total, seconds, seconds > 0 ? (double)done / seconds : 0};
+    if (job->progress(job->progress_arg, &progress)) cancel(engine, job);
 }
 
 /* Reports progress and looks for a cancel, until all workers are idle. */
 static void attend(fst_engine *engine, const fst_load_job *job) {
+    double reported = 0;
     int finished = 0;
-    pthread_mutex_lock(&engine->lock);
     while (!finished) {
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += (long)(PROGRESS_SECONDS * 1e9);
-        if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
-        if (engine->running) pthread_cond_timedwait(&engine->done, &engine->lock, &until);
+        pthread_mutex_lock(&engine->lock);
+        if (engine->running) wait_a_bit(engine, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
         finished = engine->running == 0;
         pthread_mutex_unlock(&engine->lock);
-        int cancelled = job->cancel && *job->cancel;
-        if (job->progress && !atomic_load(&engine->stop)) {
-            fst_progress progress = {atomic_load(&engine->bytes_done), job->bytes_total,
-                                     fst_os_now() - job->started};
-            cancelled |= job->progress(job->progress_arg, &progress) != 0;
-        }
-        if (cancelled) {
-            fst_error *error = claim_error(engine);
-            if (error) fst_fail(error, FST_E_CANCELLED, 0, NULL, "the load was cancelled");
-        }
-        pthread_mutex_lock(&engine->lock);
+        if (is_cancelled(job)) cancel(engine, job);
+        if (!job->progress || atomic_load(&engine->stop)) continue;
+        if (!finished && fst_os_now() - reported < PROGRESS_SECONDS) continue;
+        report_progress(engine, job);
+        reported = fst_os_now();
     }
-    pthread_mutex_unlock(&engine->lock);
 }
 
 static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
     memset(out, 0, sizeof *out);
-    for (unsigned i = 0; i < engine->facts.threads; i++) {
+    for (unsigned i = 0; i < engine->threads_count; i++) {
         const fst_pipeline_stats *s = &engine->workers[i].stats;
         out->chunks += s->chunks;
         out->launches += s->launches;
         out->bytes_read += s->bytes_read;
+        out->bytes_copied += s->bytes_copied;
         out->read_seconds += s->read_seconds;
         out->wait_seconds += s->wait_seconds;
         out->kernel_seconds += s->kernel_seconds;
+        out->held_seconds += s->held_seconds;
+        out->slot_seconds += s->slot_seconds;
         out->copy_ms += s->copy_ms;
         out->launch_ms += s->launch_ms;
+        out->timed += s->timed;
     }
 }
 
-fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pipeline_stats *stats,
-                            fst_error *error) {
-    fst_error first = {.status = FST_OK};
+fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_error *error) {
     fst_status status = make_staging(engine, job->plan, error);
-    memset(stats, 0, sizeof *stats);
     if (status) return status;
     atomic_store(&engine->next_chunk, 0);
     atomic_store(&engine->stop, 0);
     atomic_store(&engine->bytes_done, 0);
-    atomic_store(&engine->blocks_ready, job->blocks_ready);
-    for (unsigned i = 0; i < engine->facts.threads; i++)
-        memset(&engine->workers[i].stats, 0, sizeof engine->workers[i].stats);
     pthread_mutex_lock(&engine->lock);
+    engine->first = (fst_error){.status = FST_OK, .file = -1, .offset = -1};
     engine->job = job;
-    engine->error = &first;
     engine->running = engine->threads_count;
     engine->generation++;
     pthread_cond_broadcast(&engine->wake);
     pthread_mutex_unlock(&engine->lock);
-    allocate_blocks(engine, job);
+    return FST_OK;
+}
+
+fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int abandon,
+                            fst_pipeline_stats *stats, fst_error *error) {
+    if (abandon) cancel(engine, job);
     attend(engine, job);
     engine->job = NULL;
     sum_stats(engine, stats);
-    if (first.status && error) *error = first;
-    return first.status;
+    if (engine->first.status && error) *error = engine->first;
+    return engine->first.status;
+}
+
+fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pipeline_stats *stats,
+                            fst_error *error) {
+    memset(stats, 0, sizeof *stats);
+    fst_status status = fst_pipeline_begin(engine, job, error);
+    if (status) return status;
+    /* In the caller's thread, while others read: mapping memory takes time. */
+    uint32_t i = 0;
+    while (i < job->plan->blocks_count && need_block(engine, job, i)) i++;
+    return fst_pipeline_end(engine, job, 0, stats, error);
+}
+
+/* ---- Tensor by tensor ---------------------------------------------------------------------------- */
+
+/* Whether nobody goes on before the consumer gives memory back. The lock is held. */
+static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
+    return job->budget && engine->running && atomic_load(&engine->held_up) >= engine->running &&
+           fst_budget_is_waited_for(job->budget);
+}
+
+static int is_complete(const fst_load_job *job, uint32_t tensor) {
+    return atomic_load(&job->tracking->left[tensor]) == 0;
+}
+
+/* What was queued for a tensor is waited for, here or on the caller's stream. */
+static int await_tensor(fst_engine *engine, const fst_load_job *job, uint32_t index, fst_queue stream) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[index];
+    const fst_gpu *gpu = engine->gpu;
+    int code = 0;
+    if (gpu->host_access) return 0;
+    for (uint32_t i = 0; i < tensor->chunks && !code; i++) {
+        unsigned number = atomic_load(&job->tracking->slots[tensor->first_chunk + i]) - 1;
+        fst_slot *s = &engine->workers[number / FST_MAX_SLOTS].slots[number % FST_MAX_SLOTS];
+        /* The slot may hold a later chunk by now: on the same stream, and so its event comes later still. */
+        code = stream ? gpu->calls->stream_follow(gpu, stream, s->converted)
+                      : gpu->calls->event_wait(gpu, s->converted);
+    }
+    return code;
+}
+
+fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t seen, uint32_t *which,
+                             fst_queue stream, fst_error *error) {
+    fst_tracking *tracking = job->tracking;
+    fst_status status = FST_OK;
+    int held = 0, any = *which == FST_ANY_TENSOR;
+    pthread_mutex_lock(&engine->lock);
+    for (;;) {
+        if (engine->first.status) {
+            *error = engine->first;
+            status = error->status;
+            break;
+        }
+        if (any ? tracking->ready_count > seen : is_complete(job, *which)) break;
+        if (is_cancelled(job)) {
+            pthread_mutex_unlock(&engine->lock);
+            cancel(engine, job);
+            pthread_mutex_lock(&engine->lock);
+            continue;
+        }
+        /* Twice, as the last of them may just be on its way. */
+        held = waits_for_consumer(engine, job) ? held + 1 : 0;
+        if (held == 2) {
+            status = fst_fail(error, FST_E_AGAIN, 0, NULL,
+                              "all of the stream's memory is held by tensors that were taken: release some");
+            break;
+        }
+        wait_a_bit(engine, NEXT_SECONDS);
+    }
+    if (!status && any) *which = tracking->ready[seen];
+    pthread_mutex_unlock(&engine->lock);
+    if (status) return status;
+    int code = await_tensor(engine, job, *which, stream);
+    return code ? fst_gpu_fail(error, engine->gpu, code, "waiting for a tensor") : FST_OK;
 }

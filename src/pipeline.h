@@ -1,13 +1,15 @@
-/* Runs a plan: reader threads fill bounce slots, each with its own stream on which the copy and the
- * kernels of a chunk follow one another, so that reads, copies and kernels of different chunks overlap.
- *
- * An engine is the threads, slots and streams for one device. It is kept after a load for the next. */
+/* Runs a plan: reader threads fill bounce slots, each with its own stream on which the copy and the kernels of a chunk
+ * follow one another, so that reads, copies and kernels overlap. engine.c has the threads and what they need, pipeline.c
+ * what they do. */
 #ifndef FST_PIPELINE_H
 #define FST_PIPELINE_H
 
+#include <pthread.h>
+#include <stdatomic.h>
+
 #include "gpu.h"
-#include "os.h"
 #include "plan.h"
+#include "reader.h"
 
 typedef struct fst_engine fst_engine;
 
@@ -20,26 +22,61 @@ typedef struct fst_engine_facts {
     unsigned threads, slots;
     size_t   slot_bytes;
     uint64_t pinned_bytes, staging_bytes;
+    unsigned unpinned; /* threads with less pinned memory than they should have */
+    int      node;     /* of the ring's memory and the threads; -1: any */
 } fst_engine_facts;
 
-/* An idle engine of this shape, or a new one; nobody else uses it until it is put back. `place_bytes`
- * and chunk size for the plan follow from the facts. */
-fst_status fst_engine_take(const fst_gpu *gpu, const fst_engine_config *config, fst_engine **out,
-                           fst_engine_facts *facts, fst_error *error);
-void       fst_engine_put(fst_engine *engine);
+/* An idle engine of this shape, or a new one; nobody else uses it until it is put back. `context` NULL is the
+ * process's own. Chunk size and `place_bytes` for the plan follow from the facts. */
+fst_status fst_engine_take(fst_context *context, const fst_gpu *gpu, const fst_engine_config *config,
+                           fst_engine **out, fst_engine_facts *facts, fst_error *error);
+void       fst_engine_put(fst_context *context, fst_engine *engine);
 void       fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts); /* as it is now */
-void       fst_engines_release(void); /* frees all idle ones */
+
+/* ---- Memory that the consumer holds ----------------------------------------------------------- */
+
+/* Bounds the bytes of blocks that are allocated at one time. Blocks give back when they are freed, which may be long
+ * after the stream they came from was closed: it is counted. */
+typedef struct fst_budget {
+    atomic_uint     references;
+    pthread_mutex_t lock;
+    pthread_cond_t  given;
+    uint64_t        held, limit, peak;
+    unsigned        waiting;
+    int             stopped;
+} fst_budget;
+
+fst_budget *fst_budget_new(uint64_t limit);
+int  fst_budget_take(fst_budget *budget, uint64_t nbytes); /* waits; 0 when it was stopped */
+void fst_budget_give(fst_budget *budget, uint64_t nbytes);
+void fst_budget_stop(fst_budget *budget);
+int  fst_budget_is_waited_for(fst_budget *budget);
+fst_budget *fst_budget_hold(fst_budget *budget);
+void fst_budget_drop(fst_budget *budget);
+
+/* ---- Jobs ------------------------------------------------------------------------------------- */
+
+/* Which tensors are complete, for a consumer that takes them one by one. */
+typedef struct fst_tracking {
+    atomic_uint *left;    /* of each tensor: chunks whose work is not queued yet */
+    atomic_uint *slots;   /* of each chunk: 1 + the slot whose event `converted` comes behind it; 0: not queued */
+    uint32_t    *ready;   /* tensors in the order in which they became complete; under the engine's lock */
+    size_t       ready_count;
+} fst_tracking;
 
 typedef struct fst_load_job {
     const fst_plan    *plan;
     const fst_header  *headers;
-    const int         *fds;        /* of each file */
     const char *const *paths;
-    void             **blocks;     /* device memory of each block; those from blocks_ready on come later */
-    size_t             blocks_ready;
-    /* Allocates block i into blocks[i], in the caller's thread, while others read: mapping memory takes time. */
-    fst_status       (*allocate)(void *arg, size_t i, fst_error *error);
+    fst_reader        *reader;
+    int                use_ring;   /* io_uring for what is not cached */
+    atomic_uchar      *hows;       /* of each chunk, at first 0: the pipeline's */
+    _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */
+    /* Allocates block i and returns its memory. One call at a time, in order, from any thread; it may wait. */
+    fst_status       (*allocate)(void *arg, size_t i, void **memory, fst_error *error);
     void              *allocate_arg;
+    fst_budget        *budget;     /* that `allocate` waits for, or NULL */
+    fst_tracking      *tracking;   /* NULL: nobody waits for single tensors */
     unsigned           flags;      /* FST_NON_SATURATING */
     fst_progress_fn    progress;
     void              *progress_arg;
@@ -49,14 +86,52 @@ typedef struct fst_load_job {
 } fst_load_job;
 
 typedef struct fst_pipeline_stats {
-    uint64_t chunks, launches, bytes_read;
+    uint64_t chunks, launches, bytes_read, bytes_copied;
     double   read_seconds, wait_seconds, kernel_seconds;
-    double   copy_ms, launch_ms;   /* on the device, sampled */
+    double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
+    double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
+    double   copy_ms, launch_ms;   /* on the device, of the chunks that were timed */
+    uint64_t timed;                /* so many */
 } fst_pipeline_stats;
 
-/* Returns when all is in place, or after the first failure, with every thread idle and every stream
- * empty. The blocks stay the caller's. */
+/* Returns when all is in place, or after the first failure, with every thread idle and every stream empty. The blocks
+ * stay the caller's. */
 fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pipeline_stats *stats,
                             fst_error *error);
+
+/* The same in steps. After a begin that succeeded there must be one end. */
+fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_error *error);
+/* Waits for a tensor: this one, or, when `which` is FST_ANY_TENSOR, the next in the order of completion after `seen`
+ * others. *which is then the tensor, its data ready, or, with `stream`, ready for work queued there from now on.
+ * FST_E_AGAIN: it cannot come before memory of the budget is given back. */
+#define FST_ANY_TENSOR UINT32_MAX
+fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t seen, uint32_t *which,
+                             fst_queue stream, fst_error *error);
+/* `abandon`: what is not done is left. */
+fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int abandon, fst_pipeline_stats *stats,
+                            fst_error *error);
+
+/* ---- For benchmarks and tests ----------------------------------------------------------------- */
+
+/* What suits the machine; 0: the default. */
+typedef struct fst_tuning {
+    unsigned slots_each; /* slots of a thread, at most 8 */
+    size_t   ring_bytes; /* of all slots of a GPU's engine */
+} fst_tuning;
+extern fst_tuning fst_pipeline_tuning;
+
+/* When not NULL, each chunk leaves a record: seconds of fst_os_now. */
+typedef struct fst_trace_record {
+    unsigned worker, slot;
+    uint32_t chunk, nbytes;
+    fst_how  how;
+    double   read_begin, read_end, queued, done;
+} fst_trace_record;
+typedef struct fst_trace {
+    fst_trace_record *records;
+    size_t            room;
+    atomic_size_t     count; /* may go beyond room: what is beyond was not kept */
+} fst_trace;
+extern fst_trace *fst_pipeline_trace;
 
 #endif

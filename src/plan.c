@@ -40,16 +40,17 @@ static int room(void *array, size_t count, size_t *capacity, size_t size) {
     return 1;
 }
 
-static fst_status choose_dtype(planner *p, const fst_entry *entry, uint32_t file, fst_dtype *dtype) {
+static fst_status choose_dtype(planner *p, const fst_entry *entry, uint32_t file, fst_dtype cast,
+                               fst_dtype *dtype) {
     fst_where where = {p->paths[file], (int)file, (int64_t)(p->headers[file].data_start + entry->begin)};
     *dtype = entry->dtype;
-    if (p->options->cast == FST_NATIVE || !fst_dtype_is_castable(entry->dtype)) return FST_OK;
-    if (!fst_kernels_have((int)entry->dtype, (int)p->options->cast))
+    if (cast == FST_NATIVE || !fst_dtype_is_castable(entry->dtype)) return FST_OK;
+    if (!fst_kernels_have((int)entry->dtype, (int)cast))
         return fst_fail(
             p->error, FST_E_NO_CAST, 0, &where,
             "tensor \"%s\" is %s, which no kernel casts to %s; load it as stored, or leave it out",
-            entry->name, fst_dtype_name(entry->dtype), fst_dtype_name(p->options->cast));
-    *dtype = p->options->cast;
+            entry->name, fst_dtype_name(entry->dtype), fst_dtype_name(cast));
+    *dtype = cast;
     return FST_OK;
 }
 
@@ -75,7 +76,23 @@ static fst_status place(planner *p, fst_plan_tensor *tensor) {
     tensor->block_offset = *last;
     *last += size;
     plan->bytes_blocks += size;
-    plan->bytes_out += tensor->nbytes;
+    return FST_OK;
+}
+
+/* Whether the caller's memory will do for the result. */
+static fst_status check_memory(planner *p, const fst_plan_tensor *tensor, const fst_entry *entry,
+                               const fst_choice *choice) {
+    unsigned bits = fst_dtype_bits(tensor->dtype), align = bits < 8 ? 1 : bits / 8;
+    fst_where where = {p->paths[tensor->file], (int)tensor->file,
+                       (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+    if (choice->memory_bytes < tensor->nbytes)
+        return fst_fail(p->error, FST_E_ARG, 0, &where,
+                        "tensor \"%s\": the memory given for it has %llu bytes, it needs %llu", entry->name,
+                        (unsigned long long)choice->memory_bytes, (unsigned long long)tensor->nbytes);
+    if ((uintptr_t)choice->memory % align)
+        return fst_fail(p->error, FST_E_ARG, 0, &where,
+                        "tensor \"%s\": the memory given for it is not aligned to %u bytes", entry->name,
+                        align);
     return FST_OK;
 }
 
@@ -87,12 +104,13 @@ static void close_chunk(planner *p) {
     p->open_jobs = 0;
 }
 
-static fst_status open_chunk(planner *p, uint32_t file, uint64_t offset) {
+static fst_status open_chunk(planner *p, uint32_t file, uint64_t offset, uint32_t block) {
     fst_plan *plan = p->plan;
     if (!room(&plan->chunks, plan->chunks_count, &p->chunks_room, sizeof *plan->chunks))
         return no_memory(p->error);
     p->open = &plan->chunks[plan->chunks_count++];
-    *p->open = (fst_plan_chunk){.file = file, .offset = offset, .first_run = (uint32_t)plan->runs_count};
+    *p->open = (fst_plan_chunk){
+        .file = file, .offset = offset, .first_run = (uint32_t)plan->runs_count, .block = block};
     return FST_OK;
 }
 
@@ -117,6 +135,15 @@ static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece 
     return FST_OK;
 }
 
+/* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, and their block is
+ * the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
+static int continues(planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
+    fst_plan_chunk *open = p->open;
+    if (!open || open->file != tensor->file || open->offset + open->nbytes != offset) return 0;
+    if (open->block == FST_NO_BLOCK) open->block = tensor->block;
+    return tensor->block == FST_NO_BLOCK || tensor->block == open->block;
+}
+
 /* How much of `left` bytes goes into the open chunk: all, or what a cut allows, or nothing. */
 static uint64_t fitting(const planner *p, uint64_t left, uint64_t cut) {
     uint64_t space = p->options->chunk_bytes - p->open->nbytes;
@@ -125,21 +152,19 @@ static uint64_t fitting(const planner *p, uint64_t left, uint64_t cut) {
 }
 
 static fst_status add_tensor(planner *p, uint32_t index, const fst_entry *entry) {
-    const fst_plan_tensor *tensor = &p->plan->tensors[index];
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
     unsigned bits = fst_dtype_bits(entry->dtype), result_bits = fst_dtype_bits(tensor->dtype);
     uint64_t start = p->headers[tensor->file].data_start + entry->begin;
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
     while (done < total) {
-        fst_plan_chunk *open = p->open;
-        uint64_t take = 0;
-        if (open && open->file == tensor->file && open->offset + open->nbytes == start + done)
-            take = fitting(p, total - done, cut);
+        uint64_t take = continues(p, tensor, start + done) ? fitting(p, total - done, cut) : 0;
         if (take == 0) {
             close_chunk(p);
-            fst_status status = open_chunk(p, tensor->file, start + done);
+            fst_status status = open_chunk(p, tensor->file, start + done, tensor->block);
             if (status) return status;
             take = fitting(p, total - done, cut);
         }
+        if (tensor->chunks++ == 0) tensor->first_chunk = (uint32_t)(p->plan->chunks_count - 1);
         uint64_t before = done * 8 / bits; /* elements; done is a multiple of cut */
         fst_plan_piece piece = {
             .tensor = index,
@@ -157,24 +182,27 @@ static fst_status add_tensor(planner *p, uint32_t index, const fst_entry *entry)
     return FST_OK;
 }
 
-static fst_status plan_file(planner *p, uint32_t file, const unsigned char *skip) {
+static fst_status plan_file(planner *p, uint32_t file, const fst_choice *choices) {
     const fst_header *header = &p->headers[file];
     for (size_t i = 0; i < header->count; i++) {
         const fst_entry *entry = &header->tensors[i];
-        if (skip && skip[i]) {
+        if (choices && choices[i].skip) {
             p->plan->ignored++;
             continue;
         }
         uint32_t index = (uint32_t)p->plan->tensors_count;
         fst_plan_tensor *tensor = &p->plan->tensors[index];
-        *tensor = (fst_plan_tensor){.file = file, .entry = (uint32_t)i};
-        fst_status status = choose_dtype(p, entry, file, &tensor->dtype);
+        *tensor = (fst_plan_tensor){.file = file, .entry = (uint32_t)i, .block = FST_NO_BLOCK};
+        tensor->memory = choices ? choices[i].memory : NULL;
+        fst_dtype cast = choices ? choices[i].cast : p->options->cast;
+        fst_status status = choose_dtype(p, entry, file, cast, &tensor->dtype);
         if (status) return status;
         uint64_t count = elements(entry);
         if (count > UINT64_MAX / 64) return no_memory(p->error);
         tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
         p->plan->tensors_count++;
-        status = place(p, tensor);
+        p->plan->bytes_out += tensor->nbytes;
+        status = tensor->memory ? check_memory(p, tensor, entry, &choices[i]) : place(p, tensor);
         if (!status) status = add_tensor(p, index, entry);
         if (status) return status;
     }
@@ -182,7 +210,7 @@ static fst_status plan_file(planner *p, uint32_t file, const unsigned char *skip
 }
 
 fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
-                         const unsigned char *skip, const fst_plan_options *options, fst_plan *out,
+                         const fst_choice *choices, const fst_plan_options *options, fst_plan *out,
                          fst_error *error) {
     planner p = {.headers = headers, .paths = paths, .options = options, .plan = out, .error = error};
     fst_status status = FST_OK;
@@ -195,8 +223,8 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
     out->tensors = count <= UINT32_MAX ? calloc(count ? count : 1, sizeof *out->tensors) : NULL;
     if (!out->tensors) return no_memory(error);
     for (size_t i = 0; i < files && !status; i++) {
-        status = plan_file(&p, (uint32_t)i, skip);
-        if (skip) skip += headers[i].count;
+        status = plan_file(&p, (uint32_t)i, choices);
+        if (choices) choices += headers[i].count;
     }
     close_chunk(&p);
     if (status) fst_plan_free(out);

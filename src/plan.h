@@ -12,20 +12,31 @@
 #include "header.h"
 
 typedef struct fst_plan_options {
-    fst_dtype cast;
+    fst_dtype cast;         /* of tensors without a choice of their own */
     uint64_t  chunk_bytes;  /* of a slot */
     uint64_t  place_bytes;  /* a kept piece of at least so many bytes gets a copy of its own */
     uint64_t  block_bytes;  /* tensors share blocks of about this size; a larger one has its own */
 } fst_plan_options;
 
 #define FST_TENSOR_ALIGN 256u
+#define FST_NO_BLOCK UINT32_MAX
+
+/* What is wanted of one tensor. */
+typedef struct fst_choice {
+    int       skip;         /* it is left out */
+    fst_dtype cast;         /* FST_NATIVE keeps it as stored */
+    void     *memory;       /* its result goes there; NULL: into a block */
+    uint64_t  memory_bytes; /* how much there is */
+} fst_choice;
 
 typedef struct fst_plan_tensor {
     uint32_t  file, entry;  /* in headers[file].tensors */
     fst_dtype dtype;        /* of the result */
     uint64_t  nbytes;       /* of the result */
-    uint32_t  block;
+    uint32_t  block;        /* FST_NO_BLOCK when it has memory of its own */
     uint64_t  block_offset; /* a multiple of FST_TENSOR_ALIGN */
+    void     *memory;
+    uint32_t  first_chunk, chunks; /* that its bytes come in: neighbours */
 } fst_plan_tensor;
 
 typedef struct fst_plan_piece {
@@ -50,6 +61,7 @@ typedef struct fst_plan_chunk {
     uint32_t nbytes;
     uint32_t first_run, runs;
     uint32_t jobs_bytes;    /* room for the batch jobs of its CONVERT runs, 0 when there are none */
+    uint32_t block;         /* that all of its tensors without memory of their own lie in, or FST_NO_BLOCK */
 } fst_plan_chunk;
 
 typedef struct fst_plan {
@@ -66,10 +78,10 @@ typedef struct fst_plan {
     uint32_t max_jobs_bytes;
 } fst_plan;
 
-/* `skip`, when not NULL, has a byte for each tensor, file by file: non-zero leaves it out.
- * FST_E_NO_CAST, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element). */
+/* `choices`, when not NULL, has one for each tensor, file by file.
+ * FST_E_NO_CAST, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element, memory that is too small or not aligned). */
 fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
-                         const unsigned char *skip, const fst_plan_options *options, fst_plan *out,
+                         const fst_choice *choices, const fst_plan_options *options, fst_plan *out,
                          fst_error *error);
 void       fst_plan_free(fst_plan *plan);
 

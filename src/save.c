@@ -223,7 +223,8 @@ static fst_status tell(writer *w, int last) {
     double now = fst_os_now();
     if (status || !w->options.progress || (!last && now - w->told < TICK_SECONDS)) return status;
     w->told = now;
-    fst_progress progress = {w->offset, w->total, now - w->started};
+    double seconds = now - w->started;
+    fst_progress progress = {w->offset, w->total, seconds, seconds > 0 ? (double)w->offset / seconds : 0};
     fst_where where = {w->path, -1, -1};
     return w->options.progress(w->options.progress_arg, &progress)
                ? fst_fail(w->error, FST_E_CANCELLED, 0, &where, "cancelled while writing")
@@ -250,7 +251,7 @@ static const char *next_piece(const fst_model *model, cursor *at, size_t most, s
         uint64_t left = tensor->nbytes - at->offset;
         if (!left) continue;
         *size = left < most ? (size_t)left : most;
-        const char *piece = (const char *)tensor->block->data + tensor->block_offset + at->offset;
+        const char *piece = (const char *)tensor->data + at->offset;
         at->offset += *size;
         return piece;
     }
@@ -315,7 +316,7 @@ static fst_status bounce_make(const writer *w, bounce *slot) {
     if (!slot->memory) return fst_fail(w->error, FST_E_MEMORY, ENOMEM, &where, "no memory for a buffer");
     /* Where the system refuses to pin, copies are slower but right. */
     slot->pinned = gpu->calls->pin(gpu, slot->memory, PIECE_BYTES) == 0;
-    int rc = gpu->calls->event_new(gpu, &slot->filled);
+    int rc = gpu->calls->event_new(gpu, 0, &slot->filled);
     return rc ? gpu_failed(w, rc, "make an event") : FST_OK;
 }
 

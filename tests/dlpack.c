@@ -77,7 +77,7 @@ static fst_model *hand_built(one_tensor *it, const fst_gpu *gpu, fst_block *bloc
                             .shape = shape,
                             .dtype = dtype,
                             .end = bits / 8};
-    it->tensor = (fst_model_tensor){.entry = &it->entry, .dtype = dtype, .block = block, .nbytes = bits / 8};
+    it->tensor = (fst_model_tensor){.entry = &it->entry, .dtype = dtype, .block = block, .data = block ? block->data : NULL, .nbytes = bits / 8};
     it->model.paths.count = 1;
     it->model.paths.files = it->files;
     it->model.count = 1;
@@ -182,7 +182,7 @@ TEST(dlpack, version_flags_offset_and_device) {
     fst_block *block = new_block(gpu, 1024);
     one_tensor it;
     fst_model *model = hand_built(&it, gpu, block, FST_F32, SHAPE(4));
-    it.tensor.block_offset = 512;
+    it.tensor.data = (unsigned char *)block->data + 512;
     DLManagedTensorVersioned *managed = NULL;
     CHECK_INT(FST_OK, fst_model_dlpack(model, 0, &managed));
     CHECK_INT(DLPACK_MAJOR_VERSION, managed->version.major);

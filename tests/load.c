@@ -326,7 +326,7 @@ static int count_progress(void *arg, const fst_progress *progress) {
 TEST(load, progress_ends_with_all_bytes) {
     const char *path = test_path("mixed.safetensors");
     fst_options options = options_for(FST_DEVICE_CPU);
-    fst_progress last = {0, 0, 0};
+    fst_progress last = {.bytes_done = 0};
     fst_model *model;
     mixed_file(path, 0);
     options.progress = count_progress;

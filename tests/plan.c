@@ -259,11 +259,11 @@ TEST(plan, a_chunk_never_spans_two_files) {
 
 TEST(plan, tensors_left_out_are_not_read) {
     maker *m = maker_new(8);
-    static const unsigned char skip[] = {0, 1, 0};
+    static const fst_choice choices[] = {{.skip = 0}, {.skip = 1}, {.skip = 0}};
     fst_plan plan;
     fst_error error;
     for (int i = 0; i < 3; i++) add(m, FST_U8, 1000);
-    CHECK_INT(FST_OK, fst_plan_make(&m->header, paths, 1, skip, &plain, &plan, &error));
+    CHECK_INT(FST_OK, fst_plan_make(&m->header, paths, 1, choices, &plain, &plan, &error));
     CHECK_INT(2, plan.tensors_count);
     CHECK_INT(1, plan.ignored);
     CHECK_INT(2, plan.chunks_count);

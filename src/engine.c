@@ -1,0 +1,346 @@
+/* Engines and the contexts that keep them. */
+#include "engine.h"
+
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#define PAGE 4096u
+#define HUGE_PAGE ((size_t)2 << 20)
+#define MAX_THREADS 64u
+#define MAX_IDLE 2u                  /* engines that a context keeps for the next load */
+#define MAX_RING ((size_t)256 << 20) /* bytes of slots, unless more is asked for in so many words */
+#define MIN_SLOT ((size_t)64 << 10)
+#define NAP_SLACK 2000ul /* nanoseconds that a reader's short sleeps may be late */
+
+/* Measured on an H100 with 16 cores: 12 threads with two slots of 4 MiB reach the link's limit, and the ring stays in
+ * the last-level cache; 8 MiB slots lose a third (docs/measuring.md). */
+#define GPU_THREADS 12u
+#define GPU_SLOT ((size_t)4 << 20)
+#define GPU_RING ((size_t)96 << 20)
+#define CPU_SLOT ((size_t)512 << 10) /* what is read is still in the core's cache when it is converted */
+#define SLOTS_EACH 2u
+
+fst_tuning fst_pipeline_tuning;
+
+struct fst_context {
+    pthread_mutex_t lock;
+    fst_engine *idle;
+};
+
+static struct fst_context process_context = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* ---- What a worker needs, made in its own thread -------------------------------------------------- */
+
+static fst_slot *slot_at(fst_worker *w, unsigned k) { return &w->slots[k]; }
+
+/* Pages are given out at the first touch, from the node that is asked for. */
+static void touch_slots(fst_worker *w, unsigned char *mine) {
+    volatile unsigned char *memory = mine;
+    const fst_engine *engine = w->engine;
+    if (engine->node >= 0) fst_os_calls.bind_memory(mine, engine->worker_room, engine->node);
+    for (size_t i = 0; i < engine->worker_room; i += PAGE) memory[i] = 0;
+}
+
+/* Memory on huge pages that was touched and is then registered takes a quarter of the time of a pinned allocation. When
+ * the system refuses, half as much may do; without any, copies from pageable memory are slower but right. */
+static void pin_slots(fst_worker *w, unsigned char *mine) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    size_t size = engine->worker_room;
+    unsigned slots = engine->slots_each;
+    while (gpu->calls->pin(gpu, mine, size) != 0) {
+        slots /= 2;
+        size = slots * engine->slot_room;
+        if (slots == 0) break;
+    }
+    pthread_mutex_lock(&engine->lock);
+    engine->facts.unpinned += slots < engine->slots_each;
+    if (slots) {
+        w->pinned = mine;
+        w->slots_count = slots;
+        engine->facts.pinned_bytes += size;
+        engine->facts.slots -= engine->slots_each - slots;
+    }
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static int make_stream(fst_worker *w) {
+    const fst_gpu *gpu = w->engine->gpu;
+    int code = gpu->calls->stream_new(gpu, &w->stream);
+    for (unsigned k = 0; k < w->slots_count && !code; k++) {
+        int timed = k == 0; /* one slot of each thread is a fair sample */
+        if (timed) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->started);
+        if (!code) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->copied);
+        if (!code) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->converted);
+    }
+    return code;
+}
+
+static void set_up(fst_worker *w) {
+    fst_engine *engine = w->engine;
+    unsigned char *mine = engine->ring + engine->worker_room * (size_t)(w - engine->workers);
+    int saved;
+    if (engine->node >= 0) fst_os_calls.run_on_node(engine->node);
+    prctl(PR_SET_TIMERSLACK, NAP_SLACK);
+    for (unsigned k = 0; k < engine->slots_each; k++) slot_at(w, k)->bounce = mine + engine->slot_room * k;
+    w->slots_count = engine->slots_each;
+    w->setup_code = engine->gpu->calls->enter(engine->gpu, &saved);
+    w->setup_what = w->setup_code ? "choosing the device" : NULL;
+    touch_slots(w, mine);
+    if (w->setup_code) return;
+    if (!engine->gpu->host_access) pin_slots(w, mine);
+    w->setup_code = make_stream(w);
+    if (w->setup_code) w->setup_what = "making streams and events";
+}
+
+static void *worker_main(void *arg) {
+    fst_worker *w = arg;
+    fst_engine *engine = w->engine;
+    unsigned seen = 0;
+    set_up(w);
+    pthread_mutex_lock(&engine->lock);
+    engine->settled++;
+    pthread_cond_broadcast(&engine->done);
+    for (;;) {
+        while (!engine->quit && engine->generation == seen) pthread_cond_wait(&engine->wake, &engine->lock);
+        if (engine->quit) break;
+        seen = engine->generation;
+        const fst_load_job *job = engine->job;
+        pthread_mutex_unlock(&engine->lock);
+        fst_engine_work(w, job);
+        pthread_mutex_lock(&engine->lock);
+        engine->running--;
+        pthread_cond_broadcast(&engine->done);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    return NULL;
+}
+
+/* ---- Engines ------------------------------------------------------------------------------------- */
+
+static void free_worker(const fst_gpu *gpu, fst_worker *w) {
+    for (unsigned k = 0; k < FST_MAX_SLOTS; k++) {
+        fst_slot *s = slot_at(w, k);
+        if (s->started) gpu->calls->event_free(gpu, s->started);
+        if (s->copied) gpu->calls->event_free(gpu, s->copied);
+        if (s->converted) gpu->calls->event_free(gpu, s->converted);
+    }
+    if (w->stream) gpu->calls->stream_free(gpu, w->stream);
+    if (w->pinned) gpu->calls->unpin(gpu, w->pinned);
+    fst_ring_free(w->ring);
+}
+
+static void engine_free(fst_engine *engine) {
+    const fst_gpu *gpu = engine->gpu;
+    int saved, entered = gpu->calls->enter(gpu, &saved) == 0;
+    pthread_mutex_lock(&engine->lock);
+    engine->quit = 1;
+    pthread_cond_broadcast(&engine->wake);
+    pthread_mutex_unlock(&engine->lock);
+    for (unsigned i = 0; i < engine->threads_count; i++) pthread_join(engine->workers[i].thread, NULL);
+    for (unsigned i = 0; i < engine->threads_count; i++) free_worker(gpu, &engine->workers[i]);
+    if (engine->staging) gpu->calls->free_block(gpu, engine->staging, engine->facts.staging_bytes);
+    if (engine->ring) fst_os_calls.unmap(engine->ring, engine->ring_bytes);
+    if (entered) gpu->calls->leave(gpu, saved);
+    free(engine->workers);
+    pthread_mutex_destroy(&engine->lock);
+    pthread_mutex_destroy(&engine->allocating);
+    pthread_cond_destroy(&engine->wake);
+    pthread_cond_destroy(&engine->done);
+    free(engine);
+}
+
+/* Readers take no signals: those are the program's. They set up what they need while the caller goes on. */
+static fst_status start_threads(fst_engine *engine, fst_error *error) {
+    sigset_t all, before;
+    int code = 0;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (engine->threads_count < engine->facts.threads && code == 0) {
+        fst_worker *w = &engine->workers[engine->threads_count];
+        w->engine = engine;
+        code = pthread_create(&w->thread, NULL, worker_main, w);
+        if (code == 0) engine->threads_count++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return code ? fst_fail(error, FST_E_MEMORY, code, NULL, "starting a reader thread: %s", strerror(code))
+                : FST_OK;
+}
+
+static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+/* What an engine for this device should be like. */
+typedef struct shape {
+    unsigned threads, slots_each;
+    size_t slot_bytes;
+} shape;
+
+static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine **out, fst_error *error) {
+    fst_engine *engine = calloc(1, sizeof *engine);
+    *out = NULL;
+    if (!engine) return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->allocating, NULL);
+    pthread_cond_init(&engine->done, NULL);
+    pthread_cond_init(&engine->wake, NULL);
+    engine->gpu = gpu;
+    engine->process = getpid();
+    engine->node = gpu->pci[0] ? fst_os_calls.pci_node(gpu->pci) : -1;
+    engine->slots_each = wanted->slots_each;
+    engine->facts = (fst_engine_facts){.threads = wanted->threads,
+                                       .slots = wanted->threads * wanted->slots_each,
+                                       .slot_bytes = wanted->slot_bytes,
+                                       .node = engine->node};
+    /* A page before and behind the chunk, because it keeps the file's alignment, and its jobs. */
+    engine->slot_room = round_up(wanted->slot_bytes + wanted->slot_bytes / 8 + 2 * PAGE, PAGE);
+    engine->worker_room = engine->slot_room * wanted->slots_each;
+    if (engine->worker_room > HUGE_PAGE) engine->worker_room = round_up(engine->worker_room, HUGE_PAGE);
+    engine->ring_bytes = engine->worker_room * wanted->threads;
+    engine->workers = calloc(wanted->threads, sizeof *engine->workers);
+    engine->ring = fst_os_calls.map(engine->ring_bytes);
+    fst_status status = FST_OK;
+    if (!engine->workers || !engine->ring)
+        status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes",
+                          engine->ring_bytes);
+    if (!status) status = start_threads(engine, error);
+    if (status) {
+        engine_free(engine);
+        return status;
+    }
+    *out = engine;
+    return FST_OK;
+}
+
+/* The ring should stay in the last-level cache, where the device reads what was just written. */
+static size_t ring_bytes(void) {
+    size_t cache = fst_os_calls.cache_bytes(), ring = fst_pipeline_tuning.ring_bytes;
+    if (ring) return ring;
+    ring = GPU_RING;
+    return cache && cache / 4 * 3 < ring ? cache / 4 * 3 : ring;
+}
+
+static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {
+    unsigned cpus = fst_os_cpus(), tuned = fst_pipeline_tuning.slots_each;
+    shape s = {config->threads, tuned && tuned <= FST_MAX_SLOTS ? tuned : SLOTS_EACH, config->slot_bytes};
+    if (s.threads == 0) s.threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
+    if (s.threads > MAX_THREADS) s.threads = MAX_THREADS;
+    if (s.slot_bytes == 0) {
+        size_t most = (gpu->host_access ? MAX_RING : ring_bytes()) / s.slots_each / s.threads;
+        s.slot_bytes = gpu->host_access ? CPU_SLOT : GPU_SLOT;
+        if (s.slot_bytes > most) s.slot_bytes = most > MIN_SLOT ? most : MIN_SLOT;
+    }
+    s.slot_bytes = round_up(s.slot_bytes, PAGE);
+    return s;
+}
+
+/* ---- Contexts -------------------------------------------------------------------------------------- */
+
+static fst_context *context_of(fst_context *given) { return given ? given : &process_context; }
+
+/* The idle engine of this shape, out of the list. Engines of before a fork have no threads here: dropped. */
+static fst_engine *take_idle(fst_context *context, const fst_gpu *gpu, const shape *wanted) {
+    fst_engine *found = NULL;
+    pthread_mutex_lock(&context->lock);
+    for (fst_engine **at = &context->idle; *at && !found;) {
+        fst_engine *engine = *at;
+        int fits = engine->gpu == gpu && engine->facts.threads == wanted->threads &&
+                   engine->slots_each == wanted->slots_each && engine->facts.slot_bytes == wanted->slot_bytes;
+        if (engine->process == getpid() && fits) found = engine;
+        if (engine->process != getpid() || fits) *at = engine->next;
+        else at = &engine->next;
+    }
+    pthread_mutex_unlock(&context->lock);
+    return found;
+}
+
+fst_status fst_engine_take(fst_context *context, const fst_gpu *gpu, const fst_engine_config *config,
+                           fst_engine **out, fst_engine_facts *facts, fst_error *error) {
+    shape wanted = choose_shape(gpu, config);
+    fst_status status = FST_OK;
+    *out = take_idle(context_of(context), gpu, &wanted);
+    if (!*out) {
+        int saved, code = gpu->calls->enter(gpu, &saved);
+        if (code) return fst_gpu_fail(error, gpu, code, "choosing the device");
+        status = engine_new(gpu, &wanted, out, error);
+        gpu->calls->leave(gpu, saved);
+    }
+    if (!status) fst_engine_describe(*out, facts);
+    return status;
+}
+
+void fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts) {
+    pthread_mutex_t *lock = (pthread_mutex_t *)&engine->lock;
+    pthread_mutex_lock(lock); /* workers may be at their set-up still */
+    *facts = engine->facts;
+    pthread_mutex_unlock(lock);
+}
+
+static void free_list(fst_engine *list) {
+    while (list) {
+        fst_engine *engine = list;
+        list = engine->next;
+        if (engine->process == getpid()) engine_free(engine);
+    }
+}
+
+/* Whether all workers have what they need. */
+static int is_sound(fst_engine *engine) {
+    pthread_mutex_lock(&engine->lock);
+    while (engine->settled < engine->threads_count) pthread_cond_wait(&engine->done, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+    for (unsigned i = 0; i < engine->threads_count; i++)
+        if (engine->workers[i].setup_what) return 0;
+    return 1;
+}
+
+void fst_engine_put(fst_context *given, fst_engine *engine) {
+    fst_context *context = context_of(given);
+    fst_engine *dropped = NULL;
+    unsigned count = 0;
+    if (!is_sound(engine)) {
+        engine_free(engine);
+        return;
+    }
+    pthread_mutex_lock(&context->lock);
+    engine->next = context->idle;
+    context->idle = engine;
+    for (fst_engine **at = &context->idle; *at; at = &(*at)->next)
+        if (++count == MAX_IDLE) { /* the oldest go: their rings hold memory that others could use */
+            dropped = (*at)->next;
+            (*at)->next = NULL;
+            break;
+        }
+    pthread_mutex_unlock(&context->lock);
+    free_list(dropped);
+}
+
+void fst_context_release(fst_context *given) {
+    fst_context *context = context_of(given);
+    pthread_mutex_lock(&context->lock);
+    fst_engine *list = context->idle;
+    context->idle = NULL;
+    pthread_mutex_unlock(&context->lock);
+    free_list(list);
+}
+
+fst_context *fst_context_new(void) {
+    fst_context *context = calloc(1, sizeof *context);
+    if (context) {
+        pthread_mutex_init(&context->lock, NULL);
+        return context;
+    }
+    fst_error error;
+    fst_fail(&error, FST_E_MEMORY, 0, NULL, "out of memory");
+    fst_set_last_error(&error);
+    return NULL;
+}
+
+void fst_context_free(fst_context *context) {
+    if (!context) return;
+    fst_context_release(context);
+    pthread_mutex_destroy(&context->lock);
+    free(context);
+}

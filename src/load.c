@@ -1,0 +1,311 @@
+/* fst_load and fst_open; what streams share with them. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "loading.h"
+
+#define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
+#define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
+
+/* So large that there are few, so small that the first is there soon. */
+uint64_t fst_block_bytes = (uint64_t)256 << 20;
+
+/* ---- Options ----------------------------------------------------------------------------------- */
+
+static fst_status refuse(fst_error *error, const char *text) {
+    return fst_fail(error, FST_E_ARG, 0, NULL, "%s", text);
+}
+
+static fst_status copy_options(const fst_options *given, fst_options *options, fst_error *error) {
+    if (given->size < sizeof given->size)
+        return refuse(error, "fst_options.size is not set: begin with FST_OPTIONS_INIT");
+    /* A caller built against a newer header may use options that this library does not have. */
+    for (size_t i = sizeof *options; i < given->size; i++)
+        if (((const unsigned char *)given)[i])
+            return refuse(error, "the options are of a newer version of fst");
+    memcpy(options, given, given->size < sizeof *options ? given->size : sizeof *options);
+    return FST_OK;
+}
+
+static fst_status check_options(const fst_options *options, fst_error *error) {
+    const unsigned known = FST_NON_SATURATING | FST_AS_READY;
+    if ((int)options->cast < 0 || options->cast >= FST_DTYPE_COUNT)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no dtype to cast to", (int)options->cast);
+    if (options->device < 0)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "device %d: want FST_DEVICE_AUTO, _CPU or _GPU(n)",
+                        options->device);
+    if (options->flags & ~known)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "unknown flags %#x", options->flags & ~known);
+    if (options->slot_bytes && (options->slot_bytes < 64u << 10 || options->slot_bytes > 64u << 20))
+        return fst_fail(error, FST_E_ARG, 0, NULL, "slots of %zu bytes: want 64 KiB to 64 MiB",
+                        options->slot_bytes);
+    if ((unsigned)options->reader > FST_READER_URING)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no way to read", (int)options->reader);
+    if ((unsigned)options->cache > FST_CACHE_AVOID)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no way to use the cache", (int)options->cache);
+    if (options->allocator && (!options->allocator->allocate || !options->allocator->release))
+        return refuse(error, "the allocator lacks a function");
+    return FST_OK;
+}
+
+fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given) {
+    fst_status status = files && files[0] ? FST_OK : refuse(l->error, "no files are named");
+    l->started = fst_os_now();
+    if (!status && given) status = copy_options(given, &l->options, l->error);
+    if (!status) status = check_options(&l->options, l->error);
+    if (!status && l->options.allocator) l->allocator = *l->options.allocator;
+    if (!status && !(l->model = calloc(1, sizeof *l->model))) status = fst_no_memory(l->error);
+    return status;
+}
+
+/* ---- What a job needs ---------------------------------------------------------------------------- */
+
+/* Called by the pipeline. */
+static fst_status allocate_block(void *arg, size_t i, void **memory, fst_error *error) {
+    fst_loading *l = arg;
+    fst_model *model = l->model;
+    double start = fst_os_now();
+    fst_status status = fst_block_new(model->gpu, &l->allocator, l->budget, l->plan.blocks[i],
+                                      l->plan.bytes_blocks, &model->blocks[i], error);
+    l->allocate_seconds += fst_os_now() - start;
+    if (status) return status;
+    model->blocks_count++;
+    *memory = model->blocks[i]->data;
+    return FST_OK;
+}
+
+/* All blocks before anything is read: when there may not be enough, and when the memory is the caller's. */
+static fst_status allocate_first(fst_loading *l) {
+    const fst_gpu *gpu = l->model->gpu;
+    uint64_t available = 0, total = 0;
+    if (gpu->calls->memory(gpu, &available, &total)) available = 0;
+    if (!l->allocator.allocate && available / 2 >= l->plan.bytes_blocks) return FST_OK;
+    for (size_t i = 0; i < l->plan.blocks_count; i++) {
+        void *memory = NULL;
+        fst_status status = allocate_block(l, i, &memory, l->error);
+        if (status) return status;
+        atomic_store(&l->job.blocks[i], memory);
+    }
+    return FST_OK;
+}
+
+static fst_status make_reader(fst_loading *l) {
+    const fst_plan *plan = &l->plan;
+    const fst_gpu *gpu = l->model->gpu;
+    fst_reader_options options = {l->options.reader, l->options.cache,
+                                  gpu->host_access ? plan->bytes_blocks : 0};
+    fst_range *ranges = l->ranges = malloc((plan->chunks_count + 1) * sizeof *ranges);
+    size_t count = 0;
+    if (!ranges) return fst_no_memory(l->error);
+    for (size_t i = 0; i < plan->chunks_count; i++) {
+        const fst_plan_chunk *chunk = &plan->chunks[i];
+        fst_range *last = count ? &ranges[count - 1] : NULL;
+        if (last && last->file == chunk->file && last->offset + last->nbytes == chunk->offset)
+            last->nbytes += chunk->nbytes;
+        else ranges[count++] = (fst_range){chunk->file, chunk->offset, chunk->nbytes};
+    }
+    fst_status status = fst_reader_new(l->fds, l->ids, (const char *const *)l->model->paths.files,
+                                       l->model->paths.count, ranges, count, &options, &l->reader, l->error);
+    return status;
+}
+
+static fst_status make_job(fst_loading *l) {
+    fst_model *model = l->model;
+    l->job = (fst_load_job){
+        .plan = &l->plan,
+        .headers = model->headers,
+        .paths = (const char *const *)model->paths.files,
+        .reader = l->reader,
+        .use_ring = l->options.reader == FST_READER_URING,
+        .hows = calloc(l->plan.chunks_count + 1, sizeof *l->job.hows),
+        .blocks = calloc(l->plan.blocks_count + 1, sizeof *l->job.blocks),
+        .allocate = allocate_block,
+        .allocate_arg = l,
+        .budget = l->budget,
+        .flags = l->options.flags,
+        .progress = l->options.progress,
+        .progress_arg = l->options.progress_arg,
+        .cancel = l->options.cancel,
+        .started = l->started,
+        .bytes_total = l->plan.bytes_read,
+    };
+    model->blocks = calloc(l->plan.blocks_count + 1, sizeof *model->blocks);
+    return l->job.hows && l->job.blocks && model->blocks ? FST_OK : fst_no_memory(l->error);
+}
+
+/* What each tensor will be: its place is known once its block is there. */
+static void describe_results(fst_loading *l) {
+    for (size_t i = 0; i < l->model->count; i++) {
+        l->model->tensors[i].dtype = l->plan.tensors[i].dtype;
+        l->model->tensors[i].nbytes = l->plan.tensors[i].nbytes;
+    }
+}
+
+fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
+    fst_model *model = l->model;
+    fst_engine_config config = {l->options.threads, l->options.slot_bytes};
+    fst_status status = fst_gpu_find(l->options.device, &model->gpu, model->device_reason,
+                                     sizeof model->device_reason, l->error);
+    double before = fst_os_now();
+    if (!status)
+        status = fst_engine_take(l->options.context, model->gpu, &config, &l->engine, &l->facts, l->error);
+    l->allocate_seconds = fst_os_now() - before;
+    if (status) return status;
+    fst_plan_options plan_options = {l->options.cast, l->facts.slot_bytes,
+                                     model->gpu->host_access ? CPU_PLACE : GPU_PLACE, block_bytes};
+    status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
+                           l->choices, &plan_options, &l->plan, l->error);
+    if (!status) status = make_reader(l);
+    if (!status) status = make_job(l);
+    if (!status) describe_results(l);
+    model->stats.open_seconds = fst_os_now() - l->started - l->allocate_seconds;
+    return status;
+}
+
+void fst_loading_end(fst_loading *l) {
+    fst_reader_free(l->reader);
+    free(l->ranges);
+    if (l->engine) fst_engine_put(l->options.context, l->engine);
+    if (l->model) fst_loading_close(l);
+    fst_plan_free(&l->plan);
+    fst_budget_drop(l->budget);
+    free((void *)l->job.hows);
+    free((void *)l->job.blocks);
+    l->engine = NULL;
+    l->reader = NULL;
+    l->budget = NULL;
+}
+
+/* ---- Statistics ----------------------------------------------------------------------------------- */
+
+static const char *what_limited(const fst_gpu *gpu, const fst_stats *stats,
+                                const fst_pipeline_stats *pipeline) {
+    double spread = stats->threads ? 1.0 / stats->threads : 1;
+    double waited = pipeline->wait_seconds * spread, read = pipeline->read_seconds * spread;
+    double kernels = pipeline->kernel_seconds * spread, held = stats->consumer_seconds * spread;
+    if (held > waited + read + kernels) return "consumer";
+    if (stats->allocate_seconds > waited + read + kernels) return "allocation";
+    if (gpu->host_access) return kernels > read ? "kernel" : "read";
+    if (read >= waited) return "read";
+    return pipeline->launch_ms > pipeline->copy_ms ? "kernel" : "copy";
+}
+
+static void describe_reading(fst_loading *l) {
+    fst_stats *stats = &l->model->stats;
+    fst_reader_facts facts;
+    fst_reader_describe(l->reader, &facts);
+    stats->bytes_cached = facts.cached;
+    stats->bytes_buffered = facts.buffered;
+    stats->bytes_direct = facts.direct;
+    snprintf(l->model->reader, sizeof l->model->reader, "%s; residency: %s", facts.reader, facts.residency);
+    stats->reader = l->model->reader;
+}
+
+void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) {
+    const fst_gpu *gpu = l->model->gpu;
+    fst_stats *stats = &l->model->stats;
+    double timed = pipeline->timed ? (double)pipeline->chunks / (double)pipeline->timed : 0;
+    fst_engine_describe(l->engine, &l->facts);
+    stats->bytes_read = l->header_bytes + pipeline->bytes_read;
+    stats->bytes_out = l->plan.bytes_out;
+    stats->device = gpu->label;
+    stats->device_name = gpu->name;
+    stats->device_reason = l->model->device_reason;
+    stats->peak_device_bytes = (l->budget ? l->budget->peak : l->plan.bytes_blocks) + l->facts.staging_bytes;
+    stats->pinned_bytes = l->facts.pinned_bytes;
+    stats->threads = l->facts.threads;
+    stats->slots = l->facts.slots;
+    stats->slot_bytes = l->facts.slot_bytes;
+    stats->slots_unpinned = l->facts.unpinned;
+    stats->numa_node = l->facts.node;
+    stats->chunks = pipeline->chunks;
+    stats->launches = pipeline->launches;
+    stats->read_seconds = pipeline->read_seconds;
+    stats->wait_seconds = pipeline->wait_seconds;
+    stats->kernel_seconds = pipeline->kernel_seconds;
+    stats->copy_seconds = pipeline->copy_ms * 1e-3 * timed;
+    stats->convert_seconds = pipeline->launch_ms * 1e-3 * timed;
+    stats->consumer_seconds = l->budget ? pipeline->held_seconds : 0;
+    stats->allocate_seconds = l->allocate_seconds;
+    stats->seconds = fst_os_now() - l->started;
+    if (stats->seconds > 0 && l->facts.slots)
+        stats->slots_busy = pipeline->slot_seconds / (stats->seconds * l->facts.slots);
+    describe_reading(l);
+    stats->limit = what_limited(gpu, stats, pipeline);
+}
+
+/* ---- Loading --------------------------------------------------------------------------------------- */
+
+static void place_tensors(fst_loading *l) {
+    fst_model *model = l->model;
+    for (size_t i = 0; i < model->count; i++) {
+        const fst_plan_tensor *planned = &l->plan.tensors[i];
+        fst_model_tensor *tensor = &model->tensors[i];
+        tensor->data = planned->memory;
+        if (planned->block == FST_NO_BLOCK) continue;
+        tensor->block = model->blocks[planned->block];
+        tensor->data = (unsigned char *)tensor->block->data + planned->block_offset;
+    }
+}
+
+static fst_status run(fst_loading *l) {
+    fst_pipeline_stats pipeline;
+    const fst_gpu *gpu = l->model->gpu;
+    int saved, code = gpu->calls->enter(gpu, &saved);
+    if (code) return fst_gpu_fail(l->error, gpu, code, "choosing the device");
+    fst_status status = allocate_first(l);
+    if (!status) status = fst_pipeline_run(l->engine, &l->job, &pipeline, l->error);
+    if (!status) status = fst_loading_check_files(l);
+    if (!status) {
+        place_tensors(l);
+        fst_loading_fill_stats(l, &pipeline);
+    }
+    gpu->calls->leave(gpu, saved);
+    return status;
+}
+
+static fst_status load_or_open(const char *const *files, const fst_options *given, int with_data,
+                               fst_model **out, fst_error *error) {
+    fst_error mine = {.status = FST_OK, .file = -1, .offset = -1};
+    fst_loading l = {.error = &mine};
+    fst_status status =
+        out ? fst_loading_begin(&l, files, given) : refuse(&mine, "there is no place for the model");
+    if (out) *out = NULL;
+    if (!status && !with_data) l.options.rule = NULL;
+    if (!status) status = fst_loading_open(&l, files);
+    if (!status) {
+        l.model->stats.bytes_read = l.header_bytes;
+        l.model->stats.open_seconds = fst_os_now() - l.started;
+        l.model->stats.numa_node = -1;
+    }
+    if (!status && with_data) status = fst_loading_prepare(&l, fst_block_bytes);
+    if (!status && with_data) status = run(&l);
+    fst_loading_end(&l);
+    if (status) {
+        fst_model_free(l.model);
+        fst_set_last_error(&mine);
+        if (error) *error = mine;
+        return status;
+    }
+    l.model->stats.seconds = fst_os_now() - l.started;
+    *out = l.model;
+    return FST_OK;
+}
+
+fst_status fst_load(const char *const *files, const fst_options *options, fst_model **out, fst_error *error) {
+    return load_or_open(files, options, 1, out, error);
+}
+
+fst_status fst_open(const char *const *files, const fst_options *options, fst_model **out, fst_error *error) {
+    return load_or_open(files, options, 0, out, error);
+}
+
+fst_model *fst_load_cast(const char *const *files, fst_dtype target) {
+    fst_options options = FST_OPTIONS_INIT;
+    fst_model *model;
+    options.cast = target;
+    return fst_load(files, &options, &model, NULL) == FST_OK ? model : NULL;
+}
+
+void fst_release_cached(void) { fst_context_release(NULL); }

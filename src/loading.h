@@ -1,0 +1,60 @@
+/* A load under way: what it needs besides the model. open.c, load.c and stream.c. */
+#ifndef FST_LOADING_H
+#define FST_LOADING_H
+
+#include "model.h"
+#include "os.h"
+#include "pipeline.h"
+#include "plan.h"
+#include "reader.h"
+
+typedef struct fst_loading {
+    fst_model *model;
+    fst_error *error;
+    fst_options options;
+    fst_allocator allocator;
+    double started;
+
+    int *fds; /* -1: not open */
+    fst_file_id *ids;
+    fst_choice *choices; /* of each tensor of each file */
+    size_t total;        /* tensors in all headers */
+    uint64_t header_bytes;
+
+    fst_engine *engine;
+    fst_engine_facts facts;
+    fst_reader *reader;
+    fst_range *ranges; /* what of the files is read */
+    fst_plan plan;
+    fst_load_job job;
+    fst_budget *budget;
+    double allocate_seconds;
+} fst_loading;
+
+static inline fst_status fst_no_memory(fst_error *error) {
+    return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
+}
+
+static inline const char *fst_file_path(const fst_model *model, size_t file) {
+    return model->paths.files[file];
+}
+
+/* ---- open.c ---- */
+
+/* Opens all files and reads their headers into the model; l->model, error and options are set. */
+fst_status fst_loading_open(fst_loading *l, const char *const *files);
+/* Whether the files are what they were then. */
+fst_status fst_loading_check_files(fst_loading *l);
+void       fst_loading_close(fst_loading *l);
+
+/* ---- load.c ---- */
+
+/* Checks what the caller gave and fills in l->options. */
+fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given);
+/* Finds the device, takes an engine, plans, and makes the job: all but its blocks. `block_bytes` 0: by the budget. */
+fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes);
+void       fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline);
+/* Gives back everything but the model. */
+void       fst_loading_end(fst_loading *l);
+
+#endif

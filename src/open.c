@@ -1,0 +1,210 @@
+/* Opens the files of a load: paths, headers, indexes, and the list of the tensors that count. */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#include "loading.h"
+#include "os.h"
+
+static fst_status file_fail(fst_loading *l, size_t file, int code, const char *what) {
+    fst_where where = {fst_file_path(l->model, file), (int)file, -1};
+    return fst_fail(l->error, FST_E_IO, -code, &where, "%s: %s", what, strerror(-code));
+}
+
+static fst_status read_header(fst_loading *l, size_t file) {
+    const char *path = fst_file_path(l->model, file);
+    uint64_t size = l->ids[file].size, length;
+    unsigned char first[8];
+    ssize_t got = fst_os_read_all(l->fds[file], first, size < 8 ? (size_t)size : 8, 0);
+    if (got < 0) return file_fail(l, file, (int)got, "reading its header");
+    fst_status status = fst_header_length(first, (uint64_t)got < 8 ? (uint64_t)got : size, path, (int)file,
+                                          &length, l->error);
+    if (status) return status;
+    char *json = malloc((size_t)length + 8);
+    if (!json) return fst_no_memory(l->error);
+    got = fst_os_read_all(l->fds[file], json, (size_t)length, 8);
+    if (got < 0) {
+        status = file_fail(l, file, (int)got, "reading its header");
+    } else if ((uint64_t)got < length) {
+        fst_where where = {path, (int)file, 8 + got};
+        status = fst_fail(l->error, FST_E_CHANGED, 0, &where,
+                          "the file ends here, inside its header: it was cut short while it was read");
+    } else {
+        memset(json + length, 0, 8);
+        l->header_bytes += 8 + length;
+        status =
+            fst_header_parse(json, (size_t)length, size, path, (int)file, &l->model->headers[file], l->error);
+    }
+    free(json);
+    return status;
+}
+
+static fst_status open_file(fst_loading *l, size_t file) {
+    fst_where where = {fst_file_path(l->model, file), (int)file, -1};
+    fst_file_type type;
+    int fd = fst_os_calls.open_read(where.path);
+    if (fd < 0) return file_fail(l, file, fd, "opening it");
+    l->fds[file] = fd;
+    int code = fst_os_calls.identify(fd, &l->ids[file], &type);
+    if (code < 0) return file_fail(l, file, code, "looking at it");
+    if (type != FST_FILE_REGULAR) return fst_fail(l->error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
+    return read_header(l, file);
+}
+
+/* An index decides which tensors of its files count: what it does not list is left out, what it lists and
+ * its file lacks is an error. */
+static int compare_listed(const void *a, const void *b) {
+    const struct fst_listed *x = a, *y = b;
+    size_t length = x->length < y->length ? x->length : y->length;
+    int order = memcmp(x->name, y->name, length);
+    return order ? order : (x->length > y->length) - (x->length < y->length);
+}
+
+static fst_status apply_index(fst_loading *l) {
+    fst_model *model = l->model;
+    const fst_paths *paths = &model->paths;
+    fst_choice *choice = l->choices;
+    unsigned char *found;
+    if (paths->listed_count == 0) return FST_OK;
+    found = calloc(paths->listed_count, 1);
+    if (!found) return fst_no_memory(l->error);
+    for (size_t file = 0; file < paths->count; file++) {
+        const fst_header *header = &model->headers[file];
+        for (size_t i = 0; i < header->count; i++, choice++) {
+            if (!paths->indexed[file]) continue;
+            struct fst_listed key = {header->tensors[i].name, header->tensors[i].name_length, 0};
+            const struct fst_listed *listed =
+                bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
+            choice->skip = !listed || listed->file != file;
+            if (!choice->skip) found[listed - paths->listed] = 1;
+        }
+    }
+    fst_status status = FST_OK;
+    for (size_t i = 0; i < paths->listed_count && !status; i++) {
+        const struct fst_listed *listed = &paths->listed[i];
+        if (found[i]) continue;
+        fst_where where = {fst_file_path(model, listed->file), (int)listed->file, -1};
+        status = fst_fail(l->error, FST_E_INDEX, 0, &where,
+                          "the index says that tensor \"%s\" is in this file, but it is not", listed->name);
+    }
+    free(found);
+    return status;
+}
+
+static fst_status fill_names(fst_loading *l) {
+    fst_model *model = l->model;
+    if (getrandom(model->hash_key, sizeof model->hash_key, GRND_NONBLOCK) < 0)
+        model->hash_key[0] =
+            (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
+    model->names_size = 16;
+    while (model->names_size < model->count * 2) model->names_size *= 2;
+    model->names = calloc(model->names_size, sizeof *model->names);
+    if (!model->names) return fst_no_memory(l->error);
+    for (size_t i = 0; i < model->count; i++) {
+        const fst_model_tensor *tensor = &model->tensors[i];
+        size_t at = fst_model_slot(model, tensor->entry->name, tensor->entry->name_length);
+        if (model->names[at]) {
+            const fst_model_tensor *other = &model->tensors[model->names[at] - 1];
+            fst_where where = {fst_file_path(model, tensor->file), (int)tensor->file,
+                               (int64_t)(model->headers[tensor->file].data_start + tensor->entry->begin)};
+            return fst_fail(l->error, FST_E_DUPLICATE, 0, &where,
+                            "tensor \"%s\" is also in %s; load the files one by one, or by their index",
+                            tensor->entry->name, fst_file_path(model, other->file));
+        }
+        model->names[at] = (uint32_t)(i + 1);
+    }
+    return FST_OK;
+}
+
+/* Asks the caller's rule what to do with a tensor. */
+static fst_status apply_rule(fst_loading *l, const fst_model_tensor *tensor, fst_choice *choice) {
+    const fst_options *options = &l->options;
+    fst_where where = {fst_file_path(l->model, tensor->file), (int)tensor->file,
+                       (int64_t)(l->model->headers[tensor->file].data_start + tensor->entry->begin)};
+    fst_rule rule = {.cast = options->cast};
+    fst_tensor described;
+    fst_describe_tensor(l->model, tensor, &described);
+    if (options->rule(options->rule_arg, &described, &rule))
+        return fst_fail(l->error, FST_E_CANCELLED, 0, &where, "tensor \"%s\": the rule ended the load",
+                        described.name);
+    if ((int)rule.cast < 0 || rule.cast >= FST_DTYPE_COUNT)
+        return fst_fail(l->error, FST_E_ARG, 0, &where, "tensor \"%s\": the rule's %d is no dtype to cast to",
+                        described.name, (int)rule.cast);
+    *choice = (fst_choice){rule.skip != 0, rule.cast, rule.memory, rule.memory_bytes};
+    return FST_OK;
+}
+
+/* The tensors that count, in the order of files and offsets; without data yet. */
+static fst_status list_tensors(fst_loading *l) {
+    fst_model *model = l->model;
+    fst_choice *choice = l->choices;
+    if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
+    model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
+    if (!model->tensors) return fst_no_memory(l->error);
+    for (size_t file = 0; file < model->paths.count; file++) {
+        const fst_header *header = &model->headers[file];
+        for (size_t i = 0; i < header->count; i++, choice++) {
+            const fst_entry *entry = &header->tensors[i];
+            fst_model_tensor tensor = {.entry = entry,
+                                       .file = (uint32_t)file,
+                                       .dtype = entry->dtype,
+                                       .nbytes = entry->end - entry->begin};
+            if (choice->skip) continue;
+            choice->cast = l->options.cast;
+            fst_status status = l->options.rule ? apply_rule(l, &tensor, choice) : FST_OK;
+            if (status) return status;
+            if (!choice->skip) model->tensors[model->count++] = tensor;
+        }
+    }
+    model->stats.tensors_ignored = l->total - model->count;
+    return fill_names(l);
+}
+
+fst_status fst_loading_open(fst_loading *l, const char *const *files) {
+    fst_model *model = l->model;
+    fst_status status = fst_paths_resolve(files, &model->paths, l->error);
+    if (status) return status;
+    size_t count = model->paths.count;
+    model->headers = calloc(count + 1, sizeof *model->headers);
+    l->fds = malloc((count + 1) * sizeof *l->fds);
+    l->ids = calloc(count + 1, sizeof *l->ids);
+    for (size_t i = 0; l->fds && i < count; i++) l->fds[i] = -1;
+    if (!model->headers || !l->fds || !l->ids) return fst_no_memory(l->error);
+    for (size_t i = 0; i < count && !status; i++) {
+        status = open_file(l, i);
+        l->total += model->headers[i].count;
+    }
+    if (status) return status;
+    l->choices = calloc(l->total + 1, sizeof *l->choices);
+    if (!l->choices) return fst_no_memory(l->error);
+    status = apply_index(l);
+    return status ? status : list_tensors(l);
+}
+
+fst_status fst_loading_check_files(fst_loading *l) {
+    for (size_t i = 0; i < l->model->paths.count; i++) {
+        fst_where where = {fst_file_path(l->model, i), (int)i, -1};
+        fst_file_id now;
+        fst_file_type type;
+        int code = fst_os_calls.identify(l->fds[i], &now, &type);
+        if (code < 0) return file_fail(l, i, code, "looking at it again");
+        const fst_file_id *was = &l->ids[i];
+        /* An unlink, or a rename over the path, moves ctime along with the count of links: what was read is
+         * still the file that was opened. ctime alone tells of a write whose mtime was set back. */
+        int written = now.size != was->size || now.mtime_ns != was->mtime_ns ||
+                      (now.ctime_ns != was->ctime_ns && now.links == was->links);
+        if (written || now.inode != was->inode || now.device != was->device)
+            return fst_fail(l->error, FST_E_CHANGED, 0, &where,
+                            "the file changed while it was loaded; load it again");
+    }
+    return FST_OK;
+}
+
+void fst_loading_close(fst_loading *l) {
+    for (size_t i = 0; l->fds && i < l->model->paths.count; i++)
+        if (l->fds[i] >= 0) fst_os_calls.close(l->fds[i]);
+    free(l->fds);
+    free(l->ids);
+    free(l->choices);
+    l->fds = NULL;
+}
