@@ -33,12 +33,14 @@ typedef struct file {
     atomic_int method;
     _Atomic(const char *) why; /* not a better method; NULL: this is the best */
     atomic_int direct, probe;  /* descriptors of our own, NOT_OPENED or REFUSED */
+    atomic_int advised;        /* the kernel reads nothing ahead but what it is told to */
     atomic_int no_direct;      /* O_DIRECT was refused; `direct` may be in use in other threads still */
     _Atomic(void *) map;       /* for mincore */
 } file;
 
 struct fst_reader {
     uint64_t load; /* tells one reader's files from another's in a ring */
+    uint64_t seed;
     fst_reader_options options;
     const fst_range *ranges;
     size_t ranges_count, files_count;
@@ -81,6 +83,7 @@ fst_status fst_reader_new(const int *fds, const fst_file_id *ids, const char *co
     pthread_mutex_init(&reader->lock, NULL);
     pthread_mutex_init(&reader->counting, NULL);
     reader->load = atomic_fetch_add(&loads, 1) + 1;
+    reader->seed = (uint64_t)(fst_os_now() * 1e9) + reader->load;
     reader->options = *options;
     reader->ranges = ranges;
     reader->ranges_count = count;
@@ -208,23 +211,37 @@ static int64_t missing_by_mincore(fst_reader *reader, file *f, uint64_t start, u
     return missing;
 }
 
-/* From one piece in the middle to all: the start may be there as the readahead of what lies in front. */
+/* Where a chunk is probed. Never twice at one place: a probe that misses brings its piece in, and so the next load would
+ * take the chunk for cached. */
+static uint64_t probe_at(const fst_reader *reader, uint64_t start, uint64_t end) {
+    uint64_t z = (start + reader->seed) * 0x9E3779B97F4A7C15u;
+    uint64_t pieces = (end - start + SECTOR - 1) / SECTOR;
+    return start + (z ^ z >> 32) % pieces * SECTOR;
+}
+
+/* From one piece to all. */
 static int64_t missing_by_probe(fst_reader *reader, file *f, uint64_t start, uint64_t end) {
     unsigned char piece[SECTOR];
     int fd = probe_of(reader, f);
-    uint64_t middle = start + (end - start) / 2 / SECTOR * SECTOR;
     if (fd < 0) return -EBADF;
-    ssize_t got = fst_os_calls.pread_cached(fd, piece, sizeof piece, middle);
+    ssize_t got = fst_os_calls.pread_cached(fd, piece, sizeof piece, probe_at(reader, start, end));
     if (got == -EAGAIN) return (int64_t)((end - start + reader->page - 1) / reader->page);
     return got < 0 ? got : 0;
+}
+
+/* What a chunk has of the file, from the start of its first page. 0: nothing. */
+static int clip(const fst_reader *reader, const file *f, uint64_t offset, uint64_t nbytes, uint64_t *start,
+                uint64_t *end) {
+    *start = offset / reader->page * reader->page;
+    *end = offset + nbytes < f->id->size ? offset + nbytes : f->id->size;
+    return *start < *end;
 }
 
 /* The bytes of [offset, offset + nbytes), in whole pages, that are not in memory. -1: not known. A method that fails
  * gives way to the next for good. */
 static int64_t missing_bytes(fst_reader *reader, file *f, uint64_t offset, uint64_t nbytes) {
-    uint64_t start = offset / reader->page * reader->page, end = offset + nbytes;
-    if (end > f->id->size) end = f->id->size;
-    if (start >= end) return 0;
+    uint64_t start, end;
+    if (!clip(reader, f, offset, nbytes, &start, &end)) return 0;
     for (;;) {
         int64_t missing;
         switch (atomic_load(&f->method)) {
@@ -302,7 +319,9 @@ fst_how fst_reader_choose(fst_reader *reader, size_t which, uint64_t offset, siz
     return direct_of(reader, f) >= 0 ? FST_HOW_DIRECT : FST_HOW_BUFFERED;
 }
 
-static void read_ahead(const file *f, uint64_t offset, uint64_t nbytes) {
+static void read_ahead(file *f, uint64_t offset, uint64_t nbytes) {
+    if (!atomic_load(&f->advised) && !atomic_exchange(&f->advised, 1))
+        fst_os_calls.advise(f->fd, 0, 0, FST_ADVICE_RANDOM);
     for (uint64_t end = offset + nbytes; offset < end; offset += READAHEAD_STEP) {
         uint64_t size = end - offset < READAHEAD_STEP ? end - offset : READAHEAD_STEP;
         if (fst_os_calls.advise(f->fd, offset, size, FST_ADVICE_WILLNEED)) break;
@@ -351,6 +370,13 @@ static fst_ring_read sectors_around(uint64_t offset, size_t nbytes, void *slot) 
                            .wanted = nbytes};
 }
 
+/* What a missed probe brought in was not asked for. */
+static void drop_probe(fst_reader *reader, file *f, uint64_t offset, size_t nbytes) {
+    uint64_t start, end;
+    if (atomic_load(&f->method) == PROBE && clip(reader, f, offset, nbytes, &start, &end))
+        fst_os_calls.advise(f->fd, probe_at(reader, start, end), SECTOR, FST_ADVICE_DONTNEED);
+}
+
 /* O_DIRECT came to `got`: all is there, or the rest is read buffered, which is nothing at the end of the file. */
 static ssize_t settle_direct(fst_reader *reader, fst_how *how, file *f, const fst_ring_read *read,
                              ssize_t got) {
@@ -362,6 +388,7 @@ static ssize_t settle_direct(fst_reader *reader, fst_how *how, file *f, const fs
         return read_buffered(reader, *how, f, out, offset, read->wanted);
     }
     if (got < 0) return got;
+    drop_probe(reader, f, offset, read->wanted);
     size_t done = (size_t)got > read->skip ? (size_t)got - read->skip : 0;
     if (done >= read->wanted) return count_bytes(reader, *how, (ssize_t)read->wanted);
     ssize_t rest = fst_os_read_all(f->fd, out + done, read->wanted - done, offset + done);
