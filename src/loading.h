@@ -18,6 +18,7 @@ typedef struct fst_loading {
     int *fds; /* -1: not open */
     fst_file_id *ids;
     fst_choice *choices; /* of each tensor of each file */
+    uint64_t **hashes;   /* of each file's names */
     size_t total;        /* tensors in all headers */
     uint64_t header_bytes;
 

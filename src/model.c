@@ -79,30 +79,30 @@ static void sip_round(uint64_t v[4]) {
     v[2] += v[1], v[1] = rotate(v[1], 17) ^ v[2], v[2] = rotate(v[2], 32);
 }
 
-/* SipHash-1-3 (Aumasson and Bernstein) under the model's own random key: names come from files, and a file made to
- * let all its names collide would take hours. */
-static uint64_t hash_name(const fst_model *model, const char *name, size_t length) {
-    uint64_t k0 = model->hash_key[0], k1 = model->hash_key[1], word = 0;
+uint64_t fst_model_hash(const fst_model *model, const char *name, size_t length) {
+    uint64_t k0 = model->hash_key[0], k1 = model->hash_key[1], word;
     uint64_t v[4] = {k0 ^ 0x736f6d6570736575u, k1 ^ 0x646f72616e646f6du, k0 ^ 0x6c7967656e657261u,
                      k1 ^ 0x7465646279746573u};
-    for (size_t i = 0; i <= length; i++) {
-        word |= (uint64_t)(i < length ? (unsigned char)name[i] : length & 0xFF)
-                << (i == length ? 56 : 8 * (i % 8));
-        if (i % 8 != 7 && i != length) continue;
+    for (size_t left = length;; name += 8, left -= 8) {
+        int last = left < 8;
+        word = last ? (uint64_t)length << 56 : 0;
+        for (size_t i = 0; last && i < left; i++) word |= (uint64_t)(unsigned char)name[i] << (8 * i);
+        if (!last) memcpy(&word, name, 8);
         v[3] ^= word;
         sip_round(v);
         v[0] ^= word;
-        word = 0;
+        if (last) break;
     }
     v[2] ^= 0xFF;
     for (int i = 0; i < 3; i++) sip_round(v);
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-size_t fst_model_slot(const fst_model *model, const char *name, size_t length) {
-    size_t at = (size_t)hash_name(model, name, length) & (model->names_size - 1);
-    for (; model->names[at]; at = (at + 1) & (model->names_size - 1)) {
-        const fst_entry *entry = model->tensors[model->names[at] - 1].entry;
+size_t fst_model_slot(const fst_model *model, uint64_t hash, const char *name, size_t length) {
+    size_t at = (size_t)hash & (model->names_size - 1);
+    for (; model->names[at].index; at = (at + 1) & (model->names_size - 1)) {
+        if (model->names[at].tag != (uint32_t)(hash >> 32)) continue;
+        const fst_entry *entry = model->tensors[model->names[at].index - 1].entry;
         if (entry->name_length == length && memcmp(entry->name, name, length) == 0) break;
     }
     return at;
@@ -160,7 +160,9 @@ fst_status fst_model_at(const fst_model *model, size_t i, fst_tensor *out) {
 
 size_t fst_model_index(const fst_model *model, const char *name) {
     if (!model || !name) return (size_t)-1;
-    uint32_t found = model->names[fst_model_slot(model, name, strlen(name))];
+    size_t length = strlen(name);
+    uint64_t hash = fst_model_hash(model, name, length);
+    uint32_t found = model->names[fst_model_slot(model, hash, name, length)].index;
     return found ? found - 1 : (size_t)-1;
 }
 

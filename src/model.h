@@ -35,14 +35,20 @@ typedef struct fst_model_tensor {
     fst_block       *block;       /* that its data is in; NULL: it has none, or it is in memory of the caller's */
     void            *data;
     uint64_t         nbytes;
+    uint64_t         hash;        /* of its name */
 } fst_model_tensor;
+
+typedef struct fst_model_name {
+    uint32_t index; /* of the tensor, and 1; 0: free */
+    uint32_t tag;   /* the upper half of its hash */
+} fst_model_name;
 
 struct fst_model {
     fst_paths         paths;
     fst_header       *headers;    /* of each file */
     size_t            count;
     fst_model_tensor *tensors;
-    uint32_t         *names;      /* open-addressing hash table: 1 + index, 0 is free */
+    fst_model_name   *names;      /* open-addressing hash table */
     size_t            names_size; /* a power of two */
     uint64_t          hash_key[2];
     size_t            blocks_count;
@@ -54,7 +60,10 @@ struct fst_model {
 };
 
 void   fst_describe_tensor(const fst_model *model, const fst_model_tensor *tensor, fst_tensor *out);
+/* SipHash-1-3 (Aumasson and Bernstein) under the model's own random key: names come from files, and a file made to
+ * let all its names collide would take hours. */
+uint64_t fst_model_hash(const fst_model *model, const char *name, size_t length);
 /* The slot of the table that has this name, or the free one where it would go. */
-size_t fst_model_slot(const fst_model *model, const char *name, size_t length);
+size_t fst_model_slot(const fst_model *model, uint64_t hash, const char *name, size_t length);
 
 #endif

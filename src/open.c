@@ -1,4 +1,6 @@
 /* Opens the files of a load: paths, headers, indexes, and the list of the tensors that count. */
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
@@ -6,49 +8,107 @@
 #include "loading.h"
 #include "os.h"
 
-static fst_status file_fail(fst_loading *l, size_t file, int code, const char *what) {
+#define FILES_EACH 4u /* so many are opened sooner than a thread is started */
+#define MOST_OPENERS 16u
+
+static fst_status file_fail(fst_loading *l, size_t file, int code, const char *what, fst_error *error) {
     fst_where where = {fst_file_path(l->model, file), (int)file, -1};
-    return fst_fail(l->error, FST_E_IO, -code, &where, "%s: %s", what, strerror(-code));
+    return fst_fail(error, FST_E_IO, -code, &where, "%s: %s", what, strerror(-code));
 }
 
-static fst_status read_header(fst_loading *l, size_t file) {
+/* Hashed where headers are read, by several threads. */
+static fst_status hash_names(fst_loading *l, size_t file, fst_error *error) {
+    const fst_header *header = &l->model->headers[file];
+    uint64_t *hashes = l->hashes[file] = malloc((header->count + 1) * sizeof *hashes);
+    if (!hashes) return fst_no_memory(error);
+    for (size_t i = 0; i < header->count; i++)
+        hashes[i] = fst_model_hash(l->model, header->tensors[i].name, header->tensors[i].name_length);
+    return FST_OK;
+}
+
+static fst_status read_header(fst_loading *l, size_t file, fst_error *error) {
     const char *path = fst_file_path(l->model, file);
     uint64_t size = l->ids[file].size, length;
     unsigned char first[8];
     ssize_t got = fst_os_read_all(l->fds[file], first, size < 8 ? (size_t)size : 8, 0);
-    if (got < 0) return file_fail(l, file, (int)got, "reading its header");
-    fst_status status = fst_header_length(first, (uint64_t)got < 8 ? (uint64_t)got : size, path, (int)file,
-                                          &length, l->error);
+    if (got < 0) return file_fail(l, file, (int)got, "reading its header", error);
+    fst_status status =
+        fst_header_length(first, (uint64_t)got < 8 ? (uint64_t)got : size, path, (int)file, &length, error);
     if (status) return status;
     char *json = malloc((size_t)length + 8);
-    if (!json) return fst_no_memory(l->error);
+    if (!json) return fst_no_memory(error);
     got = fst_os_read_all(l->fds[file], json, (size_t)length, 8);
     if (got < 0) {
-        status = file_fail(l, file, (int)got, "reading its header");
+        status = file_fail(l, file, (int)got, "reading its header", error);
     } else if ((uint64_t)got < length) {
         fst_where where = {path, (int)file, 8 + got};
-        status = fst_fail(l->error, FST_E_CHANGED, 0, &where,
+        status = fst_fail(error, FST_E_CHANGED, 0, &where,
                           "the file ends here, inside its header: it was cut short while it was read");
     } else {
         memset(json + length, 0, 8);
-        l->header_bytes += 8 + length;
         status =
-            fst_header_parse(json, (size_t)length, size, path, (int)file, &l->model->headers[file], l->error);
+            fst_header_parse(json, (size_t)length, size, path, (int)file, &l->model->headers[file], error);
     }
     free(json);
-    return status;
+    return status ? status : hash_names(l, file, error);
 }
 
-static fst_status open_file(fst_loading *l, size_t file) {
+static fst_status open_file(fst_loading *l, size_t file, fst_error *error) {
     fst_where where = {fst_file_path(l->model, file), (int)file, -1};
     fst_file_type type;
     int fd = fst_os_calls.open_read(where.path);
-    if (fd < 0) return file_fail(l, file, fd, "opening it");
+    if (fd < 0) return file_fail(l, file, fd, "opening it", error);
     l->fds[file] = fd;
     int code = fst_os_calls.identify(fd, &l->ids[file], &type);
-    if (code < 0) return file_fail(l, file, code, "looking at it");
-    if (type != FST_FILE_REGULAR) return fst_fail(l->error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
-    return read_header(l, file);
+    if (code < 0) return file_fail(l, file, code, "looking at it", error);
+    if (type != FST_FILE_REGULAR) return fst_fail(error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
+    return read_header(l, file, error);
+}
+
+/* Files that are opened by several threads at once. The error of the first file that has one is the load's, as if they
+ * were opened in their order. */
+typedef struct opening {
+    fst_loading *l;
+    atomic_size_t next;
+    pthread_mutex_t lock;
+    atomic_size_t failed; /* the first file that did */
+    fst_error error;
+} opening;
+
+static void *open_some(void *arg) {
+    opening *o = arg;
+    for (;;) {
+        size_t i = atomic_fetch_add(&o->next, 1);
+        fst_error error = {.file = -1, .offset = -1};
+        if (i >= o->l->model->paths.count || i > atomic_load(&o->failed)) return NULL;
+        if (open_file(o->l, i, &error) == FST_OK) continue;
+        pthread_mutex_lock(&o->lock);
+        if (i < atomic_load(&o->failed)) {
+            atomic_store(&o->failed, i);
+            o->error = error;
+        }
+        pthread_mutex_unlock(&o->lock);
+    }
+}
+
+/* The caller's thread, and some more when there are many files; fewer will do when no more are to be had. */
+static fst_status open_files(fst_loading *l) {
+    opening o = {.l = l, .failed = SIZE_MAX, .lock = PTHREAD_MUTEX_INITIALIZER};
+    size_t wanted = l->model->paths.count / FILES_EACH, cpus = fst_os_cpus(), started = 0;
+    pthread_t threads[MOST_OPENERS];
+    sigset_t all, before;
+    if (wanted > cpus) wanted = cpus;
+    if (wanted > MOST_OPENERS) wanted = MOST_OPENERS;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (started + 1 < wanted && pthread_create(&threads[started], NULL, open_some, &o) == 0) started++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    open_some(&o);
+    for (size_t i = 0; i < started; i++) pthread_join(threads[i], NULL);
+    pthread_mutex_destroy(&o.lock);
+    if (o.failed == SIZE_MAX) return FST_OK;
+    *l->error = o.error;
+    return o.error.status;
 }
 
 /* An index decides which tensors of its files count: what it does not list is left out, what it lists and
@@ -93,25 +153,22 @@ static fst_status apply_index(fst_loading *l) {
 
 static fst_status fill_names(fst_loading *l) {
     fst_model *model = l->model;
-    if (getrandom(model->hash_key, sizeof model->hash_key, GRND_NONBLOCK) < 0)
-        model->hash_key[0] =
-            (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
     if (!model->names) return fst_no_memory(l->error);
     for (size_t i = 0; i < model->count; i++) {
         const fst_model_tensor *tensor = &model->tensors[i];
-        size_t at = fst_model_slot(model, tensor->entry->name, tensor->entry->name_length);
-        if (model->names[at]) {
-            const fst_model_tensor *other = &model->tensors[model->names[at] - 1];
+        size_t at = fst_model_slot(model, tensor->hash, tensor->entry->name, tensor->entry->name_length);
+        if (model->names[at].index) {
+            const fst_model_tensor *other = &model->tensors[model->names[at].index - 1];
             fst_where where = {fst_file_path(model, tensor->file), (int)tensor->file,
                                (int64_t)(model->headers[tensor->file].data_start + tensor->entry->begin)};
             return fst_fail(l->error, FST_E_DUPLICATE, 0, &where,
                             "tensor \"%s\" is also in %s; load the files one by one, or by their index",
                             tensor->entry->name, fst_file_path(model, other->file));
         }
-        model->names[at] = (uint32_t)(i + 1);
+        model->names[at] = (fst_model_name){(uint32_t)(i + 1), (uint32_t)(tensor->hash >> 32)};
     }
     return FST_OK;
 }
@@ -148,7 +205,8 @@ static fst_status list_tensors(fst_loading *l) {
             fst_model_tensor tensor = {.entry = entry,
                                        .file = (uint32_t)file,
                                        .dtype = entry->dtype,
-                                       .nbytes = entry->end - entry->begin};
+                                       .nbytes = entry->end - entry->begin,
+                                       .hash = l->hashes[file][i]};
             if (choice->skip) continue;
             choice->cast = l->options.cast;
             fst_status status = l->options.rule ? apply_rule(l, &tensor, choice) : FST_OK;
@@ -169,12 +227,17 @@ fst_status fst_loading_open(fst_loading *l, const char *const *files) {
     l->fds = malloc((count + 1) * sizeof *l->fds);
     l->ids = calloc(count + 1, sizeof *l->ids);
     for (size_t i = 0; l->fds && i < count; i++) l->fds[i] = -1;
-    if (!model->headers || !l->fds || !l->ids) return fst_no_memory(l->error);
-    for (size_t i = 0; i < count && !status; i++) {
-        status = open_file(l, i);
-        l->total += model->headers[i].count;
-    }
+    l->hashes = calloc(count + 1, sizeof *l->hashes);
+    if (!model->headers || !l->fds || !l->ids || !l->hashes) return fst_no_memory(l->error);
+    if (getrandom(model->hash_key, sizeof model->hash_key, GRND_NONBLOCK) < 0)
+        model->hash_key[0] =
+            (uint64_t)(uintptr_t)model ^ (uint64_t)(fst_os_now() * 1e9); /* early in the boot */
+    status = open_files(l);
     if (status) return status;
+    for (size_t i = 0; i < count; i++) {
+        l->total += model->headers[i].count;
+        l->header_bytes += model->headers[i].data_start;
+    }
     l->choices = calloc(l->total + 1, sizeof *l->choices);
     if (!l->choices) return fst_no_memory(l->error);
     status = apply_index(l);
@@ -187,7 +250,7 @@ fst_status fst_loading_check_files(fst_loading *l) {
         fst_file_id now;
         fst_file_type type;
         int code = fst_os_calls.identify(l->fds[i], &now, &type);
-        if (code < 0) return file_fail(l, i, code, "looking at it again");
+        if (code < 0) return file_fail(l, i, code, "looking at it again", l->error);
         const fst_file_id *was = &l->ids[i];
         /* An unlink, or a rename over the path, moves ctime along with the count of links: what was read is
          * still the file that was opened. ctime alone tells of a write whose mtime was set back. */
@@ -203,8 +266,11 @@ fst_status fst_loading_check_files(fst_loading *l) {
 void fst_loading_close(fst_loading *l) {
     for (size_t i = 0; l->fds && i < l->model->paths.count; i++)
         if (l->fds[i] >= 0) fst_os_calls.close(l->fds[i]);
+    for (size_t i = 0; l->hashes && i < l->model->paths.count; i++) free(l->hashes[i]);
+    free(l->hashes);
     free(l->fds);
     free(l->ids);
     free(l->choices);
     l->fds = NULL;
+    l->hashes = NULL;
 }

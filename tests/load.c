@@ -687,6 +687,40 @@ TEST(load, second_of_two_files_is_bad) {
     CHECK_INT(descriptors, support_open_descriptors());
 }
 
+/* Files are opened by several threads. */
+TEST(load, first_of_several_bad_files_is_the_error) {
+    enum { FILES = 40 };
+    static char paths[FILES][512];
+    const char *files[FILES + 1] = {NULL};
+    fst_model *model;
+    fst_error error;
+    for (int i = 0; i < FILES; i++) {
+        char name[32];
+        sprintf(name, "t%d", i);
+        snprintf(paths[i], sizeof paths[i], "%s", test_path(name));
+        files[i] = paths[i];
+        support_tensor tensor = {name, "U8", "[4]", "abcd", 4};
+        support_checkpoint(paths[i], NULL, &tensor, 1, 0);
+    }
+    CHECK_INT(FST_OK, fst_open(files, NULL, &model, &error));
+    CHECK_INT(FILES, fst_model_count(model));
+    for (int i = 0; i < FILES; i++) {
+        fst_tensor tensor;
+        CHECK_INT(FST_OK, fst_model_at(model, (size_t)i, &tensor));
+        CHECK_INT(i, tensor.file);
+    }
+    fst_model_free(model);
+    support_write(paths[31], "bad", 3);
+    support_write(paths[17], "worse", 5);
+    for (int i = 0; i < 20; i++) {
+        unsigned before = support_open_descriptors();
+        CHECK_INT(FST_E_TRUNCATED, fst_open(files, NULL, &model, &error));
+        CHECK_INT(17, error.file);
+        CHECK_STR(paths[17], error.path);
+        CHECK_INT(before, support_open_descriptors());
+    }
+}
+
 TEST(load, index_lists_a_tensor_that_its_file_lacks) {
     fst_model *model;
     fst_error error;

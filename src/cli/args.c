@@ -70,6 +70,29 @@ static int set_threads(arguments *args, const char *value) {
     return EXIT_OK;
 }
 
+/* Which of the words `value` is, or -1. */
+static int parse_word(const char *value, const char *const *words, int count) {
+    for (int i = 0; i < count; i++)
+        if (!strcmp(value, words[i])) return i;
+    return -1;
+}
+
+static int set_reader(arguments *args, const char *value) {
+    static const char *const words[] = {"auto", "threads", "direct", "uring"}; /* as fst_reader_kind counts */
+    int which = parse_word(value, words, 4);
+    if (which < 0) return usage_wrong("--reader: '%s' is none of auto, threads, direct, uring", value);
+    args->reader = (fst_reader_kind)which;
+    return EXIT_OK;
+}
+
+static int set_cache(arguments *args, const char *value) {
+    static const char *const words[] = {"auto", "keep", "avoid"}; /* as fst_cache counts */
+    int which = parse_word(value, words, 3);
+    if (which < 0) return usage_wrong("--cache: '%s' is none of auto, keep, avoid", value);
+    args->cache = (fst_cache)which;
+    return EXIT_OK;
+}
+
 enum { FOR_INSPECT = 1 << COMMAND_INSPECT, FOR_LOAD = 1 << COMMAND_LOAD, FOR_CONVERT = 1 << COMMAND_CONVERT };
 
 typedef struct option_rule {
@@ -86,6 +109,8 @@ static const option_rule rules[] = {
     {"--cast", FOR_LOAD | FOR_CONVERT, 1, set_cast},
     {"--device", FOR_LOAD | FOR_CONVERT, 1, set_device},
     {"--threads", FOR_LOAD | FOR_CONVERT, 1, set_threads},
+    {"--reader", FOR_LOAD | FOR_CONVERT, 1, set_reader},
+    {"--cache", FOR_LOAD | FOR_CONVERT, 1, set_cache},
     {"--output", FOR_CONVERT, 1, set_output},
     {"-o", FOR_CONVERT, 1, set_output},
 };

@@ -19,6 +19,8 @@ typedef struct arguments {
     fst_dtype    cast;
     int          device;
     unsigned     threads;
+    fst_reader_kind reader;
+    fst_cache    cache;
     const char  *output; /* NULL when not given */
     const char **paths;  /* NULL-terminated; freed by arguments_free */
     size_t       paths_count;

@@ -41,8 +41,49 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
     yyjson_mut_obj_add_uint(doc, root, "peak_device_bytes", stats->peak_device_bytes);
     yyjson_mut_obj_add_uint(doc, root, "pinned_bytes", stats->pinned_bytes);
     yyjson_mut_obj_add_uint(doc, root, "threads", stats->threads);
+    json_add_text(doc, root, "reader", stats->reader);
+    const struct {
+        const char *key;
+        uint64_t value;
+    } counts[] = {{"bytes_cached", stats->bytes_cached},
+                  {"bytes_buffered", stats->bytes_buffered},
+                  {"bytes_direct", stats->bytes_direct},
+                  {"chunks", stats->chunks},
+                  {"launches", stats->launches},
+                  {"slots", stats->slots},
+                  {"slot_bytes", stats->slot_bytes}};
+    const struct {
+        const char *key;
+        double value;
+    } times[] = {{"open_seconds", stats->open_seconds},       {"allocate_seconds", stats->allocate_seconds},
+                 {"read_seconds", stats->read_seconds},       {"wait_seconds", stats->wait_seconds},
+                 {"copy_seconds", stats->copy_seconds},       {"convert_seconds", stats->convert_seconds},
+                 {"kernel_seconds", stats->kernel_seconds},   {"slots_busy", stats->slots_busy}};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        yyjson_mut_obj_add_uint(doc, root, counts[i].key, counts[i].value);
+    for (size_t i = 0; i < sizeof times / sizeof *times; i++)
+        yyjson_mut_obj_add_real(doc, root, times[i].key, times[i].value);
     if (!yyjson_mut_obj_add_uint(doc, root, "tensors_ignored", stats->tensors_ignored)) must(NULL);
     json_print(doc, out);
+}
+
+/* Where the bytes came from, and how long each stage worked, as a share of the time that its threads had. */
+static void print_stages(const fst_stats *stats, FILE *out) {
+    char cached[32], buffered[32], direct[32];
+    double all = stats->seconds * stats->threads, share = all > 0 ? 100 / all : 0;
+    fprintf(out, "source   %s cached, %s buffered, %s direct; %s\n", format_bytes(cached, stats->bytes_cached),
+            format_bytes(buffered, stats->bytes_buffered), format_bytes(direct, stats->bytes_direct),
+            stats->reader);
+    fprintf(out, "stages   open %.1f ms, allocate %.1f ms; threads: reading %.0f %%", stats->open_seconds * 1e3,
+            stats->allocate_seconds * 1e3, stats->read_seconds * share);
+    if (stats->kernel_seconds > 0) fprintf(out, ", converting %.0f %%", stats->kernel_seconds * share);
+    if (stats->pinned_bytes)
+        fprintf(out, ", waiting for copies %.0f %%; slots busy %.0f %%; copies %.0f %%, kernels %.0f %% of their streams",
+                stats->wait_seconds * share, stats->slots_busy * 100, stats->copy_seconds * share,
+                stats->convert_seconds * share);
+    fprintf(out, "\n");
+    if (stats->slots_unpinned)
+        fprintf(out, "note     %u threads got less pinned memory than wanted\n", stats->slots_unpinned);
 }
 
 static void print_lines(const arguments *args, const fst_model *model, const fst_stats *stats,
@@ -56,6 +97,7 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
     format_bytes(bytes, stats->bytes_read);
     fprintf(out, "\nread     %s in %.3f s: %.2f GB/s with %u threads, limited by: %s\n", bytes,
             stats->seconds, rate(stats), stats->threads, stats->limit);
+    print_stages(stats, out);
     fprintf(out, "result   %s%s%s\n", format_bytes(bytes, stats->bytes_out), args->cast ? ", floats as " : "",
             args->cast ? fst_dtype_name(args->cast) : "");
     fprintf(out, "memory   %s on the device at the peak", format_bytes(peak, stats->peak_device_bytes));
@@ -73,6 +115,8 @@ static fst_status load(const arguments *args, fst_model **model, fst_error *erro
     options.cast = args->cast;
     options.device = args->device;
     options.threads = args->threads;
+    options.reader = args->reader;
+    options.cache = args->cache;
     options.progress = progress_tick;
     options.progress_arg = &bar;
     options.cancel = interrupt_flag();

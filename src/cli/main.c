@@ -10,9 +10,8 @@
 
 static const char usage[] =
     "usage: fst inspect [--json] PATH...\n"
-    "       fst load [--cast DTYPE] [--device auto|cpu|N] [--threads N] [--json] PATH...\n"
-    "       fst convert [--cast DTYPE] [--device auto|cpu|N] [--threads N] [--json]\n"
-    "                   -o OUT.safetensors PATH...\n"
+    "       fst load [OPTION]... PATH...\n"
+    "       fst convert [OPTION]... -o OUT.safetensors PATH...\n"
     "       fst --help | --version\n"
     "\n"
     "inspect  prints the names, dtypes, shapes and sizes of tensors; reads headers alone\n"
@@ -26,6 +25,8 @@ static const char usage[] =
     "               F8_E4M3FNUZ, F8_E5M2FNUZ, in any case; without it, tensors stay as stored\n"
     "--device       auto: the first GPU that works, otherwise the CPU; cpu; or the number of a GPU\n"
     "--threads N    threads that read\n"
+    "--reader       auto, threads (pread), direct (O_DIRECT) or uring (io_uring), for what is not cached\n"
+    "--cache        whether what is read stays in the page cache: auto (when it fits), keep or avoid\n"
     "--json         prints one JSON object\n"
     "-o OUT         the file to write; one that exists is replaced once the new one is complete\n"
     "--             ends the options: what follows are paths\n"
