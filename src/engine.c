@@ -147,9 +147,9 @@ static void engine_free(fst_engine *engine) {
     if (entered) gpu->calls->leave(gpu, saved);
     free(engine->workers);
     pthread_mutex_destroy(&engine->lock);
-    pthread_mutex_destroy(&engine->allocating);
     pthread_cond_destroy(&engine->wake);
     pthread_cond_destroy(&engine->done);
+    pthread_cond_destroy(&engine->allocated);
     free(engine);
 }
 
@@ -183,8 +183,8 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     *out = NULL;
     if (!engine) return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
     pthread_mutex_init(&engine->lock, NULL);
-    pthread_mutex_init(&engine->allocating, NULL);
     pthread_cond_init(&engine->done, NULL);
+    pthread_cond_init(&engine->allocated, NULL);
     pthread_cond_init(&engine->wake, NULL);
     engine->gpu = gpu;
     engine->process = getpid();

@@ -57,8 +57,9 @@ struct fst_engine {
     fst_worker *workers;
 
     pthread_mutex_t lock;
-    pthread_cond_t wake; /* workers: a job, or the end */
-    pthread_cond_t done; /* the caller: workers are idle, or a tensor is complete */
+    pthread_cond_t wake;      /* workers: a job, or the end */
+    pthread_cond_t done;      /* the caller: workers are idle, or a tensor is complete */
+    pthread_cond_t allocated; /* workers: one more block is there */
     int quit;
     unsigned generation; /* counts jobs */
     unsigned settled;    /* workers that are set up */
@@ -66,8 +67,9 @@ struct fst_engine {
     const fst_load_job *job;
     fst_error first; /* what the job failed with; written by the first who fails */
 
-    pthread_mutex_t allocating; /* blocks are allocated by one at a time, in order */
-    atomic_uint held_up;        /* workers that wait for a block, or for leave to allocate it */
+    size_t next_block;   /* of the job's, to be allocated */
+    int allocating;      /* somebody does */
+    atomic_uint held_up; /* workers that wait for a block, or allocate one */
     atomic_size_t next_chunk;
     atomic_int stop; /* nothing new is begun */
     atomic_uint_fast64_t bytes_done;

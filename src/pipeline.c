@@ -85,6 +85,7 @@ static int fail_with(fst_engine *engine, const fst_load_job *job, const fst_erro
     if (first) engine->first = *why;
     atomic_store(&engine->stop, 1);
     pthread_cond_broadcast(&engine->done);
+    pthread_cond_broadcast(&engine->allocated);
     pthread_mutex_unlock(&engine->lock);
     if (job->budget) fst_budget_stop(job->budget);
     return first;
@@ -124,20 +125,35 @@ static int check_read(fst_worker *w, const fst_load_job *job, const fst_plan_chu
 
 /* ---- Blocks ------------------------------------------------------------------------------------ */
 
-/* Blocks are allocated in order, each by whoever needs it first. 0 when the job was stopped. */
-static int need_block(fst_engine *engine, const fst_load_job *job, uint32_t block) {
-    if (block == FST_NO_BLOCK || atomic_load(&job->blocks[block])) return !atomic_load(&engine->stop);
-    atomic_fetch_add(&engine->held_up, 1);
-    pthread_mutex_lock(&engine->allocating);
-    for (uint32_t i = 0; i <= block && !atomic_load(&engine->stop); i++) {
-        void *memory = NULL;
-        if (atomic_load(&job->blocks[i])) continue;
-        fst_error why = {.file = -1, .offset = -1};
-        fst_status status = job->allocate(job->allocate_arg, i, &memory, &why);
+/* The next block, in order. The lock is held, but not while the device works. */
+static void allocate_next(fst_engine *engine, const fst_load_job *job) {
+    size_t i = engine->next_block;
+    void *memory = NULL;
+    fst_error why = {.file = -1, .offset = -1};
+    engine->allocating = 1;
+    pthread_mutex_unlock(&engine->lock);
+    fst_status status = FST_OK;
+    if (!atomic_load(&job->blocks[i])) {
+        status = job->allocate(job->allocate_arg, i, &memory, &why);
         if (status) fail_with(engine, job, &why);
         else atomic_store(&job->blocks[i], memory);
     }
-    pthread_mutex_unlock(&engine->allocating);
+    pthread_mutex_lock(&engine->lock);
+    engine->allocating = 0;
+    if (!status) engine->next_block++;
+    pthread_cond_broadcast(&engine->allocated);
+}
+
+/* Waits for a block; allocates it, and those before it, if nobody else does. 0 when the job was stopped. */
+static int need_block(fst_engine *engine, const fst_load_job *job, uint32_t block) {
+    if (block == FST_NO_BLOCK || atomic_load(&job->blocks[block])) return !atomic_load(&engine->stop);
+    atomic_fetch_add(&engine->held_up, 1);
+    pthread_mutex_lock(&engine->lock);
+    while (!atomic_load(&job->blocks[block]) && !atomic_load(&engine->stop)) {
+        if (engine->allocating) pthread_cond_wait(&engine->allocated, &engine->lock);
+        else allocate_next(engine, job);
+    }
+    pthread_mutex_unlock(&engine->lock);
     atomic_fetch_sub(&engine->held_up, 1);
     return !atomic_load(&engine->stop);
 }
@@ -690,6 +706,7 @@ fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_e
     pthread_mutex_lock(&engine->lock);
     engine->first = (fst_error){.status = FST_OK, .file = -1, .offset = -1};
     engine->job = job;
+    engine->next_block = 0;
     engine->running = engine->threads_count;
     engine->generation++;
     pthread_cond_broadcast(&engine->wake);
