@@ -38,10 +38,12 @@ template <unsigned bits> FST_FN uint64_t load_code(const uint8_t *from, uint64_t
     }
 }
 
-// An address as a pointer. AMD's compiler must be told that it is global memory, or it makes flat accesses.
+// An address as a pointer. Compilers must be told that it is global memory, or they make flat (generic) accesses.
 template <class T> FST_FN T *global(uint64_t address) {
-#ifdef __HIP_DEVICE_COMPILE__
+#if defined(__HIP_DEVICE_COMPILE__)
     return (T *)(T __attribute__((address_space(1))) *)address;
+#elif defined(__CUDA_ARCH__)
+    return static_cast<T *>(__cvta_global_to_generic(address));
 #else
     return reinterpret_cast<T *>(address);
 #endif
@@ -106,19 +108,12 @@ FST_FN bool load_words(const uint8_t *from, const uint8_t *begin, const uint8_t 
     return true;
 }
 
-// 2^n bytes, out of the one or two aligned vectors that they lie in.
+// The 2^n bytes that start `skew` bytes into two neighbouring vectors.
 template <unsigned bytes>
-FST_FN bool load_pair(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
-    const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % bytes);
-    if (skew == 0) {
-        *out = load_aligned<bytes>(from);
-        return true;
-    }
-    const uint8_t *low = from - skew;
-    if (low < begin || low + 2 * bytes > end) return false;
-    const Vector<bytes> a = load_aligned<bytes>(low), b = load_aligned<bytes>(low + bytes);
+FST_FN Vector<bytes> shift_pair(const Vector<bytes> &a, const Vector<bytes> &b, unsigned skew) {
+    Vector<bytes> out;
     if constexpr (bytes < 4) {
-        out->word[0] = (a.word[0] | b.word[0] << (8 * bytes)) >> (8 * skew);
+        out.word[0] = (a.word[0] | b.word[0] << (8 * bytes)) >> (8 * skew);
     } else {
         constexpr unsigned n = Vector<bytes>::words;
         uint32_t all[2 * n];
@@ -129,8 +124,22 @@ FST_FN bool load_pair(const uint8_t *from, const uint8_t *begin, const uint8_t *
         for (unsigned step = n / 2; step > 0; step /= 2) FST_UNROLLED
         for (unsigned i = 0; i + step < 2 * n; i++) all[i] = skew & 4 * step ? all[i + step] : all[i];
         FST_UNROLLED
-        for (unsigned i = 0; i < n; i++) out->word[i] = funnel(all[i], all[i + 1], skew % 4);
+        for (unsigned i = 0; i < n; i++) out.word[i] = funnel(all[i], all[i + 1], skew % 4);
     }
+    return out;
+}
+
+// 2^n bytes, out of the one or two aligned vectors that they lie in.
+template <unsigned bytes>
+FST_FN bool load_pair(const uint8_t *from, const uint8_t *begin, const uint8_t *end, Vector<bytes> *out) {
+    const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(from) % bytes);
+    if (skew == 0) {
+        *out = load_aligned<bytes>(from);
+        return true;
+    }
+    const uint8_t *low = from - skew;
+    if (low < begin || low + 2 * bytes > end) return false;
+    *out = shift_pair(load_aligned<bytes>(low), load_aligned<bytes>(low + bytes), skew);
     return true;
 }
 

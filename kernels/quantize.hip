@@ -1,5 +1,6 @@
 // Quantization with computed scales: s = RN32(amax / M), code = encode(RN32(x / s)).
-#include "launch.h"
+#include "launch.h" // first: it brings the device's keywords
+#include "divide.h"
 #include "nvidia.h"
 #include "reduce.h"
 
@@ -47,23 +48,20 @@ template <int Dst> FST_FN uint32_t scale_of(uint32_t amax) {
     return scale == 0 ? 0x3F800000 : scale;
 }
 
+FST_FN bool is_usual(float scale) { return scale > 0x1p-60f && scale < 0x1p60f; }
+
 // Divides by one scale, rounded to nearest like a division, but by multiplications: with r = RN(1/s), the
 // correction of x*r by its exact remainder rounds right (Markstein 1990), as long as nothing under- or
 // overflows. Scales outside 2^-60..2^60 take the division.
 class Quotient {
   public:
-    // `tame`: only finite numbers will be divided.
-    FST_INLINE Quotient(uint32_t scale, bool tame)
-        : scale_(fst_float_of_bits32(scale)), reciprocal_(1.0f / scale_),
-          usual_(scale_ > 0x1p-60f && scale_ < 0x1p60f), tame_(tame && usual_) {}
-    FST_INLINE bool tame() const { return tame_; }
+    FST_INLINE explicit Quotient(uint32_t scale)
+        : scale_(fst_float_of_bits32(scale)), reciprocal_(1.0f / scale_), usual_(is_usual(scale_)) {}
+    // Under a usual scale.
     FST_INLINE float of_finite(float x) const {
 #if defined(__CUDA_ARCH__) || defined(__HIP_DEVICE_COMPILE__) || defined(FST_DEVICE_SHAPE)
-        const float q = x * reciprocal_;
-        const uint32_t bits =
-            fst_bits_of_float32(__builtin_fmaf(__builtin_fmaf(-q, scale_, x), reciprocal_, q));
-        // Of -0 the sum makes 0.
-        return fst_float_of_bits32((bits & 0x7FFFFFFF) | (fst_bits_of_float32(x) & 0x80000000));
+        const float q = x * reciprocal_; // the remainder is that of -x, or the sum would make 0 of -0
+        return __builtin_fmaf(__builtin_fmaf(q, scale_, -x), -reciprocal_, q);
 #else
         return x / scale_;
 #endif
@@ -77,12 +75,14 @@ class Quotient {
 
   private:
     float scale_, reciprocal_;
-    bool usual_, tame_;
+    bool usual_;
 };
 
-// True unless there may be NaN or Inf under this scale: they make it NaN, or that of the largest finite number.
+// False when there may be NaN or Inf under this scale (they make it NaN, or that of the largest finite number), and
+// when it is not a usual one.
 template <int Src, int Dst> FST_FN bool is_tame(uint32_t scale) {
-    return (scale & 0x7FFFFFFF) < 0x7F800000 && scale != scale_of<Dst>(to_f32<Src>(infinity<Src> - 1));
+    const float s = fst_float_of_bits32(scale);
+    return is_usual(s) && scale != scale_of<Dst>(to_f32<Src>(infinity<Src> - 1));
 }
 
 // NaN results have the sign of x, whatever a device's division makes of it.
@@ -102,65 +102,41 @@ FST_FN void count_nans(uint64_t address, uint64_t found) {
 #endif
 }
 
-// `count` neighbouring elements, cut into slots of 16 bytes of the source, where the destination is aligned.
-// [all_begin, all_end) is the whole source: nothing outside it is read. All are addresses (global() in
-// pack.h).
+// `count` neighbouring elements. All are addresses (global() in pack.h).
 template <int Src, int Dst> struct Stretch {
     static constexpr unsigned src_size = size_of<Src>;
-    static constexpr unsigned width = 16 / src_size;
 
-    uint64_t src, all_begin, all_end, dst, count;
+    uint64_t src, dst, count;
 
-    FST_INLINE unsigned skew() const { return static_cast<unsigned>(dst % width); }
-    FST_INLINE uint64_t slots() const { return (count + skew() + width - 1) / width; }
-    // The elements of a slot; false when there are none.
-    FST_INLINE bool range(uint64_t slot, uint64_t *begin, uint64_t *end) const {
-        const uint64_t position = slot * width, before = skew();
-        *begin = position > before ? position - before : 0;
-        *end = position + width - before < count ? position + width - before : count;
-        return *begin < *end;
-    }
     FST_INLINE typename word_of<src_size>::type element(uint64_t i) const {
         return load_element<src_size>(global<const uint8_t>(src) + i * src_size);
     }
-#ifndef FST_BY_ELEMENT
-    FST_INLINE bool load(uint64_t begin, uint64_t end, Vector<16> *in) const {
-        return end - begin == width &&
-               load_vector(global<const uint8_t>(src) + begin * src_size, global<const uint8_t>(all_begin),
-                           global<const uint8_t>(all_end), in);
-    }
-#endif
 };
 
+#ifdef FST_BY_ELEMENT
 // The largest magnitude of [begin, end), as a code. NaNs are counted in a second pass, if there are any.
 template <int Src, int Dst>
 FST_FN uint32_t amax_of(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t end, uint32_t *nans) {
     typename word_of<size_of<Src>>::type amax = 0;
-    FST_ROLLED
     for (uint64_t i = begin; i < end; i++) {
         const auto a = magnitude<Src>(s.element(i));
         amax = a > amax ? a : amax;
     }
     if (amax <= infinity<Src>) return amax;
     uint32_t found = 0;
-    FST_ROLLED
     for (uint64_t i = begin; i < end; i++) found += magnitude<Src>(s.element(i)) > infinity<Src>;
     *nans += found;
     return amax;
 }
 
-template <int Src, int Dst>
-FST_FN void encode_elements(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t end,
-                            const Quotient &quotient) {
+template <int Src, int Dst> FST_FN void encode_elements(const Stretch<Src, Dst> &s, const Quotient &quotient) {
     uint8_t *__restrict to = global<uint8_t>(s.dst);
-    FST_ROLLED
-    for (uint64_t i = begin; i < end; i++) {
+    for (uint64_t i = 0; i < s.count; i++) {
         const uint32_t bits = to_f32<Src>(s.element(i));
         to[i] = static_cast<uint8_t>(encode<Dst>(quotient(bits), bits));
     }
 }
 
-#ifdef FST_BY_ELEMENT
 template <int Src, int Dst> FST_FN uint32_t amax_of(const Stretch<Src, Dst> &s, uint64_t *nans) {
     constexpr uint64_t piece = 1u << 20; // fewer than its NaNs are counted in 32 bits
     uint32_t amax = 0;
@@ -190,12 +166,12 @@ FST_FN uint32_t larger16x2(uint32_t a, uint32_t b) {
 }
 
 // The largest magnitude, without a look at Inf and NaN.
-template <int Src> FST_FN uint32_t plain_amax(const Vector<16> &in) {
+template <int Src, unsigned n> FST_FN uint32_t plain_amax(const Vector<16> (&in)[n]) {
     constexpr uint32_t mask = size_of<Src> == 4 ? 0x7FFFFFFF : 0x7FFF7FFF;
-    uint32_t a = in.word[0] & mask;
+    uint32_t a = 0;
     FST_UNROLLED
-    for (unsigned i = 1; i < 4; i++) {
-        const uint32_t b = in.word[i] & mask;
+    for (unsigned i = 0; i < 4 * n; i++) {
+        const uint32_t b = in[i / 4].word[i % 4] & mask;
         if (size_of<Src> == 4) a = b > a ? b : a;
         else a = larger16x2(a, b);
     }
@@ -206,11 +182,6 @@ template <int Src> FST_FN uint32_t plain_amax(const Vector<16> &in) {
 
 template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t *nans) {
     uint32_t amax = 0;
-#if FST_PACKED >= 90
-    amax = plain_amax<Src>(in);
-    if (amax < infinity<Src>) return amax;
-    amax = 0;
-#endif
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
         const uint32_t a =
@@ -221,125 +192,220 @@ template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t
     return amax;
 }
 
-#if FST_PACKED >= 89
-// Four codes of finite numbers under a scale in the usual range. No quotient is beyond M by more than a rounding. A code
-// of FNUZ is that of twice the number in OCP, but for -0.
-template <int Src, int Dst>
-FST_FN uint32_t tame_codes(const Vector<16> &in, unsigned i, const Quotient &quotient) {
-    uint32_t x[4];
-    FST_UNROLLED
-    for (unsigned k = 0; k < 4; k++) {
-        const uint32_t word = in.word[size_of<Src> == 4 ? k : (i + k) / 2];
-        if (Src == FST_T_F32) x[k] = word;
-        else if (k % 2 == 0) widen16<Src>(word, &x[k], &x[k + 1]);
-    }
-    FST_UNROLLED
-    for (unsigned k = 0; k < 4; k++) {
-        const float q = quotient.of_finite(fst_float_of_bits32(x[k]));
-        x[k] = fst_bits_of_float32(fst_is_fnuz(fst_float_of(Dst)) ? q + q : q);
-    }
-    const uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3])
-                                                                        << 16;
-    if (!fst_is_fnuz(fst_float_of(Dst))) return codes;
-    return codes & (((codes & four(0x7F)) + four(0x7F)) | four(0x7F));
-}
-#endif
+template <int Src> using Codes = Vector<16 / size_of<Src>>; // of 16 bytes of the source
 
-template <int Src, int Dst>
-FST_FN void store_codes(uint8_t *to, const Vector<16> &in, const Quotient &quotient) {
-    Vector<16 / size_of<Src>> out = {};
-#if FST_PACKED >= 89
-    if (quotient.tame()) {
-        FST_UNROLLED
-        for (unsigned i = 0; i < 16 / size_of<Src>; i += 4)
-            out.word[i / 4] = tame_codes<Src, Dst>(in, i, quotient);
-        store_aligned(to, out);
-        return;
-    }
-    FST_UNROLLED
-    for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) {
-        uint32_t x[4], signs[4]; // the conversion of F16 loses the sign of a NaN, and so does the quotient
-        FST_UNROLLED
-        for (unsigned k = 0; k < 4; k++) {
-            const uint32_t word = in.word[size_of<Src> == 4 ? k : (i + k) / 2];
-            if (Src == FST_T_F32) x[k] = word;
-            else if (k % 2 == 0) widen16<Src>(word, &x[k], &x[k + 1]);
-            signs[k] = (size_of<Src> == 4 || k % 2 ? word : word << 16) & 0x80000000;
-        }
-        FST_UNROLLED
-        for (unsigned k = 0; k < 4; k++) x[k] = (quotient(x[k]) & 0x7FFFFFFF) | signs[k];
-        out.word[i / 4] = to_bytes<FST_T_F32, Dst>(x, true);
-    }
-    store_aligned(to, out);
-    return;
-#endif
+template <int Src, int Dst> FST_FN Codes<Src> codes_of(const Vector<16> &in, const Quotient &quotient) {
+    Codes<Src> out = {};
     FST_UNROLLED
     for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
         const uint32_t bits = to_f32<Src>(from_vector<Src>(in, i));
         put<1>(&out, i, encode<Dst>(quotient(bits), bits));
     }
-    store_aligned(to, out);
+    return out;
 }
 
-template <int Src, int Dst>
-FST_FN void encode_slot(const Stretch<Src, Dst> &s, uint64_t slot, const Quotient &quotient) {
-    uint64_t begin, end;
-    Vector<16> in;
-    if (!s.range(slot, &begin, &end)) return;
-    if (s.load(begin, end, &in)) store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, in, quotient);
-    else encode_elements<Src, Dst>(s, begin, end, quotient);
+// The same under a tame scale. No quotient is beyond M by more than a rounding.
+#if FST_PACKED >= 89
+// A code of FNUZ is that of twice the number in OCP, but for -0: half the scale is divided by.
+template <int Dst> FST_FN uint32_t tame_divisor(uint32_t scale) {
+    return fst_is_fnuz(fst_float_of(Dst)) ? scale - 0x00800000 : scale;
+}
+
+template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, const Quotient &quotient) {
+    Codes<Src> out;
+    FST_UNROLLED
+    for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) {
+        uint32_t x[4];
+        FST_UNROLLED
+        for (unsigned k = 0; k < 4; k++) {
+            const uint32_t word = in.word[size_of<Src> == 4 ? k : (i + k) / 2];
+            if (Src == FST_T_F32) x[k] = word;
+            else if (k % 2 == 0) widen16<Src>(word, &x[k], &x[k + 1]);
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < 4; k++)
+            x[k] = fst_bits_of_float32(quotient.of_finite(fst_float_of_bits32(x[k])));
+        uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3]) << 16;
+        if (fst_is_fnuz(fst_float_of(Dst))) codes &= ((codes & four(0x7F)) + four(0x7F)) | four(0x7F);
+        out.word[i / 4] = codes;
+    }
+    return out;
+}
+#else
+template <int Dst> FST_FN uint32_t tame_divisor(uint32_t scale) { return scale; }
+
+template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, const Quotient &quotient) {
+    Codes<Src> out = {};
+    FST_UNROLLED
+    for (unsigned i = 0; i < 16 / size_of<Src>; i++) {
+        const uint32_t bits = to_f32<Src>(from_vector<Src>(in, i));
+        const float q = quotient.of_finite(fst_float_of_bits32(bits));
+        put<1>(&out, i, encode<Dst>(fst_bits_of_float32(q), bits));
+    }
+    return out;
+}
+#endif
+
+// What a thread has of a row or a tile: vectors of 16 bytes of the source, a step apart. At either end of a row, some of a
+// vector's elements may not exist.
+template <int Src> struct Strip {
+    static constexpr unsigned size = size_of<Src>, width = 16 / size;
+
+    uint64_t src, dst, src_step, dst_step; // addresses of the first vector's first element
+    uint64_t col, col_step, cols;          // its place in a row of so many; wraps around before the row
+    uint64_t all_begin, all_end;           // the whole source: nothing outside it is read
+    uint32_t count;                        // of vectors
+    unsigned unit;                         // the codes of a vector are stored in pieces of so many bytes
+    bool straight;                         // all vectors are whole, and aligned in the source
+
+    // Those of the first vectors that are whole; zeros for the others. Bit k of the result: in[k] is the k-th. No branch:
+    // all loads are under way before the first is used.
+    template <unsigned n> FST_INLINE uint32_t load(Vector<16> (&in)[n]) const {
+        uint32_t loaded = 0;
+        if (straight) {
+            FST_UNROLLED
+            for (unsigned k = 0; k < n; k++) {
+                in[k] = {};
+                if (k < count) in[k] = load_aligned<16>(global<const uint8_t>(src + k * src_step));
+            }
+            return count < n ? (1u << count) - 1 : (1u << n) - 1;
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+            const uint64_t from = src + k * src_step, skew = from % 16;
+            const uint64_t low = from - skew, high = skew ? low + 16 : low;
+            const bool inside = (k < count) & is_whole(k) & (low >= all_begin) & (high + 16 <= all_end);
+            Vector<16> a = {}, b = {};
+            if (inside) a = load_aligned<16>(global<const uint8_t>(low));
+            if (inside) b = load_aligned<16>(global<const uint8_t>(high));
+            in[k] = shift_pair(a, b, static_cast<unsigned>(skew));
+            loaded |= static_cast<uint32_t>(inside) << k;
+        }
+        return loaded;
+    }
+
+    // The first of the vectors that are not among `loaded`, or those before it.
+    FST_INLINE uint32_t begin_rest(uint32_t loaded, unsigned n) const {
+        return count <= n && loaded == (1u << count) - 1 ? count : 0;
+    }
+
+    // Any vector, with zeros for the elements that do not exist.
+    FST_INLINE Vector<16> load_any(uint32_t k) const {
+        const uint8_t *from = global<const uint8_t>(src + k * src_step);
+        Vector<16> in = {};
+        if (is_whole(k) &&
+            load_vector(from, global<const uint8_t>(all_begin), global<const uint8_t>(all_end), &in))
+            return in;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++)
+            if (exists(k, i)) put<size>(&in, i, load_element<size>(from + i * size));
+        return in;
+    }
+
+    FST_INLINE void store(uint32_t k, const Codes<Src> &codes) const {
+        uint8_t *to = global<uint8_t>(dst + k * dst_step);
+        if (unit == width) return store_aligned(to, codes);
+        if (unit >= 4) return store_units<4>(to, codes);
+        if (unit == 2) return store_units<2>(to, codes);
+        store_units<1>(to, codes);
+    }
+    FST_INLINE void store_any(uint32_t k, const Codes<Src> &codes) const {
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++)
+            if (exists(k, i)) store_piece<1>(global<uint8_t>(dst + k * dst_step), codes, i);
+    }
+
+  private:
+    FST_INLINE bool exists(uint32_t k, unsigned i) const { return col + k * col_step + i < cols; }
+    FST_INLINE bool is_whole(uint32_t k) const {
+        const uint64_t at = col + k * col_step;
+        return (at < cols) & (cols - at >= width);
+    }
+    template <unsigned bytes> static FST_INLINE void store_units(uint8_t *to, const Codes<Src> &codes) {
+        FST_UNROLLED
+        for (unsigned at = 0; at < width; at += bytes) store_piece<bytes>(to, codes, at);
+    }
+};
+
+// The largest magnitude, as a code.
+template <int Src, unsigned n>
+FST_FN uint32_t amax_of(const Strip<Src> &strip, const Vector<16> (&in)[n], uint32_t loaded, uint32_t *nans) {
+    uint32_t amax = 0;
+#if FST_PACKED >= 90
+    amax = plain_amax<Src>(in);
+    if (amax >= infinity<Src>) amax = 0, loaded = 0; // once more, with care
+#else
+    FST_UNROLLED
+    for (unsigned k = 0; k < n; k++) {
+        const uint32_t a = amax_of_vector<Src>(in[k], nans);
+        amax = a > amax ? a : amax;
+    }
+#endif
+    FST_ROLLED
+    for (uint32_t k = strip.begin_rest(loaded, n); k < strip.count; k++) {
+        if (k < n && loaded >> k & 1) continue;
+        const uint32_t a = amax_of_vector<Src>(strip.load_any(k), nans);
+        amax = a > amax ? a : amax;
+    }
+    return amax;
+}
+
+template <int Src, int Dst, unsigned n>
+FST_FN void encode_strip(const Strip<Src> &strip, const Vector<16> (&in)[n], uint32_t loaded,
+                         uint32_t scale) {
+    if (is_tame<Src, Dst>(scale)) {
+        const Quotient quotient(tame_divisor<Dst>(scale));
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+            const Codes<Src> codes = tame_codes<Src, Dst>(in[k], quotient);
+            if (loaded >> k & 1) strip.store(k, codes);
+        }
+    } else {
+        loaded = 0;
+    }
+    uint32_t k = strip.begin_rest(loaded, n);
+    if (k >= strip.count) return;
+    const Quotient quotient(scale);
+    FST_ROLLED
+    for (; k < strip.count; k++)
+        if (!(k < n && loaded >> k & 1))
+            strip.store_any(k, codes_of<Src, Dst>(strip.load_any(k), quotient));
 }
 #endif
 
 // A block quantizes one row, or one tile of 128 x 128. What it reads stays in registers, as far as they go.
 template <int Src, int Dst, unsigned Threads> struct Tile {
     static constexpr unsigned threads = by_element ? 1 : Threads;
-    static constexpr unsigned src_size = size_of<Src>;
-    static constexpr unsigned width = Stretch<Src, Dst>::width;
+    static constexpr unsigned src_size = size_of<Src>, width = 16 / src_size;
     static constexpr unsigned kept = 8; // vectors of a thread
 
-    uint64_t src, dst, scales, nans, rows, cols, tile_rows, tile_cols, grid_cols;
+    uint64_t src, dst, scales, nans, rows, cols, tile_rows, tile_cols;
+    Divisor across; // tiles
+    unsigned unit;
+    bool straight;
 
     struct State {
 #ifndef FST_BY_ELEMENT
         Vector<16> in[kept];
-        uint32_t whole; // bit k: in[k] holds the thread's k-th slot
+        uint32_t loaded;
 #endif
     };
 
     FST_INLINE uint32_t gather(uint64_t block, unsigned thread, State &state) const {
-        uint32_t amax = 0;
 #ifdef FST_BY_ELEMENT
+        uint32_t amax = 0;
         uint64_t found = 0;
         (void)thread, (void)state;
-        for (uint64_t row = first_row(block); row < last_row(block); row++)
-            amax = larger(amax, amax_of(stretch(block, row), &found));
+        const Place place = find(block);
+        for (uint64_t row = 0; row < place.rows; row++) {
+            const uint32_t a = amax_of(stretch(place, row), &found);
+            amax = a > amax ? a : amax;
+        }
 #else
         uint32_t found = 0;
-        const Places places(*this, block, thread);
-        state.whole = 0;
-        FST_UNROLLED
-        for (unsigned k = 0; k < kept; k++) { // all loads are under way before the first is used
-            uint64_t slot, begin, end;
-            Stretch<Src, Dst> s;
-            const bool whole =
-                places.find(k, &s, &slot) && s.range(slot, &begin, &end) && s.load(begin, end, &state.in[k]);
-            state.whole |= static_cast<uint32_t>(whole) << k;
-        }
-        FST_UNROLLED
-        for (unsigned k = 0; k < kept; k++)
-            if (state.whole >> k & 1) amax = larger(amax, amax_of_vector<Src>(state.in[k], &found));
-        FST_ROLLED
-        for (unsigned k = places.begin_rest(state.whole, kept); k < places.count; k++) {
-            uint64_t slot, begin, end;
-            Stretch<Src, Dst> s;
-            Vector<16> in;
-            if ((k < kept && state.whole >> k & 1) || !places.find(k, &s, &slot) ||
-                !s.range(slot, &begin, &end))
-                continue;
-            amax = larger(amax, s.load(begin, end, &in) ? amax_of_vector<Src>(in, &found)
-                                                        : amax_of(s, begin, end, &found));
-        }
+        const Strip<Src> mine = strip(find(block), thread);
+        state.loaded = mine.load(state.in);
+        const uint32_t amax = amax_of<Src>(mine, state.in, state.loaded, &found);
 #endif
         count_nans(nans, found);
         return to_f32<Src>(amax);
@@ -347,91 +413,61 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
 
     FST_INLINE void finish(uint64_t block, unsigned thread, const State &state, uint32_t amax) const {
         const uint32_t scale = scale_of<Dst>(amax);
-        const Quotient quotient(scale, is_tame<Src, Dst>(scale));
         if (thread == 0) global<uint32_t>(scales)[block] = scale;
 #ifdef FST_BY_ELEMENT
         (void)state;
-        for (uint64_t row = first_row(block); row < last_row(block); row++) {
-            const Stretch<Src, Dst> s = stretch(block, row);
-            encode_elements<Src, Dst>(s, 0, s.count, quotient);
-        }
+        const Place place = find(block);
+        const Quotient quotient(scale);
+        for (uint64_t row = 0; row < place.rows; row++)
+            encode_elements<Src, Dst>(stretch(place, row), quotient);
 #else
-        const Places places(*this, block, thread);
-        FST_UNROLLED
-        for (unsigned k = 0; k < kept; k++) {
-            uint64_t slot, begin, end;
-            Stretch<Src, Dst> s;
-            if (!(state.whole >> k & 1)) continue;
-            places.find(k, &s, &slot);
-            s.range(slot, &begin, &end);
-            store_codes<Src, Dst>(global<uint8_t>(s.dst) + begin, state.in[k], quotient);
-        }
-        FST_ROLLED
-        for (unsigned k = places.begin_rest(state.whole, kept); k < places.count; k++) {
-            uint64_t slot;
-            Stretch<Src, Dst> s;
-            if (!(k < kept && state.whole >> k & 1) && places.find(k, &s, &slot))
-                encode_slot<Src, Dst>(s, slot, quotient);
-        }
+        encode_strip<Src, Dst>(strip(find(block), thread), state.in, state.loaded, scale);
 #endif
     }
 
   private:
-    static FST_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
-    FST_INLINE uint64_t first_row(uint64_t block) const { return block / grid_cols * tile_rows; }
-    FST_INLINE uint64_t last_row(uint64_t block) const {
-        const uint64_t end = first_row(block) + tile_rows;
-        return end < rows ? end : rows;
-    }
-    FST_INLINE Stretch<Src, Dst> stretch(uint64_t block, uint64_t row) const {
-        const uint64_t col = grid_cols == 1 ? 0 : block % grid_cols * tile_cols;
-        const uint64_t left = cols - col, at = row * cols + col;
-        return {src + at * src_size, src, src + rows * cols * src_size, dst + at,
-                left < tile_cols ? left : tile_cols};
-    }
-
-#ifndef FST_BY_ELEMENT
-    // The slots of a thread: every `threads`-th of the tile's, which are numbered row by row. Each row has as many as
-    // the one that has most.
-    struct Places {
-        Stretch<Src, Dst> first; // row
-        uint64_t cols;
-        uint32_t each, row, slot, row_step, slot_step; // from one slot of the thread to the next
-        uint32_t count;
-
-        FST_INLINE Places(const Tile &tile, uint64_t block, unsigned thread)
-            : first(tile.stretch(block, tile.first_row(block))), cols(tile.cols) {
-            const bool aligned =
-                (tile.dst | tile.cols | (tile.grid_cols == 1 ? 0 : tile.tile_cols)) % width == 0;
-            const uint64_t in_row = (first.count + (aligned ? 0 : width - 1) + width - 1) / width;
-            const uint64_t all = (tile.last_row(block) - tile.first_row(block)) * in_row;
-            each = static_cast<uint32_t>(
-                in_row); // a row of 2^32 slots and more has no tile beside it: not divided
-            row = slot = row_step = slot_step = 0;
-            count = thread < all ? static_cast<uint32_t>((all - thread - 1) / threads + 1) : 0;
-            if (tile.tile_rows == 1) {
-                slot = thread, slot_step = threads;
-            } else {
-                row = thread / each, slot = thread % each, row_step = threads / each,
-                slot_step = threads % each;
-            }
-        }
-        // The k-th: its row and its place there. False past the end.
-        FST_INLINE bool find(unsigned k, Stretch<Src, Dst> *s, uint64_t *at) const {
-            uint32_t r = row + k * row_step;
-            uint64_t c = slot + static_cast<uint64_t>(k) * slot_step;
-            if (row_step && slot_step)
-                r += static_cast<uint32_t>(c) / each, c = static_cast<uint32_t>(c) % each;
-            *s = first;
-            s->src += r * cols * src_size, s->dst += r * cols;
-            *at = c;
-            return k < count;
-        }
-        // The first that may not be kept: past the end when all are.
-        FST_INLINE unsigned begin_rest(uint32_t whole, unsigned most) const {
-            return count <= most && whole == (1u << count) - 1 ? count : 0;
-        }
+    struct Place {
+        uint64_t first, rows, cols; // the tile's first element; its size
     };
+    FST_INLINE Place find(uint64_t block) const {
+        const uint64_t down = across.divide(block), row = down * tile_rows,
+                       col = (block - down * across.value) * tile_cols;
+        return {row * cols + col, rows - row < tile_rows ? rows - row : tile_rows,
+                cols - col < tile_cols ? cols - col : tile_cols};
+    }
+
+#ifdef FST_BY_ELEMENT
+    FST_INLINE Stretch<Src, Dst> stretch(const Place &place, uint64_t row) const {
+        const uint64_t at = place.first + row * cols;
+        return {src + at * src_size, dst + at, place.cols};
+    }
+#else
+    // Vectors of a row start where the destination is aligned; those of a tile with each of its rows.
+    FST_INLINE Strip<Src> strip(const Place &place, unsigned thread) const {
+        constexpr unsigned lanes = 128 / width; // a row of a tile
+        const bool row = tile_rows == 1;
+        const unsigned skew = row ? static_cast<unsigned>((dst + place.first) % width) : 0;
+        const uint64_t down = row ? 0 : thread / lanes,
+                       col = static_cast<uint64_t>(row ? thread : thread % lanes) * width - skew;
+        const uint64_t at = place.first + down * cols + col;
+        const uint64_t slots = row ? (place.cols + skew + width - 1) / width : place.rows;
+        const uint64_t slot = row ? thread : down;
+        const unsigned step = row ? threads : threads / lanes;
+        const bool some = (slot < slots) & (row | (col < place.cols));
+        const uint64_t next = row ? threads * width : threads / lanes * cols;
+        return {src + at * src_size,
+                dst + at,
+                next * src_size,
+                next,
+                col,
+                row ? threads * width : 0,
+                place.cols,
+                src,
+                src + rows * cols * src_size,
+                some ? static_cast<uint32_t>((slots - slot - 1) / step + 1) : 0,
+                row ? width : unit,
+                straight};
+    }
 #endif
 };
 
@@ -451,16 +487,40 @@ template <int Dst> struct MakeScale {
     }
 };
 
+#ifndef FST_BY_ELEMENT
+// The strip of a thread of `threads`, of the `block`-th part of `n` vectors a thread of all elements.
+template <int Src>
+FST_FN Strip<Src> strip_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t slot, unsigned threads,
+                           unsigned n) {
+    constexpr unsigned size = size_of<Src>, width = 16 / size;
+    const unsigned skew = static_cast<unsigned>(dst % width);
+    const uint64_t col = slot * width - skew, slots = (count + skew + width - 1) / width;
+    const uint64_t left = slot < slots ? (slots - slot - 1) / threads + 1 : 0;
+    return {src + col * size,
+            dst + col,
+            threads * 16,
+            threads * width,
+            col,
+            threads * width,
+            count,
+            src,
+            src + count * size,
+            static_cast<uint32_t>(left < n ? left : n),
+            width,
+            skew == 0 && src % 16 == 0 && count % width == 0};
+}
+#endif
+
 template <int Src, int Dst> struct Amax {
     static constexpr unsigned threads = by_element ? 1 : 256;
-    static constexpr unsigned each = 8; // slots of a thread
+    static constexpr unsigned each = 8; // vectors of a thread
 
     struct State {};
     Stretch<Src, Dst> all;
     uint64_t scale, nans;
 
     FST_INLINE uint64_t blocks() const {
-        return by_element ? 1 : (all.slots() + threads * each - 1) / (threads * each);
+        return by_element ? 1 : all.count / (threads * each * (16 / size_of<Src>)) + 1;
     }
     FST_INLINE uint32_t gather(uint64_t block, unsigned thread, State &) const {
 #ifdef FST_BY_ELEMENT
@@ -468,17 +528,11 @@ template <int Src, int Dst> struct Amax {
         (void)block, (void)thread;
         const uint32_t amax = amax_of(all, &found);
 #else
-        uint32_t amax = 0, found = 0;
-        FST_UNROLLED
-        for (unsigned k = 0; k < each; k++) {
-            const uint64_t slot = (block * each + k) * threads + thread;
-            uint64_t begin, end;
-            Vector<16> in;
-            if (!all.range(slot, &begin, &end)) continue;
-            const uint32_t a = all.load(begin, end, &in) ? amax_of_vector<Src>(in, &found)
-                                                         : amax_of(all, begin, end, &found);
-            amax = a > amax ? a : amax;
-        }
+        uint32_t found = 0;
+        Vector<16> in[each];
+        const Strip<Src> strip =
+            strip_of<Src>(all.src, 0, all.count, block * each * threads + thread, threads, each);
+        const uint32_t loaded = strip.load(in), amax = amax_of<Src>(strip, in, loaded, &found);
 #endif
         count_nans(nans, found);
         return to_f32<Src>(amax);
@@ -496,20 +550,25 @@ template <int Src, int Dst> struct Amax {
 
 template <int Src, int Dst> struct Encode {
     static constexpr unsigned threads = by_element ? 1 : 256;
+    static constexpr unsigned each = 4; // vectors of a thread
 
     Stretch<Src, Dst> all;
     uint64_t scale;
 
-    FST_INLINE uint64_t blocks() const { return by_element ? 1 : (all.slots() + threads - 1) / threads; }
+    FST_INLINE uint64_t blocks() const {
+        return by_element ? 1 : (all.count + 16) / (threads * each * (16 / size_of<Src>)) + 1;
+    }
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const uint32_t one = global<const uint32_t>(scale)[0];
-        const Quotient quotient(one, is_tame<Src, Dst>(one));
 #ifdef FST_BY_ELEMENT
         (void)block, (void)thread;
         const Stretch<Src, Dst> s = all; // not the member: stores of bytes might change that
-        encode_elements<Src, Dst>(s, 0, s.count, quotient);
+        encode_elements<Src, Dst>(s, Quotient(global<const uint32_t>(scale)[0]));
 #else
-        encode_slot<Src, Dst>(all, block * threads + thread, quotient);
+        Vector<16> in[each];
+        const Strip<Src> strip =
+            strip_of<Src>(all.src, all.dst, all.count, block * each * threads + thread, threads, each);
+        const uint32_t loaded = strip.load(in);
+        encode_strip<Src, Dst>(strip, in, loaded, global<const uint32_t>(scale)[0]);
 #endif
     }
 };
@@ -521,7 +580,7 @@ typedef int quantize_fn(fst_queue, const fst_quantize_args *);
 template <int Src, int Dst> int quantize_tensor(fst_queue stream, const fst_quantize_args *args) {
     const uint64_t count = args->rows * args->cols, scale = reinterpret_cast<uint64_t>(args->scales);
     const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
-    const Stretch<Src, Dst> all = {src, src, src + count * size_of<Src>, dst, count};
+    const Stretch<Src, Dst> all = {src, dst, count};
     const Amax<Src, Dst> amax = {all, scale, reinterpret_cast<uint64_t>(args->nans)};
     const Encode<Src, Dst> encode = {all, scale};
     int code = launch(stream, Begin{scale}, 1);
@@ -532,19 +591,24 @@ template <int Src, int Dst> int quantize_tensor(fst_queue stream, const fst_quan
 
 template <int Src, int Dst, unsigned Threads>
 int quantize_tiles(fst_queue stream, const fst_quantize_args *args) {
+    using Body = Tile<Src, Dst, Threads>;
     const bool block = args->kind == FST_SCALE_BLOCK;
     const uint64_t rows = block ? 128 : 1, cols = block ? 128 : args->cols;
     const uint64_t grid_rows = (args->rows - 1) / rows + 1,
                    grid_cols = block ? (args->cols - 1) / cols + 1 : 1;
-    const Tile<Src, Dst, Threads> body = {reinterpret_cast<uint64_t>(args->src),
-                                          reinterpret_cast<uint64_t>(args->dst),
-                                          reinterpret_cast<uint64_t>(args->scales),
-                                          reinterpret_cast<uint64_t>(args->nans),
-                                          args->rows,
-                                          args->cols,
-                                          rows,
-                                          cols,
-                                          grid_cols};
+    const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
+    const uint64_t bits = dst | args->cols | Body::width; // the lowest: what all rows are aligned to
+    const Body body = {src,
+                       dst,
+                       reinterpret_cast<uint64_t>(args->scales),
+                       reinterpret_cast<uint64_t>(args->nans),
+                       args->rows,
+                       args->cols,
+                       rows,
+                       cols,
+                       divisor(grid_cols),
+                       static_cast<unsigned>(bits & (0 - bits)),
+                       src % 16 == 0 && (dst | args->cols) % Body::width == 0};
     return launch_reduce(stream, body, grid_rows * grid_cols);
 }
 

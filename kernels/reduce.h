@@ -35,6 +35,7 @@ template <class Body> int launch_reduce(fst_queue, const Body &body, uint64_t bl
 
 #ifdef __CUDACC__
 #include <cub/block/block_reduce.cuh>
+#include <cuda/functional>
 namespace fst_cub = cub;
 #else
 #include <hipcub/block/block_reduce.hpp>
@@ -43,19 +44,22 @@ namespace fst_cub = hipcub;
 
 namespace {
 
-// Registers for at least 4 waves a SIMD, whatever the scheduler would like to keep in flight.
-#ifdef __HIP_DEVICE_COMPILE__
-#define FST_FOUR_WAVES __attribute__((amdgpu_waves_per_eu(4)))
+// Registers for at least 4 waves a SIMD, or 1,024 threads a multiprocessor, whatever the scheduler would like to keep in
+// flight. The operators are those that the libraries have instructions for.
+#ifdef __CUDACC__
+#define FST_REDUCE_BOUNDS __launch_bounds__(Body::threads, 1024 / Body::threads)
+using Larger = ::cuda::maximum<>;
 #else
-#define FST_FOUR_WAVES
+#ifdef __HIP_DEVICE_COMPILE__
+#define FST_REDUCE_BOUNDS __launch_bounds__(Body::threads) __attribute__((amdgpu_waves_per_eu(4)))
+#else
+#define FST_REDUCE_BOUNDS __launch_bounds__(Body::threads)
+#endif
+using Larger = hipcub::Max;
 #endif
 
-struct Larger {
-    FST_INLINE uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
-};
-
 template <class Body>
-__global__ void __launch_bounds__(Body::threads) FST_FOUR_WAVES run_reduce(const Body body, uint64_t first) {
+__global__ void FST_REDUCE_BOUNDS run_reduce(const Body body, uint64_t first) {
     using Reduce = fst_cub::BlockReduce<uint32_t, Body::threads>;
     __shared__ typename Reduce::TempStorage storage;
     __shared__ uint32_t shared_maximum;
