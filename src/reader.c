@@ -211,22 +211,30 @@ static int64_t missing_by_mincore(fst_reader *reader, file *f, uint64_t start, u
     return missing;
 }
 
-/* Where a chunk is probed. Never twice at one place: a probe that misses brings its piece in, and so the next load would
- * take the chunk for cached. */
-static uint64_t probe_at(const fst_reader *reader, uint64_t start, uint64_t end) {
-    uint64_t z = (start + reader->seed) * 0x9E3779B97F4A7C15u;
-    uint64_t pieces = (end - start + SECTOR - 1) / SECTOR;
-    return start + (z ^ z >> 32) % pieces * SECTOR;
+/* Where a chunk is probed: not on pages that it shares with its neighbours, and never twice at one place. A probe that
+ * misses brings its piece in, and so the next load would take the chunk for cached. */
+static uint64_t probe_at(const fst_reader *reader, uint64_t start, uint64_t end, unsigned turn) {
+    uint64_t z = (start + reader->seed + turn) * 0x9E3779B97F4A7C15u;
+    if (end - start > 3 * SECTOR) {
+        start += SECTOR;
+        end -= SECTOR;
+    }
+    return start + (z ^ z >> 32) % ((end - start + SECTOR - 1) / SECTOR) * SECTOR;
 }
 
-/* From one piece to all. */
+#define PROBES 2u /* all must hit: a fast disk may bring a piece in while it is asked for */
+
+/* From single pieces to all. */
 static int64_t missing_by_probe(fst_reader *reader, file *f, uint64_t start, uint64_t end) {
     unsigned char piece[SECTOR];
     int fd = probe_of(reader, f);
     if (fd < 0) return -EBADF;
-    ssize_t got = fst_os_calls.pread_cached(fd, piece, sizeof piece, probe_at(reader, start, end));
-    if (got == -EAGAIN) return (int64_t)((end - start + reader->page - 1) / reader->page);
-    return got < 0 ? got : 0;
+    for (unsigned i = 0; i < PROBES; i++) {
+        ssize_t got = fst_os_calls.pread_cached(fd, piece, sizeof piece, probe_at(reader, start, end, i));
+        if (got == -EAGAIN) return (int64_t)((end - start + reader->page - 1) / reader->page);
+        if (got < 0) return got;
+    }
+    return 0;
 }
 
 /* What a chunk has of the file, from the start of its first page. 0: nothing. */
@@ -373,8 +381,9 @@ static fst_ring_read sectors_around(uint64_t offset, size_t nbytes, void *slot) 
 /* What a missed probe brought in was not asked for. */
 static void drop_probe(fst_reader *reader, file *f, uint64_t offset, size_t nbytes) {
     uint64_t start, end;
-    if (atomic_load(&f->method) == PROBE && clip(reader, f, offset, nbytes, &start, &end))
-        fst_os_calls.advise(f->fd, probe_at(reader, start, end), SECTOR, FST_ADVICE_DONTNEED);
+    if (atomic_load(&f->method) != PROBE || !clip(reader, f, offset, nbytes, &start, &end)) return;
+    for (unsigned i = 0; i < PROBES; i++)
+        fst_os_calls.advise(f->fd, probe_at(reader, start, end, i), SECTOR, FST_ADVICE_DONTNEED);
 }
 
 /* O_DIRECT came to `got`: all is there, or the rest is read buffered, which is nothing at the end of the file. */
