@@ -723,7 +723,7 @@ class Session:
     def take(self, name, place, case, files, cast, cold, round_):
         """One measurement into `measured`, or why there is none."""
         if self.end and time.monotonic() > self.end:
-            self.left_out.append(f"{name}, {case}, round {round_ + 1}")
+            self.left_out.append({"library": name, "case": case, "round": round_ + 1})
             return
         runs = self.measured.setdefault((case, name), [])
         if any("error" in r for r in runs):
@@ -936,7 +936,10 @@ def table(outs):
         lines.append("Ceilings: " + ", ".join(f"{k.removesuffix('_gb_per_s').replace('_', ' ')} {v:.2f} GB/s"
                                               for k, v in out["ceilings"].items()) + ".")
         lines += [f"- {remark} ({', '.join(where)})" for remark, where in remarks.items()]
-        lines += [f"- left out, no time: {what}" for what in out["left_out"]]
+        lacking = {}
+        for left in out["left_out"]:
+            lacking.setdefault(left["case"], []).append(f"{left['library']} in round {left['round']}")
+        lines += [f"- left out of {case}, no time: {', '.join(what)}" for case, what in lacking.items()]
     return "\n".join(lines)
 
 
