@@ -129,7 +129,8 @@ FST_FN uint32_t amax_of(const Stretch<Src, Dst> &s, uint64_t begin, uint64_t end
     return amax;
 }
 
-template <int Src, int Dst> FST_FN void encode_elements(const Stretch<Src, Dst> &s, const Quotient &quotient) {
+template <int Src, int Dst>
+FST_FN void encode_elements(const Stretch<Src, Dst> &s, const Quotient &quotient) {
     uint8_t *__restrict to = global<uint8_t>(s.dst);
     for (uint64_t i = 0; i < s.count; i++) {
         const uint32_t bits = to_f32<Src>(s.element(i));
@@ -225,7 +226,8 @@ template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, c
         FST_UNROLLED
         for (unsigned k = 0; k < 4; k++)
             x[k] = fst_bits_of_float32(quotient.of_finite(fst_float_of_bits32(x[k])));
-        uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3]) << 16;
+        uint32_t codes = fp8x2_of_f32<as_e5m2<Dst>>(x[0], x[1]) | fp8x2_of_f32<as_e5m2<Dst>>(x[2], x[3])
+                                                                      << 16;
         if (fst_is_fnuz(fst_float_of(Dst))) codes &= ((codes & four(0x7F)) + four(0x7F)) | four(0x7F);
         out.word[i / 4] = codes;
     }
@@ -368,8 +370,7 @@ FST_FN void encode_strip(const Strip<Src> &strip, const Vector<16> (&in)[n], uin
     const Quotient quotient(scale);
     FST_ROLLED
     for (; k < strip.count; k++)
-        if (!(k < n && loaded >> k & 1))
-            strip.store_any(k, codes_of<Src, Dst>(strip.load_any(k), quotient));
+        if (!(k < n && loaded >> k & 1)) strip.store_any(k, codes_of<Src, Dst>(strip.load_any(k), quotient));
 }
 #endif
 

@@ -18,8 +18,9 @@ template <int Src, int Dst> struct Transpose {
     static constexpr unsigned tile_cols = 8 * width, tile_rows = 128 / dst_size;
     static constexpr unsigned each = dst_size < 4 ? 4 / dst_size : 1; // rows in a word
     static constexpr unsigned words =
-        dst_size < 4 ? 1 : dst_size / 4;              // words of a column that a thread loads
-    static constexpr unsigned loads = 8 * 32 / words; // vectors (of `each` rows) in a tile
+        dst_size < 4 ? 1 : dst_size / 4;                // words of a column that a thread loads
+    static constexpr unsigned bytes = width * src_size; // that a thread loads of a row
+    static constexpr unsigned loads = 8 * 32 / words;   // vectors (of `each` rows) in a tile
     static constexpr unsigned threads = by_element ? 1 : loads;
     static constexpr bool late = src_size == dst_size; // cast on the way out: fewer elements at a time
     static constexpr int Held = late ? Src : Dst;      // what shared memory holds
@@ -31,6 +32,8 @@ template <int Src, int Dst> struct Transpose {
     uint64_t src, dst, rows, cols, src_stride, dst_stride, src_batch, dst_batch; // strides in bytes
     uint64_t limit, readable_end, batches;
     Divisor tiles, tiles_across; // of a matrix; of a row of tiles
+    bool aligned;                // all rows of the source
+    unsigned unit;               // what all rows of the destination are aligned to, at most 16
 
     FST_INLINE uint64_t blocks() const { return batches * tiles.value; }
 
@@ -64,26 +67,28 @@ template <int Src, int Dst> struct Transpose {
         const unsigned across = thread % 8, group = thread / 8; // which vector of a row, which rows
         const uint64_t col = t.col + across * width, row = t.row + group * each;
         if (col >= cols || row >= rows) return;
+        Vector<bytes> in[each];
+        if (aligned && cols - col >= width) load_aligned_rows(t, row, col, in);
+        else load_rows(t, row, col, in);
         Vector<width * dst_size> line[each];
         FST_UNROLLED
-        for (unsigned i = 0; i < each; i++)
-            line[i] = convert_vector<Src, Held, width>(load(t, row + i, col), limit);
+        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Held, width>(in[i], limit);
+        // Columns of one vector have their groups in the same order.
+        const unsigned first = place(across * width, group * words / 4) + group * words % 4;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
-            const unsigned at = place(across * width + i, group * words / 4) + group * words % 4;
+            const unsigned at = first + i * 32;
             if constexpr (dst_size == 8) {
                 *reinterpret_cast<uint2 *>(&shared.word[at]) =
                     make_uint2(line[0].word[2 * i], line[0].word[2 * i + 1]);
             } else {
-                uint32_t word = 0;
-                FST_UNROLLED
-                for (unsigned k = 0; k < each; k++)
-                    word |= static_cast<uint32_t>(get<dst_size>(line[k], i)) << (k * 8 * dst_size % 32);
-                shared.word[at] = word;
+                shared.word[at] = column_word(line, i);
             }
         }
     }
 
+    // A destination row is aligned only as its address is. The vectors of a whole tile's are aligned ones nevertheless:
+    // the first is made of what the tile has before the first aligned address and behind the last.
     FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
         const Tile t = tile(block);
         FST_UNROLLED
@@ -91,14 +96,21 @@ template <int Src, int Dst> struct Transpose {
             const unsigned column = i / 8, group = i % 8;
             const uint64_t col = t.col + column, row = t.row + group * (16 / dst_size);
             if (col >= cols || row >= rows) continue;
-            const uint4 *words4 = reinterpret_cast<const uint4 *>(&shared.word[place(column, group)]);
-            const Vector<16> held = {{words4->x, words4->y, words4->z, words4->w}};
-            const Vector<16> out = convert_vector<Held, Dst, 16 / dst_size>(held, limit);
             uint8_t *to = t.dst + col * dst_stride + row * dst_size;
-            const unsigned n =
-                static_cast<unsigned>(rows - row < 16 / dst_size ? rows - row : 16 / dst_size) * dst_size;
-            if (n == 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0) store_aligned(to, out);
-            else store_loose(to, out, n);
+            const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(to) % 16);
+            if (unit == 16 && rows - row >= 16 / dst_size) {
+                store_aligned(to, out(held(shared, column, group)));
+            } else if (rows - t.row >= tile_rows) {
+                const unsigned before = skew ? (group + 7) % 8 : group;
+                const Vector<16> v = out(
+                    shift_pair(held(shared, column, before), held(shared, column, group), (16 - skew) % 16));
+                if (group != 0 || skew == 0) store_aligned(to - skew, v);
+                else store_around(to - skew, v, skew);
+            } else {
+                store_loose(to, out(held(shared, column, group)),
+                            static_cast<unsigned>(rows - row < 16 / dst_size ? rows - row : 16 / dst_size) *
+                                dst_size);
+            }
         }
     }
 #endif
@@ -115,31 +127,88 @@ template <int Src, int Dst> struct Transpose {
         return column * 32 + (group ^ column / width % 8) * 4;
     }
 
-    // `width` elements from (row, col) on; what is beyond the matrix is 0.
-    FST_INLINE Vector<width * src_size> load(const Tile &t, uint64_t row, uint64_t col) const {
+    // `width` elements of `each` rows from (row, col) on; what is beyond the matrix is 0.
+    FST_INLINE void load_aligned_rows(const Tile &t, uint64_t row, uint64_t col,
+                                      Vector<bytes> (&in)[each]) const {
         const uint8_t *from = t.src + row * src_stride + col * src_size;
-        Vector<width *src_size> in = {};
-        if (row >= rows) return in;
-        if (col + width <= cols &&
-            load_vector(from, global<const uint8_t>(src), global<const uint8_t>(readable_end), &in))
-            return in;
         FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            if (col + i < cols) put<src_size>(&in, i, load_element<src_size>(from + i * src_size));
-        return in;
+        for (unsigned i = 0; i < each; i++) {
+            in[i] = {};
+            if (i < rows - row) in[i] = load_aligned<bytes>(from + i * src_stride);
+        }
+    }
+    // All loads are under way before the first is used.
+    FST_INLINE void load_rows(const Tile &t, uint64_t row, uint64_t col, Vector<bytes> (&in)[each]) const {
+        const uint8_t *from = t.src + row * src_stride + col * src_size;
+        const uint8_t *begin = global<const uint8_t>(src), *end = global<const uint8_t>(readable_end);
+        if ((rows - row >= each) & (cols - col >= width) & (from >= begin + bytes) &
+            (from + (each - 1) * src_stride + 2 * bytes <= end)) {
+            FST_UNROLLED
+            for (unsigned i = 0; i < each; i++) {
+                const uint8_t *at = from + i * src_stride;
+                const unsigned skew = static_cast<unsigned>(reinterpret_cast<uintptr_t>(at) % bytes);
+                in[i] =
+                    shift_pair(load_aligned<bytes>(at - skew), load_aligned<bytes>(at - skew + bytes), skew);
+            }
+            return;
+        }
+        FST_UNROLLED
+        for (unsigned i = 0; i < each; i++) {
+            in[i] = {};
+            FST_UNROLLED
+            for (unsigned k = 0; k < width; k++)
+                if ((i < rows - row) & (k < cols - col))
+                    put<src_size>(&in[i], k, load_element<src_size>(from + i * src_stride + k * src_size));
+        }
     }
 
-    // The first n bytes of a vector, by elements, or by twice as much where that is aligned.
-    static FST_INLINE void store_loose(uint8_t *to, const Vector<16> &v, unsigned n) {
-        constexpr unsigned twice = dst_size < 4 ? 2 * dst_size : dst_size;
-        if (reinterpret_cast<uintptr_t>(to) % twice == 0 && n == 16) {
-            FST_UNROLLED
-            for (unsigned at = 0; at < 16; at += twice) store_piece<twice>(to, v, at);
-        } else {
-            FST_UNROLLED
-            for (unsigned at = 0; at < 16; at += dst_size)
-                if (at < n) store_piece<dst_size>(to, v, at);
+    // The i-th elements of `each` rows, as a word.
+    static FST_INLINE uint32_t column_word(const Vector<width * dst_size> (&line)[each], unsigned i) {
+#if FST_PACKED
+        const unsigned at = i * dst_size / 4;
+        if constexpr (each == 2) return permute(line[0].word[at], line[1].word[at], i % 2 ? 0x7632 : 0x5410);
+        if constexpr (each == 4) {
+            const uint32_t pick = i % 4 < 2 ? 0x5140 : 0x7362; // two elements of either row, in turns
+            return permute(permute(line[0].word[at], line[1].word[at], pick),
+                           permute(line[2].word[at], line[3].word[at], pick), i % 2 ? 0x7632 : 0x5410);
         }
+#endif
+        uint32_t word = 0;
+        FST_UNROLLED
+        for (unsigned k = 0; k < each; k++)
+            word |= static_cast<uint32_t>(get<dst_size>(line[k], i)) << (k * 8 * dst_size % 32);
+        return word;
+    }
+
+    static FST_INLINE Vector<16> held(const Shared &shared, unsigned column, unsigned group) {
+        const uint4 *words4 = reinterpret_cast<const uint4 *>(&shared.word[place(column, group)]);
+        return {{words4->x, words4->y, words4->z, words4->w}};
+    }
+    FST_INLINE Vector<16> out(const Vector<16> &held) const {
+        return convert_vector<Held, Dst, 16 / dst_size>(held, limit);
+    }
+
+    // The bytes from `skew` on to where they belong in the vector at `to`; those before, to the vector behind the tile's
+    // other seven.
+    FST_INLINE void store_around(uint8_t *to, const Vector<16> &v, unsigned skew) const {
+        if (unit == 8) return store_units<8>(to, v, skew);
+        if constexpr (dst_size <= 4)
+            if (unit == 4) return store_units<4>(to, v, skew);
+        if constexpr (dst_size <= 2)
+            if (unit == 2) return store_units<2>(to, v, skew);
+        if constexpr (dst_size == 1) store_units<1>(to, v, skew);
+    }
+    template <unsigned size>
+    static FST_INLINE void store_units(uint8_t *to, const Vector<16> &v, unsigned skew) {
+        FST_UNROLLED
+        for (unsigned at = 0; at < 16; at += size) store_piece<size>(at < skew ? to + 128 : to, v, at);
+    }
+
+    // The first n bytes of a vector.
+    static FST_INLINE void store_loose(uint8_t *to, const Vector<16> &v, unsigned n) {
+        FST_UNROLLED
+        for (unsigned at = 0; at < 16; at += dst_size)
+            if (at < n) store_piece<dst_size>(to, v, at);
     }
 #endif
 };
@@ -152,19 +221,27 @@ int transpose(fst_queue stream, const fst_transpose_args *args, uint64_t src_byt
     const uint64_t src = reinterpret_cast<uint64_t>(args->src);
     const uint64_t across = (args->cols - 1) / Body::tile_cols + 1,
                    down = (args->rows - 1) / Body::tile_rows + 1;
+    const uint64_t dst = reinterpret_cast<uint64_t>(args->dst);
+    const uint64_t src_stride = args->src_stride * Body::src_size,
+                   src_batch = args->src_batch_stride * Body::src_size;
+    const uint64_t dst_stride = args->dst_stride * Body::dst_size,
+                   dst_batch = args->dst_batch_stride * Body::dst_size;
+    const uint64_t bits = dst | dst_stride | dst_batch | 16; // the lowest
     const Body body = {src,
-                       reinterpret_cast<uint64_t>(args->dst),
+                       dst,
                        args->rows,
                        args->cols,
-                       args->src_stride * Body::src_size,
-                       args->dst_stride * Body::dst_size,
-                       args->src_batch_stride * Body::src_size,
-                       args->dst_batch_stride * Body::dst_size,
+                       src_stride,
+                       dst_stride,
+                       src_batch,
+                       dst_batch,
                        limit_of<Src, Dst>(args->flags),
                        src + src_bytes,
                        args->batch,
                        divisor(across * down),
-                       divisor(across)};
+                       divisor(across),
+                       (src | src_stride | src_batch) % 16 == 0,
+                       static_cast<unsigned>(bits & (0 - bits))};
 #ifdef FST_BY_ELEMENT
     return launch(stream, body, body.blocks());
 #else
