@@ -437,7 +437,8 @@ static size_t os_cache_bytes(void) {
         snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/cache/index%d/size", cpu, i);
         if (level <= last || fst_os_calls.read_text(path, text, sizeof text) <= 0) continue;
         last = level;
-        bytes = strtoull(text, &unit, 10) << (*unit == 'K' ? 10 : *unit == 'M' ? 20 : 0);
+        bytes = strtoull(text, &unit, 10);
+        bytes <<= *unit == 'K' ? 10 : *unit == 'M' ? 20 : 0;
     }
     return bytes;
 }

@@ -877,11 +877,11 @@ static void fail_each(fake_os_kind kind, int code, int ring, const fst_reader_op
                       int *reached) {
     const char *path = test_path("file");
     const size_t size = MIB / 4 + 5, chunk = MIB / 16;
+    make_file(path, size);
     for (int at = 1, more = 1; more; at++) {
         rig r = {0};
         fst_file_type type;
         fst_error error;
-        make_file(path, size);
         make_cold(path, 0, size);
         make_warm(path, chunk, chunk);
         r.fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -911,9 +911,9 @@ TEST(reader, every_system_call_may_fail) {
     for (int kind = 0; kind < FAKE_OS_KINDS; kind++)
         for (int ring = 0; ring < 2; ring++)
             for (int cache = 0; cache <= AVOID; cache++)
-                for (size_t i = 0; i < 4; i++)
-                    fail_each((fake_os_kind)kind, codes[i], ring, &(fst_reader_options){.cache = cache},
-                              &reached[kind]);
+                for (int i = 0; i < 2; i++)
+                    fail_each((fake_os_kind)kind, codes[(cache + ring + 2 * i) % 4], ring,
+                              &(fst_reader_options){.cache = cache}, &reached[kind]);
     static const fake_os_kind always[] = {FAKE_OS_NEEDED, FAKE_OS_FILE_SYSTEM, FAKE_OS_IS_OWNER};
     static const fake_os_kind cold[] = {FAKE_OS_ADVISE, FAKE_OS_MEMORY, FAKE_OS_PREAD_CACHED,
                                         FAKE_OS_OPEN_PROBE};
@@ -951,15 +951,6 @@ TEST(reader, an_error_of_the_disk_is_the_answer) {
         else CHECK_INT(MIB, got);
         CHECK_INT(got < 0 ? 0 : MIB, facts.cached + facts.buffered + facts.direct);
     }
-}
-
-TEST(reader, without_memory_there_is_no_reader) {
-    fst_reader *reader = (fst_reader *)&reader;
-    fst_error error;
-    CHECK_INT(FST_E_MEMORY,
-              fst_reader_new(NULL, NULL, NULL, SIZE_MAX / 1024, NULL, 0, &by_default, &reader, &error));
-    CHECK(!reader);
-    fst_reader_free(reader);
 }
 
 /* ---- Rings ------------------------------------------------------------------------------------- */
