@@ -64,15 +64,15 @@ static fst_status place(planner *p, fst_plan_tensor *tensor) {
     fst_plan *plan = p->plan;
     uint64_t size = (tensor->nbytes + FST_TENSOR_ALIGN - 1) / FST_TENSOR_ALIGN * FST_TENSOR_ALIGN;
     if (size < tensor->nbytes) return no_memory(p->error);
-    if (size == 0) size = FST_TENSOR_ALIGN; /* empty tensors have an address, too */
     uint64_t *last = plan->blocks_count ? &plan->blocks[plan->blocks_count - 1] : NULL;
-    if (!last || (*last + size > p->options->block_bytes && *last > 0) || *last + size < size) {
+    if (!last || (size > 0 && *last > 0 && *last + size > p->options->block_bytes) || *last + size < size) {
         if (!room(&plan->blocks, plan->blocks_count, &p->blocks_room, sizeof *plan->blocks))
             return no_memory(p->error);
         last = &plan->blocks[plan->blocks_count++];
         *last = 0;
     }
     tensor->block = (uint32_t)(plan->blocks_count - 1);
+    /* Empty tensors have an address, too, but no block of their own: it would be one that nobody fills. */
     tensor->block_offset = *last;
     *last += size;
     plan->bytes_blocks += size;
@@ -227,6 +227,8 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
         if (choices) choices += headers[i].count;
     }
     close_chunk(&p);
+    if (out->blocks_count && out->blocks[0] == 0) /* they are all empty */
+        out->bytes_blocks = out->blocks[0] = FST_TENSOR_ALIGN;
     if (status) fst_plan_free(out);
     return status;
 }
