@@ -66,6 +66,7 @@ struct fst_engine {
     unsigned running;    /* workers at the job */
     const fst_load_job *job;
     fst_error first; /* what the job failed with; written by the first who fails */
+    double reported; /* when the caller was last told of progress */
 
     size_t next_block;   /* of the job's, to be allocated */
     int allocating;      /* somebody does */

@@ -31,11 +31,13 @@ fst_budget *fst_budget_new(uint64_t limit) {
 }
 
 int fst_budget_take(fst_budget *budget, uint64_t nbytes) {
+    double start = fst_os_now();
     pthread_mutex_lock(&budget->lock);
-    budget->waiting++;
+    budget->wanted = nbytes;
     while (!budget->stopped && budget->held + nbytes > budget->limit)
         pthread_cond_wait(&budget->given, &budget->lock);
-    budget->waiting--;
+    budget->wanted = 0;
+    budget->waited += fst_os_now() - start;
     int taken = !budget->stopped;
     if (taken) budget->held += nbytes;
     if (budget->held > budget->peak) budget->peak = budget->held;
@@ -59,7 +61,8 @@ void fst_budget_stop(fst_budget *budget) {
 
 int fst_budget_is_waited_for(fst_budget *budget) {
     pthread_mutex_lock(&budget->lock);
-    int waited = budget->waiting > 0;
+    /* Who waited for what fits by now has only not woken up yet. */
+    int waited = budget->wanted && budget->held + budget->wanted > budget->limit;
     pthread_mutex_unlock(&budget->lock);
     return waited;
 }
@@ -658,12 +661,12 @@ static void report_progress(fst_engine *engine, const fst_load_job *job) {
     double seconds = fst_os_now() - job->started;
     uint64_t done = atomic_load(&engine->bytes_done);
     fst_progress progress = {done, job->bytes_total, seconds, seconds > 0 ? (double)done / seconds : 0};
+    engine->reported = fst_os_now();
     if (job->progress(job->progress_arg, &progress)) cancel(engine, job);
 }
 
 /* Reports progress and looks for a cancel, until all workers are idle. */
 static void attend(fst_engine *engine, const fst_load_job *job) {
-    double reported = 0;
     int finished = 0;
     while (!finished) {
         pthread_mutex_lock(&engine->lock);
@@ -672,9 +675,7 @@ static void attend(fst_engine *engine, const fst_load_job *job) {
         pthread_mutex_unlock(&engine->lock);
         if (is_cancelled(job)) cancel(engine, job);
         if (!job->progress || atomic_load(&engine->stop)) continue;
-        if (!finished && fst_os_now() - reported < PROGRESS_SECONDS) continue;
-        report_progress(engine, job);
-        reported = fst_os_now();
+        if (finished || fst_os_now() - engine->reported >= PROGRESS_SECONDS) report_progress(engine, job);
     }
 }
 
@@ -703,6 +704,7 @@ fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_e
     atomic_store(&engine->next_chunk, 0);
     atomic_store(&engine->stop, 0);
     atomic_store(&engine->bytes_done, 0);
+    engine->reported = 0;
     pthread_mutex_lock(&engine->lock);
     engine->first = (fst_error){.status = FST_OK, .file = -1, .offset = -1};
     engine->job = job;
@@ -776,9 +778,11 @@ fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t
             break;
         }
         if (any ? tracking->ready_count > seen : is_complete(job, *which)) break;
-        if (is_cancelled(job)) {
+        int due = job->progress && fst_os_now() - engine->reported >= PROGRESS_SECONDS;
+        if (due || is_cancelled(job)) {
             pthread_mutex_unlock(&engine->lock);
-            cancel(engine, job);
+            if (due) report_progress(engine, job);
+            else cancel(engine, job);
             pthread_mutex_lock(&engine->lock);
             continue;
         }
