@@ -73,7 +73,7 @@ static fst_status export_tensor(const fst_model *model, size_t i, DLManagedTenso
         return fst_fail(error, FST_E_ARG, 0, NULL, "tensor %zu is asked for, but the model has %zu", i,
                         model->count);
     const fst_model_tensor *tensor = &model->tensors[i];
-    if (!model->gpu)
+    if (!model->gpu || (model->is_streamed && tensor->nbytes && !tensor->data))
         return refuse(model, tensor, FST_E_NO_DATA, "it was opened, not loaded; use fst_load", error);
     uint32_t ndim = tensor->entry->ndim;
     exported *made = malloc(sizeof *made + 2 * ndim * sizeof made->extents[0]);

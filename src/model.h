@@ -54,6 +54,7 @@ struct fst_model {
     size_t            blocks_count;
     fst_block       **blocks;
     const fst_gpu    *gpu;        /* NULL after fst_open */
+    int               is_streamed; /* a tensor has data while it is given, no longer */
     fst_stats         stats;
     char              device_reason[256];
     char              reader[512]; /* for the statistics */

@@ -389,7 +389,7 @@ static fst_status save(const fst_model *model, const char *path, const fst_save_
         memcpy(&w.options, options, options->size < sizeof w.options ? options->size : sizeof w.options);
     }
     fst_where where = {path, -1, -1};
-    if (!model->gpu)
+    if (!model->gpu || model->is_streamed)
         return fst_fail(error, FST_E_NO_DATA, 0, &where, "the model was opened, not loaded: no data");
     text_buffer header = {0};
     uint64_t data_bytes = 0;

@@ -91,6 +91,7 @@ static fst_status open_stream(fst_stream *s, const char *const *files, const fst
     status = fst_loading_prepare(l, block < MOST_BLOCK ? block : MOST_BLOCK);
     if (!status) status = set_limit(l);
     if (!status) status = make_tracking(s);
+    l->model->is_streamed = 1;
     return status ? status : on_device(s, begin);
 }
 
