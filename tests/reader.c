@@ -89,7 +89,7 @@ static size_t disk_bytes(void) {
 }
 
 /* The kernel may drop a page, or bring one in, of its own accord: what is so every time is our doing. */
-static char trouble[256];
+static char trouble[512];
 
 static void expect(int line, int condition, const char *text, const char *of, long long value) {
     if (!condition && !*trouble)
