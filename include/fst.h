@@ -119,6 +119,8 @@ typedef enum fst_status {
     FST_E_NO_DATA,       /* the model was opened, not loaded: its tensors have no data */
     FST_E_DLPACK,        /* DLPack cannot express this tensor */
     FST_E_AGAIN,         /* a stream has nothing to give before tensors are released: not the end of it */
+    FST_E_QUANTIZED,     /* a quantized weight and what should belong to it do not fit together */
+    FST_E_UNSUPPORTED,   /* a format that is known, but not dequantized here; FST_NATIVE loads it as stored */
     FST_STATUS_COUNT
 } fst_status;
 
@@ -228,13 +230,16 @@ typedef struct fst_options {
     void           *rule_arg;
     void           *stream;       /* fst_stream_next: a hipStream_t or cudaStream_t on which the data is ready for work
                                      queued from then on; NULL: ready for everybody */
+    const char     *config;       /* the model's config.json, which tells how it is quantized; NULL: the one beside the first
+                                     file, if there is one (as with hf_quant_config.json and quantize_config.json); "":
+                                     none, names decide */
     uint64_t        memory_bytes; /* streams: most device memory for results at one time; 0: 1 GiB, or the
                                      largest tensor's size when that is more */
 } fst_options;
 
 #define FST_OPTIONS_INIT                                                                         \
     {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL, FST_READER_AUTO, \
-     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, 0}
+     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0}
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
@@ -246,7 +251,7 @@ typedef struct fst_model fst_model;
  *
  * What a load does to values: float tensors (F64, F32, F16, BF16, the F8 types but a bare F8_E8M0)
  * become `cast`, rounded to nearest, ties to even, saturating unless FST_NON_SATURATING is set;
- * BOOL, integers, C64 and F8_E8M0 are kept. NaN becomes one code with the source's sign. A float
+ * BOOL, integers, C64 and F8_E8M0 are kept, and so are scales of activations and of the KV cache (by their names). NaN becomes one code with the source's sign. A float
  * tensor that no kernel takes to the target is FST_E_NO_CAST before anything is read. */
 
 /* Loads onto the first GPU that works, otherwise the CPU. NULL on failure: see fst_last_error. */
@@ -321,6 +326,21 @@ FST_API int        fst_model_has_metadata(const fst_model *model, size_t file);
 FST_API size_t     fst_model_metadata_count(const fst_model *model, size_t file);
 FST_API fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i,
                                          fst_string *key, fst_string *value);
+
+/* How a tensor is quantized, as its files' names, shapes and config.json tell. */
+typedef struct fst_quantization {
+    const char   *format;     /* "fp8-block", "mxfp4", "gptq", ...: docs/quantized.md */
+    const char   *name;       /* of the weight, as in the model that is not quantized */
+    size_t        companions_count;
+    const size_t *companions; /* scales, zero points and so on: indexes of tensors */
+    uint64_t      reserved[4];
+} fst_quantization;
+
+/* Of the i-th tensor, when it holds the codes of a quantized weight; FST_E_NOT_FOUND when it does not, or when the model
+ * was not opened by fst_open. What is wrong with a model's quantization, fst_model_quantization_error tells: NULL when
+ * nothing is. */
+FST_API fst_status fst_model_quantization(const fst_model *model, size_t i, fst_quantization *out);
+FST_API const fst_error *fst_model_quantization_error(const fst_model *model);
 
 /* ---- What a load did ------------------------------------------------------------------------- */
 

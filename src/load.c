@@ -273,7 +273,8 @@ static fst_status load_or_open(const char *const *files, const fst_options *give
     fst_status status =
         out ? fst_loading_begin(&l, files, given) : refuse(&mine, "there is no place for the model");
     if (out) *out = NULL;
-    if (!status && !with_data) l.options.rule = NULL;
+    l.opens_only = !with_data;
+    if (l.opens_only) l.options.rule = NULL;
     if (!status) status = fst_loading_open(&l, files);
     if (!status) {
         l.model->stats.bytes_read = l.header_bytes;

@@ -14,6 +14,7 @@ typedef struct fst_loading {
     fst_options options;
     fst_allocator allocator;
     double started;
+    int opens_only;
 
     int *fds; /* -1: not open */
     fst_file_id *ids;

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "plan.h"
+#include "scheme.h"
 
 /* ---- Blocks ---------------------------------------------------------------------------------- */
 
@@ -117,6 +118,8 @@ void fst_model_free(fst_model *model) {
     fst_paths_free(&model->paths);
     free(model->headers);
     free(model->tensors);
+    if (model->scheme) fst_scheme_free(model->scheme);
+    free(model->scheme);
     free(model->names);
     free(model->blocks);
     free(model);
@@ -199,6 +202,27 @@ fst_status fst_model_metadata_at(const fst_model *model, size_t file, size_t i, 
     *key = model->headers[file].metadata[2 * i];
     *value = model->headers[file].metadata[2 * i + 1];
     return FST_OK;
+}
+
+fst_status fst_model_quantization(const fst_model *model, size_t i, fst_quantization *out) {
+    if (out) memset(out, 0, sizeof *out);
+    if (!model || !out || i >= model->count)
+        return fail_access(FST_E_ARG, "%s: no model, no place for the result, or no such index",
+                           "fst_model_quantization");
+    const fst_scheme *scheme = model->scheme;
+    if (!scheme || !scheme->roles || scheme->roles[i] != FST_ROLE_CODES)
+        return fail_access(FST_E_NOT_FOUND, "tensor \"%s\" holds no codes of a quantized weight",
+                           model->tensors[i].entry->name);
+    const fst_quantized *weight = &scheme->weights[scheme->owner[i]];
+    *out = (fst_quantization){.format = fst_format_name(weight->format),
+                              .name = weight->name,
+                              .companions_count = weight->companions_count,
+                              .companions = weight->list};
+    return FST_OK;
+}
+
+const fst_error *fst_model_quantization_error(const fst_model *model) {
+    return model && model->quantization_error.status ? &model->quantization_error : NULL;
 }
 
 fst_status fst_model_stats(const fst_model *model, fst_stats *out) {

@@ -55,6 +55,8 @@ struct fst_model {
     fst_block       **blocks;
     const fst_gpu    *gpu;        /* NULL after fst_open */
     int               is_streamed; /* a tensor has data while it is given, no longer */
+    struct fst_scheme *scheme;      /* how it is quantized; NULL: nobody asked */
+    fst_error         quantization_error;
     fst_stats         stats;
     char              device_reason[256];
     char              reader[512]; /* for the statistics */

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "configs.h"
 #include "loading.h"
 #include "os.h"
 
@@ -218,6 +219,53 @@ static fst_status list_tensors(fst_loading *l) {
     return fill_names(l);
 }
 
+/* How the model is quantized. */
+static fst_status find_scheme(fst_loading *l, fst_error *error) {
+    fst_model *model = l->model;
+    fst_configs configs;
+    fst_status status = fst_configs_read(model->paths.files[0], l->options.config, &configs, error);
+    model->scheme = calloc(1, sizeof *model->scheme);
+    if (!status && !model->scheme) status = fst_no_memory(error);
+    if (!status) status = fst_scheme_find(model, configs.texts, model->scheme, error);
+    fst_configs_free(&configs);
+    return status;
+}
+
+/* What it means for a cast: scales of activations are kept. */
+static fst_status apply_scheme(fst_loading *l) {
+    const fst_scheme *scheme = l->model->scheme;
+    size_t tensor = 0;
+    for (size_t i = 0; i < l->total; i++) {
+        if (l->choices[i].skip) continue;
+        if (scheme->roles[tensor++] == FST_ROLE_KEPT) l->choices[i].cast = FST_NATIVE;
+    }
+    if (scheme->count == 0) return FST_OK;
+    const fst_quantized *first = &scheme->weights[0];
+    const fst_model_tensor *codes = &l->model->tensors[first->codes];
+    fst_where where = {fst_file_path(l->model, codes->file), (int)codes->file,
+                       (int64_t)(l->model->headers[codes->file].data_start + codes->entry->begin)};
+    return fst_fail(
+        l->error, FST_E_UNSUPPORTED, 0, &where,
+        "tensor \"%s\" is quantized (%s), which this version does not dequantize: load it as stored, "
+        "without a cast",
+        codes->entry->name, fst_format_name(first->format));
+}
+
+/* A load as stored needs to know nothing of it, and an open fails for nothing that is wrong with it. */
+static fst_status understand(fst_loading *l) {
+    fst_model *model = l->model;
+    model->quantization_error.file = -1;
+    if (l->opens_only) {
+        fst_status status = find_scheme(l, &model->quantization_error);
+        if (status != FST_E_MEMORY) return FST_OK;
+        *l->error = model->quantization_error;
+        return status;
+    }
+    if (l->options.cast == FST_NATIVE && !l->options.rule) return FST_OK;
+    fst_status status = find_scheme(l, l->error);
+    return status ? status : apply_scheme(l);
+}
+
 fst_status fst_loading_open(fst_loading *l, const char *const *files) {
     fst_model *model = l->model;
     fst_status status = fst_paths_resolve(files, &model->paths, l->error);
@@ -241,7 +289,8 @@ fst_status fst_loading_open(fst_loading *l, const char *const *files) {
     l->choices = calloc(l->total + 1, sizeof *l->choices);
     if (!l->choices) return fst_no_memory(l->error);
     status = apply_index(l);
-    return status ? status : list_tensors(l);
+    if (!status) status = list_tensors(l);
+    return status ? status : understand(l);
 }
 
 fst_status fst_loading_check_files(fst_loading *l) {

@@ -421,7 +421,8 @@ TEST(load, every_system_call_may_fail) {
                 CHECK(status == FST_E_IO || status == FST_E_MEMORY);
                 if (status == FST_E_IO) {
                     CHECK_INT(EIO, error.code);
-                    CHECK_STR(path, error.path);
+                    /* The file, or what lies beside it. */
+                    CHECK(!strcmp(path, error.path) || strstr(error.path, "config.json"));
                 }
                 failures++;
             }

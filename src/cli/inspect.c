@@ -26,7 +26,20 @@ static yyjson_mut_val *json_metadata(yyjson_mut_doc *doc, const fst_model *model
     return object;
 }
 
-static yyjson_mut_val *json_tensor(yyjson_mut_doc *doc, const fst_tensor *tensor) {
+/* The format, the weight's name and the tensors that belong to it. */
+static void json_quantization(yyjson_mut_doc *doc, yyjson_mut_val *object, const fst_model *model, size_t i) {
+    fst_quantization q;
+    if (fst_model_quantization(model, i, &q)) return;
+    yyjson_mut_obj_add_str(doc, object, "format", q.format);
+    yyjson_mut_obj_add_str(doc, object, "weight", q.name);
+    yyjson_mut_val *companions = must(yyjson_mut_obj_add_arr(doc, object, "companions"));
+    for (size_t k = 0; k < q.companions_count; k++)
+        if (!yyjson_mut_arr_add_str(doc, companions, tensor_at(model, q.companions[k]).name)) must(NULL);
+}
+
+static yyjson_mut_val *json_tensor(yyjson_mut_doc *doc, const fst_model *model, size_t i) {
+    fst_tensor found = tensor_at(model, i);
+    const fst_tensor *tensor = &found;
     yyjson_mut_val *object = must(yyjson_mut_obj(doc));
     yyjson_mut_val *shape = must(yyjson_mut_arr_with_uint64(doc, tensor->shape, tensor->ndim));
     yyjson_mut_obj_add_str(doc, object, "name", tensor->name);
@@ -34,6 +47,7 @@ static yyjson_mut_val *json_tensor(yyjson_mut_doc *doc, const fst_tensor *tensor
     yyjson_mut_obj_add_val(doc, object, "shape", shape);
     yyjson_mut_obj_add_uint(doc, object, "offset", tensor->file_offset);
     if (!yyjson_mut_obj_add_uint(doc, object, "nbytes", tensor->file_nbytes)) must(NULL);
+    json_quantization(doc, object, model, i);
     return object;
 }
 
@@ -51,9 +65,11 @@ static void print_json(const fst_model *model, FILE *out) {
         for (; i < fst_model_count(model); i++) {
             fst_tensor tensor = tensor_at(model, i);
             if ((size_t)tensor.file != f) break;
-            yyjson_mut_arr_append(tensors, json_tensor(doc, &tensor));
+            yyjson_mut_arr_append(tensors, json_tensor(doc, model, i));
         }
     }
+    const fst_error *wrong = fst_model_quantization_error(model);
+    if (wrong) json_add_text(doc, root, "quantization_error", wrong->text);
     json_print(doc, out);
 }
 
@@ -63,6 +79,7 @@ typedef struct row {
     char *name, *shape;
     const char *dtype;
     uint64_t nbytes;
+    char *quantized; /* or "" */
 } row;
 
 static char *format_shape(const fst_tensor *tensor) {
@@ -71,6 +88,24 @@ static char *format_shape(const fst_tensor *tensor) {
     for (size_t i = 0; i < tensor->ndim; i++)
         end += sprintf(end, "%s%" PRIu64, i ? ", " : "", tensor->shape[i]);
     strcpy(end, "]");
+    return text;
+}
+
+/* "fp8-block: x.weight_scale_inv", or "". */
+static char *format_quantization(const fst_model *model, size_t i) {
+    fst_quantization q;
+    if (fst_model_quantization(model, i, &q)) return must(strdup(""));
+    size_t room = strlen(q.format) + 3;
+    for (size_t k = 0; k < q.companions_count; k++)
+        room += strlen(tensor_at(model, q.companions[k]).name) + 2;
+    char *plain = must(malloc(room));
+    strcpy(plain, q.format);
+    for (size_t k = 0; k < q.companions_count; k++) {
+        strcat(plain, k ? ", " : ": ");
+        strcat(plain, tensor_at(model, q.companions[k]).name);
+    }
+    char *text = escaped(plain, strlen(plain));
+    free(plain);
     return text;
 }
 
@@ -92,7 +127,9 @@ static void print_rows(const row *rows, size_t count, FILE *out) {
         print_cell(out, i ? rows[i - 1].name : "name", names);
         print_cell(out, i ? rows[i - 1].dtype : "dtype", dtypes);
         print_cell(out, i ? rows[i - 1].shape : "shape", shapes);
-        if (i) fprintf(out, "%14" PRIu64 "\n", rows[i - 1].nbytes);
+        if (i)
+            fprintf(out, "%14" PRIu64 "%s%s\n", rows[i - 1].nbytes, *rows[i - 1].quantized ? "  " : "",
+                    rows[i - 1].quantized);
         else fprintf(out, "%14s\n", "bytes");
     }
 }
@@ -116,8 +153,9 @@ static void print_file(const fst_model *model, size_t file, size_t first, size_t
     uint64_t total = 0;
     for (size_t i = first; i < end; i++) {
         fst_tensor tensor = tensor_at(model, i);
-        rows[i - first] = (row){escaped(tensor.name, strlen(tensor.name)), format_shape(&tensor),
-                                fst_dtype_name(tensor.stored_dtype), tensor.file_nbytes};
+        rows[i - first] =
+            (row){escaped(tensor.name, strlen(tensor.name)), format_shape(&tensor),
+                  fst_dtype_name(tensor.stored_dtype), tensor.file_nbytes, format_quantization(model, i)};
         total += tensor.file_nbytes;
     }
     fprintf(out, "%s: %zu tensor%s, %s\n", name, end - first, end - first == 1 ? "" : "s",
@@ -127,6 +165,7 @@ static void print_file(const fst_model *model, size_t file, size_t first, size_t
     for (size_t i = 0; i < end - first; i++) {
         free(rows[i].name);
         free(rows[i].shape);
+        free(rows[i].quantized);
     }
     free(rows);
     free(name);
@@ -141,6 +180,8 @@ static void print_columns(const fst_model *model, FILE *out) {
         print_file(model, f, first, end, out);
         first = end;
     }
+    const fst_error *wrong = fst_model_quantization_error(model);
+    if (wrong) fprintf(out, "\nnot to be dequantized: %s: %s\n", fst_status_name(wrong->status), wrong->text);
 }
 
 int run_inspect(const arguments *args, FILE *out) {
