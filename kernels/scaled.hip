@@ -41,8 +41,8 @@ FST_FN uint32_t load_scale(uint64_t scales, int dtype, uint64_t index) {
 }
 
 #if FST_PACKED
-// Four codes by NVIDIA's packed instructions (nvidia.h), times scales that are finite and not 0: a NaN is then one of
-// the code's. (16 bits of F4; otherwise a word.)
+// Four codes by NVIDIA's packed instructions (nvidia.h), times scales that make no NaN: it is one of the code's. (16 bits
+// of F4; otherwise a word.)
 template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scales, uint32_t *out) {
     const uint32_t codes = Src == FST_T_F4 ? spread<FST_T_F4>(in) : in;
     uint32_t x[4], nans = 0;
@@ -88,8 +88,11 @@ template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scal
     }
 }
 
-// What scale4 takes.
-FST_FN bool is_plain(uint32_t scale) { return (scale & 0x7FFFFFFF) - 1 < 0x7F7FFFFF; }
+// What scale4 takes: finite ones, not 0 where codes may be Inf.
+template <int Src> FST_FN bool is_plain(uint32_t scale) {
+    const uint32_t a = scale & 0x7FFFFFFF;
+    return Src == FST_T_F8_E5M2 ? a - 1 < 0x7F7FFFFF : a < 0x7F800000;
+}
 #endif
 
 template <int Src, int Dst> struct Scaled {
@@ -104,7 +107,9 @@ template <int Src, int Dst> struct Scaled {
     Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
     uint64_t grid_cols;
     int scale_dtype;
-    bool one; // scale for everything
+    bool one;       // scale for everything
+    bool flat;      // scales follow the elements: blocks of one row that fill it
+    bool straddles; // some vectors lie under several scales
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -121,17 +126,17 @@ template <int Src, int Dst> struct Scaled {
 #ifndef FST_BY_ELEMENT
         // The codes are on their way while the place of their scale is computed.
         Vector<in_bytes> in = {};
-        const bool loaded = end - begin == width && load(begin, &in);
-        if (one) {
-            const uint32_t scale = load_scale(scales, scale_dtype, 0);
-            return loaded ? vector(begin, in, scale) : elements(begin, end, scale);
+        if (end - begin == width && load(begin, &in)) {
+            if (!straddles) {
+                const uint32_t scale = load_scale(scales, scale_dtype, one ? 0 : cell_of(first + begin));
+                return vector(begin, in, scale, scale, width);
+            }
+            if (under_two(begin, in)) return;
         }
 #endif
-        const uint64_t row = cols.divide(first + begin), col = first + begin - row * cols.value;
-#ifndef FST_BY_ELEMENT
-        if (loaded && under_two(begin, row, col, in)) return;
-#endif
-        segments(begin, end, row, col);
+        if (one) return elements(begin, end, load_scale(scales, scale_dtype, 0));
+        const uint64_t row = cols.divide(first + begin);
+        segments(begin, end, row, first + begin - row * cols.value);
     }
 
   private:
@@ -150,24 +155,42 @@ template <int Src, int Dst> struct Scaled {
     }
 
 #ifndef FST_BY_ELEMENT
-    // Almost always a vector lies under one scale; where it does not, almost always under two.
-    FST_INLINE bool under_two(uint64_t begin, uint64_t row, uint64_t col, const Vector<in_bytes> &in) const {
-        uint64_t left;
-        const uint32_t scale = scale_at(row, col, &left);
-        if (left >= width) {
-            vector(begin, in, scale);
-            return true;
+    FST_INLINE uint64_t cell_of(uint64_t i) const {
+        if (flat) return block_cols.divide(i);
+        const uint64_t row = cols.divide(i);
+        return block_rows.divide(row) * grid_cols + block_cols.divide(i - row * cols.value);
+    }
+
+    // The scale of an element, how many elements of its row are under it from there on, and the same of what follows.
+    struct Cells {
+        uint64_t here, left, next, next_left;
+    };
+    FST_INLINE Cells cells_of(uint64_t i) const {
+        if (flat) {
+            const uint64_t cell = block_cols.divide(i);
+            return {cell, (cell + 1) * block_cols.value - i, cell + 1, block_cols.value};
         }
-#if FST_PACKED
-        uint64_t left2;
-        const bool wraps = col + left == cols.value;
-        const uint32_t scale2 = scale_at(wraps ? row + 1 : row, wraps ? 0 : col + left, &left2);
-        if (left + left2 >= width && is_plain(scale) && is_plain(scale2)) {
-            vector(begin, in, scale, scale2, static_cast<unsigned>(left));
-            return true;
-        }
-#endif
-        return false;
+        const uint64_t row = cols.divide(i), col = i - row * cols.value, down = block_rows.divide(row);
+        const uint64_t across = block_cols.divide(col), here = down * grid_cols + across;
+        const uint64_t stop = (across + 1) * block_cols.value;
+        if (stop < cols.value)
+            return {here, stop - col, here + 1, smaller(block_cols.value, cols.value - stop)};
+        const bool below =
+            row + 1 == (down + 1) * block_rows.value; // the next row begins another row of blocks
+        return {here, cols.value - col, (below ? down + 1 : down) * grid_cols,
+                smaller(block_cols.value, cols.value)};
+    }
+    static FST_INLINE uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+    // Almost always a vector lies under one scale or two. Lanes of a warp differ in that: one path for both.
+    FST_INLINE bool under_two(uint64_t begin, const Vector<in_bytes> &in) const {
+        const Cells cells = cells_of(first + begin);
+        if (cells.left + cells.next_left < width) return false;
+        const bool two = cells.left < width;
+        const uint32_t scale = load_scale(scales, scale_dtype, cells.here);
+        const uint32_t scale2 = load_scale(scales, scale_dtype, two ? cells.next : cells.here);
+        vector(begin, in, scale, scale2, two ? static_cast<unsigned>(cells.left) : width);
+        return true;
     }
 #endif
 
@@ -216,33 +239,29 @@ template <int Src, int Dst> struct Scaled {
         if (src_bits == 4 && begin % 2) return false; // half a byte off: not from a file
         return load_vector(from + begin * src_bits / 8, from, from + (count * src_bits + 7) / 8, in);
     }
-    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale) const {
-#if FST_PACKED
-        if (is_plain(scale)) return vector(begin, in, scale, scale, width);
-#endif
+    // The first `split` elements under one scale, the others under another.
+    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2,
+                           uint64_t split) const {
         Vector<16> out = {};
+#if FST_PACKED
+        if (is_plain<Src>(scale) & is_plain<Src>(scale2)) {
+            FST_UNROLLED
+            for (unsigned i = 0; i < width; i += 4) {
+                const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
+                                        i + 2 < split ? scale : scale2, i + 3 < split ? scale : scale2};
+                scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by,
+                                 &out.word[i * dst_size / 4]);
+            }
+            return store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+        }
+#endif
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
             const uint32_t word = in.word[i * src_bits / 32] >> (i * src_bits % 32);
-            put<dst_size>(&out, i, result(word & ((1u << src_bits) - 1), scale));
+            put<dst_size>(&out, i, result(word & ((1u << src_bits) - 1), i < split ? scale : scale2));
         }
         store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
     }
-#if FST_PACKED
-    // The first `split` elements under one scale, the others under another.
-    FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2,
-                           unsigned split) const {
-        Vector<16> out;
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i += 4) {
-            const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
-                                    i + 2 < split ? scale : scale2, i + 3 < split ? scale : scale2};
-            scale4<Src, Dst>(in.word[i * src_bits / 32] >> (i * src_bits % 32), by,
-                             &out.word[i * dst_size / 4]);
-        }
-        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-    }
-#endif
 #endif
 };
 
@@ -251,17 +270,21 @@ typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const
 template <int Src, int Dst>
 int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_rows,
            const Divisor &block_cols) {
-    const Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                                   reinterpret_cast<uint64_t>(args->dst),
-                                   reinterpret_cast<uint64_t>(args->scales),
-                                   args->first,
-                                   args->count,
-                                   divisor(args->cols),
-                                   block_rows,
-                                   block_cols,
-                                   (args->cols - 1) / block_cols.value + 1,
-                                   args->scale_dtype,
-                                   args->scales_count == 1};
+    Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
+                             reinterpret_cast<uint64_t>(args->dst),
+                             reinterpret_cast<uint64_t>(args->scales),
+                             args->first,
+                             args->count,
+                             divisor(args->cols),
+                             block_rows,
+                             block_cols,
+                             (args->cols - 1) / block_cols.value + 1,
+                             args->scale_dtype,
+                             args->scales_count == 1,
+                             block_rows.value == 1 && args->cols % block_cols.value == 0,
+                             false};
+    const uint64_t across = body.grid_cols == 1 ? 0 : block_cols.value;
+    body.straddles = !body.one && (args->cols | across | (args->first - body.skew())) % body.width != 0;
     return launch(stream, body, body.blocks());
 }
 
