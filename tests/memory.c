@@ -104,10 +104,14 @@ yyjson_doc *__wrap_yyjson_read_opts(char *json, size_t length, yyjson_read_flag 
     return __real_yyjson_read_opts(json, length, flags, allocator ? allocator : &ours, error);
 }
 
+static atomic_int thread_refused;
+
 /* A thread needs memory too. What of it the system allocates is its own business: the whole call fails. */
 int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *),
                           void *arg) {
-    return must_fail() ? EAGAIN : __real_pthread_create(thread, attributes, run, arg);
+    if (!must_fail()) return __real_pthread_create(thread, attributes, run, arg);
+    atomic_store(&thread_refused, 1);
+    return EAGAIN;
 }
 
 /* ---- One call, over and over ----------------------------------------------------------------- */
@@ -117,6 +121,7 @@ typedef struct scene {
     fst_status (*act)(const struct scene *s, fst_error *error);
     const char *files[2];
     int device;
+    fst_reader_kind reader;
     int keeps_engine; /* the act leaves it to the next */
     fst_model *model;
 } scene;
@@ -138,11 +143,13 @@ static int fail_each(const scene *s) {
     for (int at = 1;; at++) {
         fst_error error = {.status = FST_OK};
         atomic_store(&calls, 0);
+        atomic_store(&thread_refused, 0);
         atomic_store(&fail_at, at);
         fst_status status = s->act(s, &error);
         atomic_store(&fail_at, 0);
         int reached = atomic_load(&calls) >= at;
-        if (reached) check_error(status, &error);
+        /* Files are also opened by fewer threads. */
+        if (reached && !(status == FST_OK && atomic_load(&thread_refused))) check_error(status, &error);
         else CHECK_INT(FST_OK, status);
         CHECK_INT(blocks, fake_gpu_blocks());
         CHECK_INT(held, atomic_load(&live));
@@ -194,13 +201,19 @@ static void check_cast(const fst_model *model, const char *name) {
     }
 }
 
-static fst_status load(const scene *s, fst_error *error) {
+static fst_options options_of(const scene *s) {
     fst_options options = FST_OPTIONS_INIT;
-    fst_model *model = (fst_model *)(uintptr_t)1;
     options.cast = FST_BF16;
     options.device = s->device;
+    options.reader = s->reader;
     options.threads = 3;
     options.slot_bytes = 64 << 10;
+    return options;
+}
+
+static fst_status load(const scene *s, fst_error *error) {
+    fst_options options = options_of(s);
+    fst_model *model = (fst_model *)(uintptr_t)1;
     fst_status status = fst_load(s->files, &options, &model, error);
     if (status) {
         CHECK(model == NULL);
@@ -210,6 +223,30 @@ static fst_status load(const scene *s, fst_error *error) {
         check_cast(model, "other");
     }
     fst_model_free(model);
+    if (!s->keeps_engine) fst_release_cached();
+    return status;
+}
+
+/* Each tensor by DLPack, given back at once. */
+static fst_status stream(const scene *s, fst_error *error) {
+    fst_options options = options_of(s);
+    fst_stream *from = (fst_stream *)(uintptr_t)1;
+    fst_status status = fst_stream_open(s->files, &options, &from, error);
+    if (status) CHECK(from == NULL);
+    for (int count = 0; !status; count++) {
+        DLManagedTensorVersioned *exported = NULL;
+        fst_tensor tensor;
+        status = fst_stream_next(from, &tensor, &exported, error);
+        if (status) {
+            CHECK(exported == NULL);
+        } else if (!tensor.name) {
+            CHECK_INT(MANY + 2, count);
+            break;
+        } else {
+            exported->deleter(exported);
+        }
+    }
+    fst_stream_close(from);
     if (!s->keeps_engine) fst_release_cached();
     return status;
 }
@@ -226,36 +263,52 @@ static fst_status open_headers(const scene *s, fst_error *error) {
 static scene prepare(fst_status (*act)(const scene *, fst_error *), int device) {
     write_files();
     fst_release_cached();
-    return (scene){act, {test_path("model.safetensors.index.json"), NULL}, device, 0, NULL};
+    return (scene){.act = act, .files = {test_path("model.safetensors.index.json"), NULL}, .device = device};
 }
 
 /* Small blocks: there are several, and most are allocated while the threads already read. */
-static void fail_loads(int device, int keeps_engine, int least) {
-    scene s = prepare(load, device);
+static void fail_acts(scene s, int least) {
     uint64_t usual = fst_block_bytes;
     fst_error error;
     fst_block_bytes = 64 << 10;
-    s.keeps_engine = keeps_engine;
-    CHECK_INT(FST_OK, load(&s, &error));
+    CHECK_INT(FST_OK, s.act(&s, &error));
     int failed = fail_each(&s);
     fst_block_bytes = usual;
     CHECK(failed >= least);
+    fst_release_cached();
 }
 
-TEST(memory, of_a_load_on_the_cpu) { fail_loads(FST_DEVICE_CPU, 0, 50); }
+TEST(memory, of_a_load_on_the_cpu) { fail_acts(prepare(load, FST_DEVICE_CPU), 50); }
 
 TEST(memory, of_a_load_on_a_gpu) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
-    fail_loads(FST_DEVICE_GPU(0), 0, 50);
+    fail_acts(prepare(load, FST_DEVICE_GPU(0)), 50);
     fake_gpu_end();
 }
 
 TEST(memory, of_a_load_that_finds_an_engine) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 2});
-    fail_loads(FST_DEVICE_GPU(0), 1, 45);
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        scene s = prepare(load, device);
+        s.keeps_engine = 1;
+        fail_acts(s, 45);
+    }
     fake_gpu_end();
-    fail_loads(FST_DEVICE_CPU, 1, 45);
-    fst_release_cached();
+}
+
+TEST(memory, of_a_load_by_every_reader) {
+    for (fst_reader_kind reader = FST_READER_THREADS; reader <= FST_READER_URING; reader++) {
+        scene s = prepare(load, FST_DEVICE_CPU);
+        s.reader = reader;
+        fail_acts(s, 50);
+    }
+}
+
+TEST(memory, of_a_stream) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 5});
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++)
+        fail_acts(prepare(stream, device), 50);
+    fake_gpu_end();
 }
 
 TEST(memory, of_opening_an_index) {
