@@ -14,6 +14,7 @@ static struct {
     pthread_mutex_t lock;
     int calls[FAKE_OS_KINDS];
     int descriptors, mappings, rings;
+    int begun;
     unsigned reads;
     uint64_t bytes;
 } os = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -80,6 +81,8 @@ static ssize_t os_pread(int fd, void *buffer, size_t size, uint64_t offset) {
     pthread_mutex_unlock(&os.lock);
     if (hook) hook();
     if (code) return code;
+    if (direct && (offset | size | (uintptr_t)buffer) % 512)
+        return -EINVAL; /* some file systems forgive it */
     ssize_t got = real.pread(fd, buffer, size, offset);
     if (!os.options.short_reads) return got;
     got = shorten(turn, got);
@@ -222,6 +225,8 @@ static int os_uring_wait(fst_uring *uring, uint64_t *tag, int *result) {
 
 void fake_os_begin(const fake_os_options *options) {
     fst_release_cached();
+    if (os.begun) fst_os_calls = real; /* a case that failed never ended it */
+    os.begun = 1;
     real = fst_os_calls;
     os.options = *options;
     memset(os.calls, 0, sizeof os.calls);
@@ -259,6 +264,7 @@ void fake_os_begin(const fake_os_options *options) {
 void fake_os_end(void) {
     fst_release_cached();
     fst_os_calls = real;
+    os.begun = 0;
     if (os.descriptors || os.mappings || os.rings)
         test_fail(__FILE__, __LINE__, "still held: %d descriptors, %d mappings, %d rings", os.descriptors,
                   os.mappings, os.rings);

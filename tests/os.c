@@ -616,8 +616,8 @@ TEST(os, run_on_node_stays_inside_the_callers_cpus) {
 
 TEST(os, cache_bytes_is_the_last_level_of_a_cpu_of_the_thread) {
     static char paths[8][96];
-    static const char *const levels[] = {"1\n", "1\n", "2\n", "3\n"};
-    static const char *const sizes[] = {"48K\n", "32K\n", "2048K\n", "105M\n"};
+    static const char *const levels[] = {"2\n", "1\n", "1\n", "3\n"};
+    static const char *const sizes[] = {"2048K\n", "48K\n", "32K\n", "105M\n"};
     const char *texts[17] = {NULL};
     fst_cpus mine;
     int cpu = 0;
