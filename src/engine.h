@@ -33,7 +33,8 @@ typedef struct fst_worker {
     fst_queue stream;
     unsigned slots_count; /* in use */
     fst_slot slots[FST_MAX_SLOTS];
-    fst_ring *ring; /* io_uring; NULL: none yet */
+    _Atomic uint32_t needs; /* 1 + the block that it waits for, or allocates; 0: none */
+    fst_ring *ring;         /* io_uring; NULL: none yet */
     int ring_is_refused, ring_is_broken;
     void *pinned;           /* the part of the ring that was, or NULL */
     int setup_code;         /* what making all this came to: a device error, or */
@@ -70,7 +71,6 @@ struct fst_engine {
 
     size_t next_block;   /* of the job's, to be allocated */
     int allocating;      /* somebody does */
-    atomic_uint held_up; /* workers that wait for a block, or allocate one */
     atomic_size_t next_chunk;
     atomic_int stop; /* nothing new is begun */
     atomic_uint_fast64_t bytes_done;

@@ -150,20 +150,20 @@ static void allocate_next(fst_engine *engine, const fst_load_job *job) {
 /* Waits for a block; allocates it, and those before it, if nobody else does. 0 when the job was stopped. */
 static int need_block(fst_engine *engine, const fst_load_job *job, uint32_t block) {
     if (block == FST_NO_BLOCK || atomic_load(&job->blocks[block])) return !atomic_load(&engine->stop);
-    atomic_fetch_add(&engine->held_up, 1);
     pthread_mutex_lock(&engine->lock);
     while (!atomic_load(&job->blocks[block]) && !atomic_load(&engine->stop)) {
         if (engine->allocating) pthread_cond_wait(&engine->allocated, &engine->lock);
         else allocate_next(engine, job);
     }
     pthread_mutex_unlock(&engine->lock);
-    atomic_fetch_sub(&engine->held_up, 1);
     return !atomic_load(&engine->stop);
 }
 
 static int worker_needs_block(fst_worker *w, const fst_load_job *job, uint32_t block) {
     double start = fst_os_now();
+    atomic_store(&w->needs, block + 1); /* 0 when it needs none */
     int there = need_block(w->engine, job, block);
+    atomic_store(&w->needs, 0);
     w->stats.held_seconds += fst_os_now() - start;
     return there;
 }
@@ -739,10 +739,16 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
 
 /* ---- Tensor by tensor ---------------------------------------------------------------------------- */
 
-/* Whether nobody goes on before the consumer gives memory back. The lock is held. */
+/* Whether nobody goes on before the consumer gives memory back. Who has not woken up yet, but has a block by now, will.
+ * The lock is held. */
 static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
-    return job->budget && engine->running && atomic_load(&engine->held_up) >= engine->running &&
-           fst_budget_is_waited_for(job->budget);
+    unsigned held_up = 0;
+    if (!job->budget || !engine->running) return 0;
+    for (unsigned i = 0; i < engine->threads_count; i++) {
+        uint32_t needs = atomic_load(&engine->workers[i].needs);
+        held_up += needs && !atomic_load(&job->blocks[needs - 1]);
+    }
+    return held_up == engine->running && fst_budget_is_waited_for(job->budget);
 }
 
 static int is_complete(const fst_load_job *job, uint32_t tensor) {
