@@ -214,14 +214,19 @@ static void fake_free(const fst_gpu *gpu, void *block, uint64_t size) {
 }
 
 static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
-    (void)gpu, (void)memory, (void)size;
-    if (fake.options.refuse_to_pin) return 1;
+    (void)gpu, (void)memory;
+    if (fake.options.refuse_to_pin || (fake.options.pin_at_most && size > fake.options.pin_at_most)) return 1;
+    pthread_mutex_lock(&fake.lock);
     fake.pins++;
+    pthread_mutex_unlock(&fake.lock);
     return 0;
 }
+
 static void fake_unpin(const fst_gpu *gpu, void *memory) {
     (void)gpu, (void)memory;
+    pthread_mutex_lock(&fake.lock);
     fake.pins--;
+    pthread_mutex_unlock(&fake.lock);
 }
 
 static int fake_stream_new(const fst_gpu *gpu, fst_queue *out) {
@@ -247,6 +252,9 @@ static void fake_stream_free(const fst_gpu *gpu, fst_queue which) {
             stream *s = which;
             *at = s->next;
             while (s->first) run_one(s);
+            for (stream *other = fake.list; other; other = other->next) /* all of it has run */
+                for (op *o = other->first; o; o = o->next)
+                    if (o->of == s) o->of = NULL;
             free(s);
             fake.streams--;
             break;
@@ -370,6 +378,20 @@ void fake_gpu_end(void) {
                   fake.blocks, fake.streams, fake.events, fake.pins);
 }
 
-int fake_gpu_calls(void) { return fake.calls; }
-uint64_t fake_gpu_peak(void) { return fake.peak; }
-int fake_gpu_blocks(void) { return fake.blocks; }
+static int look(const int *at) {
+    pthread_mutex_lock(&fake.lock);
+    int value = *at;
+    pthread_mutex_unlock(&fake.lock);
+    return value;
+}
+
+int fake_gpu_calls(void) { return look(&fake.calls); }
+int fake_gpu_blocks(void) { return look(&fake.blocks); }
+int fake_gpu_pins(void) { return look(&fake.pins); }
+
+uint64_t fake_gpu_peak(void) {
+    pthread_mutex_lock(&fake.lock);
+    uint64_t peak = fake.peak;
+    pthread_mutex_unlock(&fake.lock);
+    return peak;
+}

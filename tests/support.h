@@ -37,6 +37,7 @@ typedef struct fake_gpu_options {
     uint64_t seed;
     int      fail_at;       /* the so-manieth call that can fail does, from 1; 0: none */
     int      refuse_to_pin;
+    size_t   pin_at_most;   /* larger pieces of memory cannot be pinned; 0: any can */
     uint64_t memory;        /* device memory in all; 0: no limit */
 } fake_gpu_options;
 
@@ -46,6 +47,7 @@ void fake_gpu_end(void);
 int  fake_gpu_calls(void);       /* that could fail, so far */
 uint64_t fake_gpu_peak(void);    /* most device memory at one time */
 int  fake_gpu_blocks(void);      /* blocks that are allocated now */
+int  fake_gpu_pins(void);        /* pieces of memory that are pinned now */
 
 /* ---- System calls that fail (fake_os.c) ---- */
 
