@@ -5,6 +5,7 @@
 
 #include "configs.h"
 #include "os.h"
+#include "status.h"
 
 #define CONFIG_MAX ((uint64_t)16 << 20)
 

@@ -71,6 +71,7 @@ struct fst_engine {
 
     size_t next_block;   /* of the job's, to be allocated */
     int allocating;      /* somebody does */
+    uint64_t companion_bytes, companion_peak; /* memory of batches */
     atomic_size_t next_chunk;
     atomic_int stop; /* nothing new is begun */
     atomic_uint_fast64_t bytes_done;

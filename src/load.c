@@ -121,6 +121,7 @@ static fst_status make_job(fst_loading *l) {
         .use_ring = l->options.reader == FST_READER_URING,
         .hows = calloc(l->plan.chunks_count + 1, sizeof *l->job.hows),
         .blocks = calloc(l->plan.blocks_count + 1, sizeof *l->job.blocks),
+        .batches = calloc(l->plan.batches_count + 1, sizeof *l->job.batches),
         .allocate = allocate_block,
         .allocate_arg = l,
         .budget = l->budget,
@@ -132,15 +133,42 @@ static fst_status make_job(fst_loading *l) {
         .bytes_total = l->plan.bytes_read,
     };
     model->blocks = calloc(l->plan.blocks_count + 1, sizeof *model->blocks);
-    return l->job.hows && l->job.blocks && model->blocks ? FST_OK : fst_no_memory(l->error);
+    return l->job.hows && l->job.blocks && l->job.batches && model->blocks ? FST_OK : fst_no_memory(l->error);
 }
 
-/* What each tensor will be: its place is known once its block is there. */
-static void describe_results(fst_loading *l) {
-    for (size_t i = 0; i < l->model->count; i++) {
-        l->model->tensors[i].dtype = l->plan.tensors[i].dtype;
-        l->model->tensors[i].nbytes = l->plan.tensors[i].nbytes;
+/* The weight that codes become has a name and a shape of its own. */
+static void make_entry(fst_model *model, const fst_plan_tensor *planned, fst_model_tensor *tensor,
+                       fst_entry *made) {
+    const fst_quantized *w = planned->weight;
+    *made = *tensor->entry;
+    made->name = w->name;
+    made->name_length = (uint32_t)strlen(w->name);
+    made->ndim = w->ndim;
+    made->shape = w->shape;
+    tensor->entry = made;
+    tensor->hash = fst_model_hash(model, made->name, made->name_length);
+}
+
+/* What each tensor will be: its place is known once its block is there. Companions of dequantized weights are gone. */
+static fst_status describe_results(fst_loading *l) {
+    fst_model *model = l->model;
+    size_t count = 0, weights = 0, all = model->count;
+    for (size_t i = 0; i < all; i++) weights += l->plan.tensors[i].weight != NULL;
+    if (weights && !(model->made = calloc(weights, sizeof *model->made))) return fst_no_memory(l->error);
+    weights = 0;
+    for (size_t i = 0; i < all; i++) {
+        const fst_plan_tensor *planned = &l->plan.tensors[i];
+        fst_model_tensor *tensor = &model->tensors[count];
+        if (planned->result == FST_NO_TENSOR) continue;
+        *tensor = model->tensors[i];
+        tensor->dtype = planned->dtype;
+        tensor->nbytes = planned->nbytes;
+        tensor->planned = (uint32_t)i;
+        if (planned->weight) make_entry(model, planned, tensor, &model->made[weights++]);
+        count++;
     }
+    model->count = count;
+    return weights ? fst_loading_fill_names(l) : FST_OK;
 }
 
 fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
@@ -153,13 +181,16 @@ fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
         status = fst_engine_take(l->options.context, model->gpu, &config, &l->engine, &l->facts, l->error);
     l->allocate_seconds = fst_os_now() - before;
     if (status) return status;
-    fst_plan_options plan_options = {l->options.cast, l->facts.slot_bytes,
-                                     model->gpu->host_access ? CPU_PLACE : GPU_PLACE, block_bytes};
+    fst_plan_options plan_options = {.cast = l->options.cast,
+                                     .chunk_bytes = l->facts.slot_bytes,
+                                     .place_bytes = model->gpu->host_access ? CPU_PLACE : GPU_PLACE,
+                                     .block_bytes = block_bytes,
+                                     .scheme = model->scheme};
     status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
                            l->choices, &plan_options, &l->plan, l->error);
     if (!status) status = make_reader(l);
     if (!status) status = make_job(l);
-    if (!status) describe_results(l);
+    if (!status) status = describe_results(l);
     model->stats.open_seconds = fst_os_now() - l->started - l->allocate_seconds;
     return status;
 }
@@ -173,6 +204,7 @@ void fst_loading_end(fst_loading *l) {
     fst_budget_drop(l->budget);
     free((void *)l->job.hows);
     free((void *)l->job.blocks);
+    free(l->job.batches);
     l->engine = NULL;
     l->reader = NULL;
     l->budget = NULL;
@@ -213,7 +245,8 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     stats->device = gpu->label;
     stats->device_name = gpu->name;
     stats->device_reason = l->model->device_reason;
-    stats->peak_device_bytes = (l->budget ? l->budget->peak : l->plan.bytes_blocks) + l->facts.staging_bytes;
+    stats->peak_device_bytes = (l->budget ? l->budget->peak : l->plan.bytes_blocks) +
+                               pipeline->companion_bytes + l->facts.staging_bytes;
     stats->pinned_bytes = l->facts.pinned_bytes;
     stats->threads = l->facts.threads;
     stats->slots = l->facts.slots;
@@ -241,8 +274,8 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
 static void place_tensors(fst_loading *l) {
     fst_model *model = l->model;
     for (size_t i = 0; i < model->count; i++) {
-        const fst_plan_tensor *planned = &l->plan.tensors[i];
         fst_model_tensor *tensor = &model->tensors[i];
+        const fst_plan_tensor *planned = &l->plan.tensors[tensor->planned];
         tensor->data = planned->memory;
         if (planned->block == FST_NO_BLOCK) continue;
         tensor->block = model->blocks[planned->block];

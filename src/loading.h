@@ -45,6 +45,8 @@ static inline const char *fst_file_path(const fst_model *model, size_t file) {
 
 /* Opens all files and reads their headers into the model; l->model, error and options are set. */
 fst_status fst_loading_open(fst_loading *l, const char *const *files);
+/* The table of names of the model's tensors as they are now. FST_E_DUPLICATE. */
+fst_status fst_loading_fill_names(fst_loading *l);
 /* Whether the files are what they were then. */
 fst_status fst_loading_check_files(fst_loading *l);
 void       fst_loading_close(fst_loading *l);

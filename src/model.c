@@ -118,6 +118,7 @@ void fst_model_free(fst_model *model) {
     fst_paths_free(&model->paths);
     free(model->headers);
     free(model->tensors);
+    free(model->made);
     if (model->scheme) fst_scheme_free(model->scheme);
     free(model->scheme);
     free(model->names);
@@ -209,7 +210,7 @@ fst_status fst_model_quantization(const fst_model *model, size_t i, fst_quantiza
     if (!model || !out || i >= model->count)
         return fail_access(FST_E_ARG, "%s: no model, no place for the result, or no such index",
                            "fst_model_quantization");
-    const fst_scheme *scheme = model->scheme;
+    const fst_scheme *scheme = model->gpu ? NULL : model->scheme; /* a load may have dequantized them */
     if (!scheme || !scheme->roles || scheme->roles[i] != FST_ROLE_CODES)
         return fail_access(FST_E_NOT_FOUND, "tensor \"%s\" holds no codes of a quantized weight",
                            model->tensors[i].entry->name);

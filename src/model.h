@@ -36,6 +36,7 @@ typedef struct fst_model_tensor {
     void            *data;
     uint64_t         nbytes;
     uint64_t         hash;        /* of its name */
+    uint32_t         planned;     /* the plan's tensor that it comes from */
 } fst_model_tensor;
 
 typedef struct fst_model_name {
@@ -46,6 +47,7 @@ typedef struct fst_model_name {
 struct fst_model {
     fst_paths         paths;
     fst_header       *headers;    /* of each file */
+    fst_entry        *made;       /* of weights that were dequantized: their names and shapes are the scheme's */
     size_t            count;
     fst_model_tensor *tensors;
     fst_model_name   *names;      /* open-addressing hash table */

@@ -152,8 +152,9 @@ static fst_status apply_index(fst_loading *l) {
     return status;
 }
 
-static fst_status fill_names(fst_loading *l) {
+fst_status fst_loading_fill_names(fst_loading *l) {
     fst_model *model = l->model;
+    free(model->names);
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
@@ -216,7 +217,7 @@ static fst_status list_tensors(fst_loading *l) {
         }
     }
     model->stats.tensors_ignored = l->total - model->count;
-    return fill_names(l);
+    return fst_loading_fill_names(l);
 }
 
 /* How the model is quantized. */
@@ -231,24 +232,14 @@ static fst_status find_scheme(fst_loading *l, fst_error *error) {
     return status;
 }
 
-/* What it means for a cast: scales of activations are kept. */
-static fst_status apply_scheme(fst_loading *l) {
+/* Scales of activations are kept in a cast. */
+static void apply_scheme(fst_loading *l) {
     const fst_scheme *scheme = l->model->scheme;
     size_t tensor = 0;
     for (size_t i = 0; i < l->total; i++) {
         if (l->choices[i].skip) continue;
         if (scheme->roles[tensor++] == FST_ROLE_KEPT) l->choices[i].cast = FST_NATIVE;
     }
-    if (scheme->count == 0) return FST_OK;
-    const fst_quantized *first = &scheme->weights[0];
-    const fst_model_tensor *codes = &l->model->tensors[first->codes];
-    fst_where where = {fst_file_path(l->model, codes->file), (int)codes->file,
-                       (int64_t)(l->model->headers[codes->file].data_start + codes->entry->begin)};
-    return fst_fail(
-        l->error, FST_E_UNSUPPORTED, 0, &where,
-        "tensor \"%s\" is quantized (%s), which this version does not dequantize: load it as stored, "
-        "without a cast",
-        codes->entry->name, fst_format_name(first->format));
 }
 
 /* A load as stored needs to know nothing of it, and an open fails for nothing that is wrong with it. */
@@ -263,7 +254,8 @@ static fst_status understand(fst_loading *l) {
     }
     if (l->options.cast == FST_NATIVE && !l->options.rule) return FST_OK;
     fst_status status = find_scheme(l, l->error);
-    return status ? status : apply_scheme(l);
+    if (!status) apply_scheme(l);
+    return status;
 }
 
 fst_status fst_loading_open(fst_loading *l, const char *const *files) {

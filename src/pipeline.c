@@ -168,13 +168,82 @@ static int worker_needs_block(fst_worker *w, const fst_load_job *job, uint32_t b
     return there;
 }
 
+/* ---- Companions of quantized weights --------------------------------------------------------------- */
+
+/* Memory for a batch's companions, from the first chunk that brings some. The lock is held all the while: it is done
+ * once a batch, and all of its chunks need it. */
+static int need_companion_memory(fst_worker *w, const fst_load_job *job, uint32_t batch) {
+    fst_engine *engine = w->engine;
+    const fst_plan_batch *planned = &job->plan->batches[batch];
+    fst_batch_state *state = &job->batches[batch];
+    int code = 0;
+    pthread_mutex_lock(&engine->lock);
+    if (!state->memory) {
+        uint64_t size = planned->nbytes ? planned->nbytes : 1;
+        code = engine->gpu->calls->alloc_block(engine->gpu, size, &state->memory);
+        if (!code) {
+            state->companions_left = planned->companion_chunks;
+            state->weights_left = planned->weight_chunks;
+            engine->companion_bytes += size;
+            if (engine->companion_bytes > engine->companion_peak)
+                engine->companion_peak = engine->companion_bytes;
+        }
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (code) fail_device(w, job, code, "allocating memory for the scales of quantized weights");
+    return code == 0;
+}
+
+static void free_companions(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
+    fst_batch_state *state = &job->batches[batch];
+    uint64_t size = job->plan->batches[batch].nbytes ? job->plan->batches[batch].nbytes : 1;
+    if (!state->memory) return;
+    engine->gpu->calls->free_block(engine->gpu, state->memory, size);
+    engine->companion_bytes -= size;
+    state->memory = NULL;
+}
+
+/* A chunk of companions is on the device. */
+static void companions_came(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
+    pthread_mutex_lock(&engine->lock);
+    if (--job->batches[batch].companions_left == 0) pthread_cond_broadcast(&engine->allocated);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* A chunk of codes was converted. */
+static void companions_were_used(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
+    pthread_mutex_lock(&engine->lock);
+    if (--job->batches[batch].weights_left == 0) free_companions(engine, job, batch);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static int wait_for_companions(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
+    const fst_batch_state *state = &job->batches[batch];
+    pthread_mutex_lock(&engine->lock);
+    while ((!state->memory || state->companions_left) && !atomic_load(&engine->stop))
+        pthread_cond_wait(&engine->allocated, &engine->lock);
+    pthread_mutex_unlock(&engine->lock);
+    return !atomic_load(&engine->stop);
+}
+
+/* All memory that the chunk's results and conversions need. 0 when the job was stopped. */
+static int prepare_memory(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    if (!worker_needs_block(w, job, chunk->block)) return 0;
+    if (chunk->batch == FST_NO_BATCH) return 1;
+    return chunk->companions ? need_companion_memory(w, job, chunk->batch)
+                             : wait_for_companions(w->engine, job, chunk->batch);
+}
+
 /* ---- Conversions ------------------------------------------------------------------------------- */
 
 /* What converts a piece that lies at `src`. */
 static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     unsigned char *result = tensor->memory;
-    if (!result) result = (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
+    if (tensor->batch != FST_NO_BATCH)
+        result = (unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
+    else if (!result)
+        result = (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
     return (fst_cast_args){
         .src = src,
         .dst = result + piece->dst_offset,
@@ -185,10 +254,45 @@ static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *pi
     };
 }
 
+/* The scales of a matrix count as their kind has it. */
+static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    const fst_quantized *w = tensor->weight;
+    const fst_plan_tensor *scale = &job->plan->tensors[w->companions[FST_COMPANION_SCALE]];
+    fst_cast_args plain = cast_args(job, piece, src);
+    int power = scale->dtype == FST_U8 || scale->dtype == FST_F8_E8M0;
+    uint64_t groups = (w->cols - 1) / w->block_cols + 1, bands = (w->rows - 1) / w->block_rows + 1;
+    fst_scaled_args args = {
+        .src = src,
+        .dst = plain.dst,
+        .scales_count = bands * groups,
+        .rows = w->rows,
+        .cols = w->cols,
+        .first = piece->first,
+        .count = piece->count,
+        .src_dtype = w->bits == 4 ? FST_F4 : plain.src_dtype,
+        .dst_dtype = plain.dst_dtype,
+        .scale_dtype = power ? FST_F8_E8M0 : (int)scale->dtype,
+        .kind = FST_SCALE_BLOCK,
+        .block_rows = w->block_rows,
+        .block_cols = w->block_cols,
+    };
+    if (w->block_rows == 1) args.kind = w->block_cols == w->cols ? FST_SCALE_ROW : FST_SCALE_GROUP;
+    if (bands == 1 && groups == 1) args.kind = FST_SCALE_TENSOR;
+    uint64_t before = piece->matrix * args.scales_count * fst_dtype_bits((fst_dtype)args.scale_dtype) / 8;
+    args.scales = (const unsigned char *)job->batches[scale->batch].memory + scale->block_offset + before;
+    return args;
+}
+
 static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
-    fst_cast_args args = cast_args(job, piece, src);
+    const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
-    return w->engine->gpu->kernels->cast(w->stream, &args);
+    if (job->plan->tensors[piece->tensor].weight) {
+        fst_scaled_args args = scaled_args(job, piece, src);
+        return kernels->scaled(w->stream, &args);
+    }
+    fst_cast_args args = cast_args(job, piece, src);
+    return kernels->cast(w->stream, &args);
 }
 
 /* The jobs of one pair of dtypes among a chunk's CONVERT pieces. */
@@ -221,6 +325,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
         uint32_t run = 0, i = 0, piece;
         while ((piece = next_convert_piece(job->plan, chunk, &run, &i)) != UINT32_MAX) {
             const fst_plan_piece *p = &job->plan->pieces[piece];
+            if (job->plan->tensors[p->tensor].weight) continue; /* by themselves */
             fst_cast_args args = cast_args(job, p, staged + p->chunk_offset);
             uint32_t k = 0;
             while (k < lists_count &&
@@ -329,14 +434,13 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     if (!code) code = gpu->calls->event_record(gpu, s->copied, w->stream);
     if (code) return code;
     *what = "a kernel's launch";
-    if (lists_count) {
+    if (lists_count)
         code = convert_batched(w, job, lists, lists_count,
                                (const fst_batch_job *)(const void *)(staged + jobs_at));
-    } else {
-        uint32_t run = 0, i = 0, piece;
-        while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
+    uint32_t run = 0, i = 0, piece;
+    while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
+        if (!lists_count || plan->tensors[plan->pieces[piece].tensor].weight)
             code = launch_one(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
-    }
     if (!code) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     return code;
 }
@@ -414,7 +518,10 @@ static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32
 }
 
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
     fst_trace_record *record = trace_record(w, s);
+    if (chunk->batch != FST_NO_BATCH && !chunk->companions)
+        companions_were_used(w->engine, job, chunk->batch);
     atomic_fetch_add(&w->engine->bytes_done, job->plan->chunks[s->chunk].nbytes);
     if (record) record->done = fst_os_now();
     s->state = FST_SLOT_FREE;
@@ -425,7 +532,9 @@ static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
     if (s->state != FST_SLOT_COPYING) return 1;
     double start = fst_os_now();
-    int code = gpu->calls->event_wait(gpu, s->copied), timed = s->started != NULL;
+    /* What is converted with companions needs them until then. */
+    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH, timed = s->started != NULL;
+    int code = gpu->calls->event_wait(gpu, uses ? s->converted : s->copied);
     double now = fst_os_now();
     w->stats.wait_seconds += now - start;
     w->stats.slot_seconds += now - s->queued;
@@ -449,7 +558,7 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const char *what = "";
     if (record) record->read_end = fst_os_now();
     s->state = FST_SLOT_FREE;
-    if (!worker_needs_block(w, job, chunk->block)) return 0;
+    if (!prepare_memory(w, job, chunk)) return 0;
     if (w->engine->gpu->host_access) {
         if (!place_chunk_on_host(w, job, chunk, s)) return 0;
         chunk_is_done(w, job, s);
@@ -463,7 +572,9 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
             return 0;
         }
         w->stats.bytes_copied += chunk->nbytes;
+        if (chunk->companions && !drain_slot(w, job, s)) return 0;
     }
+    if (chunk->companions) companions_came(w->engine, job, chunk->batch);
     track_chunk(w, job, s->chunk, slot_number(w, s));
     return 1;
 }
@@ -566,8 +677,9 @@ static int begin_chunk(fst_worker *w, const fst_load_job *job, unsigned turn, si
     }
     if (!finish_older(w, job, turn)) return 0;
     if (w->engine->gpu->host_access && how != FST_HOW_DIRECT) {
-        if (!worker_needs_block(w, job, chunk->block) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
+        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
         chunk_is_done(w, job, s);
+        if (chunk->companions) companions_came(w->engine, job, chunk->batch);
         track_chunk(w, job, s->chunk, slot_number(w, s));
         return 1;
     }
@@ -632,7 +744,7 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
 /* The staging slots, made by the first load that converts anything. */
 static fst_status make_staging(fst_engine *engine, const fst_plan *plan, fst_error *error) {
     const fst_gpu *gpu = engine->gpu;
-    if (gpu->host_access || engine->staging || plan->max_jobs_bytes == 0) return FST_OK;
+    if (gpu->host_access || engine->staging || !plan->converts) return FST_OK;
     int code = gpu->calls->alloc_block(gpu, engine->ring_bytes, &engine->staging);
     if (code) {
         engine->staging = NULL;
@@ -709,6 +821,7 @@ fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_e
     engine->first = (fst_error){.status = FST_OK, .file = -1, .offset = -1};
     engine->job = job;
     engine->next_block = 0;
+    engine->companion_bytes = engine->companion_peak = 0;
     engine->running = engine->threads_count;
     engine->generation++;
     pthread_cond_broadcast(&engine->wake);
@@ -720,8 +833,11 @@ fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int aba
                             fst_pipeline_stats *stats, fst_error *error) {
     if (abandon) cancel(engine, job);
     attend(engine, job);
+    for (uint32_t i = 0; i < job->plan->batches_count; i++)
+        free_companions(engine, job, i); /* after a failure */
     engine->job = NULL;
     sum_stats(engine, stats);
+    stats->companion_bytes = engine->companion_peak;
     if (engine->first.status && error) *error = engine->first;
     return engine->first.status;
 }

@@ -65,6 +65,13 @@ typedef struct fst_tracking {
     size_t       ready_count;
 } fst_tracking;
 
+/* The companions of a batch while the job runs; under the engine's lock. */
+typedef struct fst_batch_state {
+    void    *memory;          /* on the device; NULL: not yet, or no more */
+    uint32_t companions_left; /* chunks that are not on the device yet */
+    uint32_t weights_left;    /* chunks that still need them */
+} fst_batch_state;
+
 typedef struct fst_load_job {
     const fst_plan    *plan;
     const fst_header  *headers;
@@ -73,6 +80,7 @@ typedef struct fst_load_job {
     int                use_ring;   /* io_uring for what is not cached */
     atomic_uchar      *hows;       /* of each chunk, at first 0: the pipeline's */
     _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */
+    fst_batch_state   *batches;    /* of the plan's; all zero at first */
     /* Allocates block i and returns its memory. One call at a time, in order, from any thread; it may wait. */
     fst_status       (*allocate)(void *arg, size_t i, void **memory, fst_error *error);
     void              *allocate_arg;
@@ -89,6 +97,7 @@ typedef struct fst_load_job {
 typedef struct fst_pipeline_stats {
     uint64_t chunks, launches, bytes_read, bytes_copied;
     double   read_seconds, wait_seconds, kernel_seconds;
+    uint64_t companion_bytes;      /* device memory of companions at its most */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
     double   copy_ms, launch_ms;   /* on the device, of the chunks that were timed */

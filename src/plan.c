@@ -13,13 +13,20 @@
 /* Chunks with more jobs than this are closed early: their list may take an eighth of a slot. */
 #define JOBS_SHARE 8u
 
+#define MOST_GAP \
+    ((uint64_t)64 << 10) /* bytes that are read along with their neighbours though nobody wants them */
+#define USUAL_BATCH ((uint64_t)16 << 20)
+#define BATCH_CODES ((uint64_t)512 << 20) /* bytes of codes in a batch */
+
 typedef struct planner {
     const fst_header *headers;
     const char *const *paths;
     const fst_plan_options *options;
     fst_plan *plan;
     fst_error *error;
-    size_t pieces_room, runs_room, chunks_room, blocks_room;
+    size_t pieces_room, runs_room, chunks_room, blocks_room, batches_room;
+    uint32_t batch;       /* that chunks belong to now; FST_NO_BATCH: none */
+    int companions;       /* they bring its companions */
     fst_plan_chunk *open; /* the chunk that still grows, or NULL */
     uint32_t open_jobs;   /* CONVERT pieces in it */
 } planner;
@@ -109,8 +116,13 @@ static fst_status open_chunk(planner *p, uint32_t file, uint64_t offset, uint32_
     if (!room(&plan->chunks, plan->chunks_count, &p->chunks_room, sizeof *plan->chunks))
         return no_memory(p->error);
     p->open = &plan->chunks[plan->chunks_count++];
-    *p->open = (fst_plan_chunk){
-        .file = file, .offset = offset, .first_run = (uint32_t)plan->runs_count, .block = block};
+    *p->open = (fst_plan_chunk){.file = file,
+                                .offset = offset,
+                                .first_run = (uint32_t)plan->runs_count,
+                                .batch = p->companions ? p->batch : FST_NO_BATCH,
+                                .companions = p->companions,
+                                .block = block};
+    if (p->companions) plan->batches[p->batch].companion_chunks++;
     return FST_OK;
 }
 
@@ -131,17 +143,31 @@ static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece 
     run->nbytes += piece->nbytes;
     p->open->nbytes += piece->nbytes;
     plan->bytes_read += piece->nbytes;
-    if (kind == FST_RUN_CONVERT) p->open_jobs++;
+    plan->converts |= kind == FST_RUN_CONVERT;
     return FST_OK;
 }
 
-/* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, and their block is
- * the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
+/* Bytes between two pieces, of tensors that do not come here: it is sooner to read them along. */
+static void add_gap(planner *p, uint32_t nbytes) {
+    fst_plan_run *run = &p->plan->runs[p->plan->runs_count - 1];
+    if (run->kind == FST_RUN_CONVERT) run->nbytes += nbytes;
+    p->open->nbytes += nbytes;
+    p->plan->bytes_read += nbytes;
+}
+
+/* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, with a small gap
+ * perhaps, and their block is the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
 static int continues(planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
     fst_plan_chunk *open = p->open;
-    if (!open || open->file != tensor->file || open->offset + open->nbytes != offset) return 0;
+    if (!open || open->file != tensor->file || offset < open->offset + open->nbytes) return 0;
+    uint64_t gap = offset - open->offset - open->nbytes;
+    if (gap && p->plan->batches_count == 0) return 0; /* companions alone are worth it */
+    if (gap > MOST_GAP || open->nbytes + gap >= p->options->chunk_bytes || open->companions != p->companions)
+        return 0;
     if (open->block == FST_NO_BLOCK) open->block = tensor->block;
-    return tensor->block == FST_NO_BLOCK || tensor->block == open->block;
+    if (tensor->block != FST_NO_BLOCK && tensor->block != open->block) return 0;
+    if (gap) add_gap(p, (uint32_t)gap);
+    return 1;
 }
 
 /* How much of `left` bytes goes into the open chunk: all, or what a cut allows, or nothing. */
@@ -151,38 +177,91 @@ static uint64_t fitting(const planner *p, uint64_t left, uint64_t cut) {
     return left <= space ? left : space / cut * cut;
 }
 
-static fst_status add_tensor(planner *p, uint32_t index, const fst_entry *entry) {
+/* The chunk needs the companions of the batch. */
+static void need_batch(planner *p) {
+    if (p->open->batch != FST_NO_BATCH) return;
+    p->open->batch = p->batch;
+    p->plan->batches[p->batch].weight_chunks++;
+}
+
+static fst_status add_tensor(planner *p, uint32_t index) {
     fst_plan_tensor *tensor = &p->plan->tensors[index];
-    unsigned bits = fst_dtype_bits(entry->dtype), result_bits = fst_dtype_bits(tensor->dtype);
+    const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+    const fst_quantized *weight = tensor->weight;
+    unsigned bits = weight ? weight->bits : fst_dtype_bits(entry->dtype);
+    unsigned result_bits = fst_dtype_bits(tensor->dtype);
     uint64_t start = p->headers[tensor->file].data_start + entry->begin;
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
+    uint64_t matrix = weight ? weight->rows * weight->cols * bits / 8 : total; /* bytes of one */
     while (done < total) {
-        uint64_t take = continues(p, tensor, start + done) ? fitting(p, total - done, cut) : 0;
+        uint64_t in_matrix = weight ? done % matrix : done, left = matrix - in_matrix;
+        uint64_t take = continues(p, tensor, start + done) ? fitting(p, left, cut) : 0;
         if (take == 0) {
             close_chunk(p);
             fst_status status = open_chunk(p, tensor->file, start + done, tensor->block);
             if (status) return status;
-            take = fitting(p, total - done, cut);
+            take = fitting(p, left, cut);
         }
-        if (tensor->chunks++ == 0) tensor->first_chunk = (uint32_t)(p->plan->chunks_count - 1);
-        uint64_t before = done * 8 / bits; /* elements; done is a multiple of cut */
+        uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
+        if (tensor->pieces++ == 0) tensor->first_chunk = chunk;
+        tensor->chunks = chunk - tensor->first_chunk + 1;
+        uint64_t before = done * 8 / bits; /* elements; done is a multiple of cut, or of a matrix */
         fst_plan_piece piece = {
             .tensor = index,
             .chunk_offset = p->open->nbytes,
             .nbytes = (uint32_t)take,
             .dst_offset = before * result_bits / 8,
             .count = take * 8 / bits,
+            .first = weight ? in_matrix * 8 / bits : 0,
+            .matrix = weight ? (uint32_t)(done / matrix) : 0,
         };
-        int kept = tensor->dtype == entry->dtype;
-        fst_status status =
-            add_piece(p, kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT, &piece);
+        int kept = !weight && tensor->dtype == entry->dtype;
+        fst_run_kind kind = kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT;
+        fst_status status = add_piece(p, kind, &piece);
         if (status) return status;
+        if (kind == FST_RUN_CONVERT && !weight) p->open_jobs++;
+        if (weight) need_batch(p);
         done += take;
     }
     return FST_OK;
 }
 
-static fst_status plan_file(planner *p, uint32_t file, const fst_choice *choices) {
+/* ---- What becomes of each tensor ------------------------------------------------------------------- */
+
+/* The weight that a tensor holds the codes of, if it is to be dequantized. */
+static const fst_quantized *weight_of(const planner *p, size_t index, fst_dtype cast) {
+    const fst_scheme *scheme = p->options->scheme;
+    return scheme && cast != FST_NATIVE && scheme->roles[index] == FST_ROLE_CODES
+               ? &scheme->weights[scheme->owner[index]]
+               : NULL;
+}
+
+static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entry *entry, fst_dtype cast) {
+    uint64_t count = elements(entry);
+    if (tensor->weight) {
+        const fst_quantized *w = tensor->weight;
+        fst_where where = {p->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+        if (cast != FST_F32 && cast != FST_F16 && cast != FST_BF16)
+            return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
+                            "tensor \"%s\" (%s) is not dequantized to %s: F32, F16 and BF16 there are",
+                            entry->name, fst_format_name(w->format), fst_dtype_name(cast));
+        if (!fst_scheme_has_kernel(w))
+            return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
+                            "tensor \"%s\": %s is not dequantized by this version; load it as stored",
+                            entry->name, fst_format_name(w->format));
+        tensor->dtype = cast;
+        count = w->stack * w->rows * w->cols;
+    } else {
+        fst_status status = choose_dtype(p, entry, tensor->file, cast, &tensor->dtype);
+        if (status) return status;
+    }
+    if (count > UINT64_MAX / 64) return no_memory(p->error);
+    tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
+    return FST_OK;
+}
+
+static fst_status choose_results(planner *p, uint32_t file, const fst_choice *choices) {
     const fst_header *header = &p->headers[file];
     for (size_t i = 0; i < header->count; i++) {
         const fst_entry *entry = &header->tensors[i];
@@ -190,29 +269,131 @@ static fst_status plan_file(planner *p, uint32_t file, const fst_choice *choices
             p->plan->ignored++;
             continue;
         }
-        uint32_t index = (uint32_t)p->plan->tensors_count;
+        size_t index = p->plan->tensors_count++;
         fst_plan_tensor *tensor = &p->plan->tensors[index];
-        *tensor = (fst_plan_tensor){.file = file, .entry = (uint32_t)i, .block = FST_NO_BLOCK};
-        tensor->memory = choices ? choices[i].memory : NULL;
         fst_dtype cast = choices ? choices[i].cast : p->options->cast;
-        fst_status status = choose_dtype(p, entry, file, cast, &tensor->dtype);
-        if (status) return status;
-        uint64_t count = elements(entry);
-        if (count > UINT64_MAX / 64) return no_memory(p->error);
-        tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
-        p->plan->tensors_count++;
-        p->plan->bytes_out += tensor->nbytes;
-        status = tensor->memory ? check_memory(p, tensor, entry, &choices[i]) : place(p, tensor);
-        if (!status) status = add_tensor(p, index, entry);
+        *tensor = (fst_plan_tensor){
+            .file = file, .entry = (uint32_t)i, .block = FST_NO_BLOCK, .batch = FST_NO_BATCH};
+        tensor->memory = choices ? choices[i].memory : NULL;
+        tensor->weight = weight_of(p, index, cast);
+        fst_status status = set_result(p, tensor, entry, cast);
+        if (!status && tensor->memory) status = check_memory(p, tensor, entry, &choices[i]);
         if (status) return status;
     }
     return FST_OK;
 }
 
+/* ---- Batches ------------------------------------------------------------------------------------------ */
+
+static int compare_indexes(const void *a, const void *b) {
+    const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Gives the companions of the weights among tensors [first, end) memory in a new batch, and plans to read them. Tensors
+ * are in the order of files and offsets: so are their indexes. */
+static fst_status add_companions(planner *p, size_t first, size_t end) {
+    fst_plan *plan = p->plan;
+    size_t count = 0, capacity = 0;
+    uint32_t *list = NULL;
+    fst_status status = FST_OK;
+    for (size_t i = first; i < end; i++) {
+        const fst_quantized *w = plan->tensors[i].weight;
+        for (size_t k = 0; w && k < w->companions_count; k++) {
+            if (!room(&list, count, &capacity, sizeof *list)) {
+                free(list);
+                return no_memory(p->error);
+            }
+            list[count++] = (uint32_t)w->list[k];
+        }
+    }
+    if (count && !room(&plan->batches, plan->batches_count, &p->batches_room, sizeof *plan->batches))
+        status = no_memory(p->error);
+    if (count && !status) {
+        qsort(list, count, sizeof *list, compare_indexes);
+        close_chunk(p);
+        p->batch = (uint32_t)plan->batches_count++;
+        p->companions = 1;
+        fst_plan_batch *batch = &plan->batches[p->batch];
+        *batch = (fst_plan_batch){.nbytes = 0};
+        for (size_t i = 0; i < count && !status; i++) {
+            fst_plan_tensor *tensor = &plan->tensors[list[i]];
+            tensor->batch = p->batch;
+            tensor->block_offset = batch->nbytes;
+            batch->nbytes += (tensor->nbytes + FST_TENSOR_ALIGN - 1) / FST_TENSOR_ALIGN * FST_TENSOR_ALIGN;
+            status = add_tensor(p, list[i]);
+        }
+        close_chunk(p);
+        p->companions = 0;
+    }
+    free(list);
+    return status;
+}
+
+/* How far a batch goes that begins with tensor `first`. */
+static size_t batch_end(const planner *p, size_t first) {
+    const fst_plan *plan = p->plan;
+    uint64_t most = p->options->batch_bytes ? p->options->batch_bytes : USUAL_BATCH, companions = 0,
+             codes = 0;
+    for (size_t i = first; i < plan->tensors_count; i++) {
+        const fst_quantized *w = plan->tensors[i].weight;
+        if (!w) continue;
+        uint64_t more = 0;
+        for (size_t k = 0; k < w->companions_count; k++) more += plan->tensors[w->list[k]].nbytes;
+        if (codes && (companions + more > most || codes > BATCH_CODES)) return i;
+        companions += more;
+        codes += plan->tensors[i].nbytes;
+    }
+    return plan->tensors_count;
+}
+
+static int is_companion(const planner *p, size_t index) {
+    const fst_scheme *scheme = p->options->scheme;
+    if (!scheme || scheme->roles[index] != FST_ROLE_COMPANION) return 0;
+    return p->plan->tensors[scheme->weights[scheme->owner[index]].codes].weight != NULL; /* else it is kept */
+}
+
+/* A companion is stored as it is, whatever floats become, and other tensors move up. */
+static void keep_companions(planner *p) {
+    uint32_t results = 0;
+    for (size_t i = 0; i < p->plan->tensors_count; i++) {
+        fst_plan_tensor *tensor = &p->plan->tensors[i];
+        tensor->result = is_companion(p, i) ? FST_NO_TENSOR : results++;
+        if (tensor->result != FST_NO_TENSOR) continue;
+        const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+        tensor->dtype = entry->dtype;
+        tensor->nbytes = entry->end - entry->begin;
+        tensor->memory = NULL;
+    }
+}
+
+static fst_status plan_tensors(planner *p) {
+    fst_plan *plan = p->plan;
+    fst_status status = FST_OK;
+    keep_companions(p);
+    for (size_t first = 0, end; first < plan->tensors_count && !status; first = end) {
+        end = batch_end(p, first);
+        status = add_companions(p, first, end);
+        for (size_t i = first; i < end && !status; i++) {
+            fst_plan_tensor *tensor = &plan->tensors[i];
+            if (tensor->result == FST_NO_TENSOR) continue;
+            plan->bytes_out += tensor->nbytes;
+            if (!tensor->memory) status = place(p, tensor);
+            if (!status) status = add_tensor(p, (uint32_t)i);
+        }
+    }
+    return status;
+}
+
 fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
                          const fst_choice *choices, const fst_plan_options *options, fst_plan *out,
                          fst_error *error) {
-    planner p = {.headers = headers, .paths = paths, .options = options, .plan = out, .error = error};
+    planner p = {.headers = headers,
+                 .paths = paths,
+                 .options = options,
+                 .plan = out,
+                 .error = error,
+                 .batch = FST_NO_BATCH};
     fst_status status = FST_OK;
     size_t count = 0;
     memset(out, 0, sizeof *out);
@@ -223,9 +404,10 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
     out->tensors = count <= UINT32_MAX ? calloc(count ? count : 1, sizeof *out->tensors) : NULL;
     if (!out->tensors) return no_memory(error);
     for (size_t i = 0; i < files && !status; i++) {
-        status = plan_file(&p, (uint32_t)i, choices);
+        status = choose_results(&p, (uint32_t)i, choices);
         if (choices) choices += headers[i].count;
     }
+    if (!status) status = plan_tensors(&p);
     close_chunk(&p);
     if (out->blocks_count && out->blocks[0] == 0) /* they are all empty */
         out->bytes_blocks = out->blocks[0] = FST_TENSOR_ALIGN;
@@ -239,5 +421,6 @@ void fst_plan_free(fst_plan *plan) {
     free(plan->runs);
     free(plan->chunks);
     free(plan->blocks);
+    free(plan->batches);
     memset(plan, 0, sizeof *plan);
 }

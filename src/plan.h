@@ -5,21 +5,29 @@
  * pieces: parts of tensors, whole elements, in file order and without gaps. A piece goes
  *   - straight to its place (PLACE): nothing to convert and large enough for a copy of its own, or
  *   - through the staging slot and a kernel (CONVERT): casts, and small tensors that are gathered.
- * Neighbouring pieces of one kind form a run: one copy (or, on the CPU, one read). */
+ * Neighbouring pieces of one kind form a run: one copy (or, on the CPU, one read).
+ *
+ * Quantized weights need their companions (scales and so on) on the device before their codes are converted. Tensors are
+ * planned in batches: first the chunks with the companions of a batch's weights, wherever these lie, then those of its
+ * tensors in file order. Companions have memory of the batch's, and no result. */
 #ifndef FST_PLAN_H
 #define FST_PLAN_H
 
 #include "header.h"
+#include "scheme.h"
 
 typedef struct fst_plan_options {
     fst_dtype cast;         /* of tensors without a choice of their own */
     uint64_t  chunk_bytes;  /* of a slot */
     uint64_t  place_bytes;  /* a kept piece of at least so many bytes gets a copy of its own */
     uint64_t  block_bytes;  /* tensors share blocks of about this size; a larger one has its own */
+    const fst_scheme *scheme; /* of the tensors that are not skipped; NULL: none is quantized */
+    uint64_t  batch_bytes;  /* of companions; a batch has at least one weight's. 0: 16 MiB */
 } fst_plan_options;
 
 #define FST_TENSOR_ALIGN 256u
 #define FST_NO_BLOCK UINT32_MAX
+#define FST_NO_BATCH UINT32_MAX
 
 /* What is wanted of one tensor. */
 typedef struct fst_choice {
@@ -37,6 +45,10 @@ typedef struct fst_plan_tensor {
     uint64_t  block_offset; /* a multiple of FST_TENSOR_ALIGN */
     void     *memory;
     uint32_t  first_chunk, chunks; /* that its bytes come in: neighbours */
+    uint32_t  pieces;
+    uint32_t  result;       /* the model's tensor that it becomes; FST_NO_TENSOR: a companion, which becomes none */
+    const fst_quantized *weight;   /* that it holds the codes of and that is dequantized; or NULL */
+    uint32_t  batch;        /* of a companion, whose memory is there at block_offset; otherwise FST_NO_BATCH */
 } fst_plan_tensor;
 
 typedef struct fst_plan_piece {
@@ -45,6 +57,8 @@ typedef struct fst_plan_piece {
     uint32_t nbytes;        /* as stored: whole elements, at most a chunk */
     uint64_t dst_offset;    /* bytes from the start of the result's data */
     uint64_t count;         /* elements */
+    uint64_t first;         /* of codes: the first element's place in its matrix, */
+    uint32_t matrix;        /* one of the stack */
 } fst_plan_piece;
 
 typedef enum fst_run_kind { FST_RUN_PLACE, FST_RUN_CONVERT } fst_run_kind;
@@ -61,11 +75,19 @@ typedef struct fst_plan_chunk {
     uint32_t nbytes;
     uint32_t first_run, runs;
     uint32_t jobs_bytes;    /* room for the batch jobs of its CONVERT runs, 0 when there are none */
+    uint32_t batch;         /* that it brings companions of, or whose companions it needs; or FST_NO_BATCH */
+    int      companions;    /* the former */
     uint32_t block;         /* that all of its tensors without memory of their own lie in, or FST_NO_BLOCK */
 } fst_plan_chunk;
 
+typedef struct fst_plan_batch {
+    uint64_t nbytes;            /* of its companions' memory */
+    uint32_t companion_chunks;  /* that must be on the device */
+    uint32_t weight_chunks;     /* before these are converted */
+} fst_plan_batch;
+
 typedef struct fst_plan {
-    size_t tensors_count, pieces_count, runs_count, chunks_count, blocks_count;
+    size_t tensors_count, pieces_count, runs_count, chunks_count, blocks_count, batches_count;
     fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out */
     fst_plan_piece  *pieces;
     fst_plan_run    *runs;
@@ -75,7 +97,9 @@ typedef struct fst_plan {
     uint64_t bytes_out;        /* of all results, without padding */
     uint64_t bytes_blocks;
     uint64_t ignored;          /* tensors left out */
+    fst_plan_batch *batches;
     uint32_t max_jobs_bytes;
+    int      converts;         /* there is a run of kind CONVERT */
 } fst_plan;
 
 /* `choices`, when not NULL, has one for each tensor, file by file.

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <yyjson.h>
 
-#include "plan.h"
+#include "model.h"
 #include "status.h"
 
 static const char *const format_names[] = {"",
@@ -17,6 +17,19 @@ static const char *const format_names[] = {"",
 
 const char *fst_format_name(fst_format format) {
     return (unsigned)format < FST_FORMAT_COUNT ? format_names[format] : "";
+}
+
+int fst_scheme_has_kernel(const fst_quantized *w) {
+    switch (w->format) {
+    case FST_FORMAT_FP8_TENSOR:
+    case FST_FORMAT_FP8_ROW:
+    case FST_FORMAT_FP8_GROUP:
+    case FST_FORMAT_FP8_BLOCK:
+    case FST_FORMAT_MXFP8:
+    case FST_FORMAT_MXFP4:
+    case FST_FORMAT_INT8: return (w->flags & (FST_Q_DIVIDE | FST_Q_BYTE_ZEROS)) == 0;
+    default: return 0;
+    }
 }
 
 /* ---- Configuration ------------------------------------------------------------------------------- */
@@ -335,6 +348,10 @@ static fst_format scale_kind(const finder *f, fst_quantized *w, const fst_entry 
     uint64_t block_rows = blocks(r, bn), block_cols = blocks(c, bk),
              last = scale->ndim ? scale->shape[scale->ndim - 1] : 1;
     w->block_rows = 1, w->block_cols = c;
+    if (is_e8m0(scale->dtype) && c % 32 == 0 && has_shape(scale, codes, 2, DIMS(r, c / 32))) {
+        w->block_cols = 32;
+        return FST_FORMAT_MXFP8;
+    }
     if (elements_of(scale) == 1 && w->stack == 1) {
         w->block_rows = r;
         return FST_FORMAT_FP8_TENSOR;
@@ -371,7 +388,6 @@ static fst_status add_bytes(finder *f, uint32_t codes, size_t length, const char
     if (status) return status;
     fst_format kind = scale_kind(f, w, entry, s);
     int integer = entry->dtype == FST_I8;
-    if (kind == FST_FORMAT_FP8_GROUP && is_e8m0(s->dtype) && w->block_cols == 32) kind = FST_FORMAT_MXFP8;
     int powers = is_e8m0(s->dtype) && (s->dtype == FST_F8_E8M0 || kind == FST_FORMAT_MXFP8);
     if (kind == FST_FORMAT_NONE || (!is_scale(s->dtype) && !powers) || (integer && powers))
         return misfit(f, codes, scale, "a float scale: one, one a row, or one a block or group");

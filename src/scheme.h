@@ -3,7 +3,7 @@
 #ifndef FST_SCHEME_H
 #define FST_SCHEME_H
 
-#include "model.h"
+#include "fst.h"
 
 /* A format, its name in inspect, what it is. */
 #define FST_FORMAT_LIST(X)                                                            \
@@ -36,6 +36,10 @@ typedef enum fst_format {
 
 /* "fp8-block"; "" for FST_FORMAT_NONE. */
 const char *fst_format_name(fst_format format);
+
+struct fst_quantized;
+/* Whether the kernels of this version dequantize it. */
+int fst_scheme_has_kernel(const struct fst_quantized *weight);
 
 /* What a companion is for. */
 typedef enum fst_companion {

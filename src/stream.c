@@ -55,8 +55,12 @@ static fst_status make_tracking(fst_stream *s) {
     if (!t->left || !t->slots || !t->ready || !s->left_in_block) return fst_no_memory(l->error);
     for (uint32_t i = 0; i < plan->tensors_count; i++) {
         const fst_plan_tensor *tensor = &plan->tensors[i];
-        atomic_init(&t->left[i], tensor->chunks);
-        if (tensor->chunks == 0) t->ready[t->ready_count++] = i;
+        if (tensor->result == FST_NO_TENSOR) { /* a companion: nobody waits for it */
+            atomic_init(&t->left[i], UINT32_MAX);
+            continue;
+        }
+        atomic_init(&t->left[i], tensor->pieces);
+        if (tensor->pieces == 0) t->ready[t->ready_count++] = i;
         if (tensor->block != FST_NO_BLOCK) s->left_in_block[tensor->block]++;
     }
     l->job.tracking = t;
@@ -140,7 +144,7 @@ static fst_status wait_for_next(fst_stream *s, uint32_t *which, fst_error *error
     const fst_gpu *gpu = l->model->gpu;
     int saved, code = gpu->calls->enter(gpu, &saved);
     if (code) return fst_gpu_fail(error, gpu, code, "choosing the device");
-    *which = l->options.flags & FST_AS_READY ? FST_ANY_TENSOR : (uint32_t)s->given;
+    *which = l->options.flags & FST_AS_READY ? FST_ANY_TENSOR : l->model->tensors[s->given].planned;
     fst_status status = fst_pipeline_next(l->engine, &l->job, s->given, which, l->options.stream, error);
     gpu->calls->leave(gpu, saved);
     return status;
@@ -148,10 +152,11 @@ static fst_status wait_for_next(fst_stream *s, uint32_t *which, fst_error *error
 
 /* Gives a tensor to the consumer: from then on its block lives as long as they want, and as tensors in it are still to
  * be given. */
-static fst_status give(fst_stream *s, uint32_t index, fst_tensor *out,
+static fst_status give(fst_stream *s, uint32_t which, fst_tensor *out,
                        struct DLManagedTensorVersioned **dlpack, fst_error *error) {
     fst_model *model = s->loading.model;
-    const fst_plan_tensor *planned = &s->loading.plan.tensors[index];
+    const fst_plan_tensor *planned = &s->loading.plan.tensors[which];
+    uint32_t index = planned->result;
     fst_model_tensor *tensor = &model->tensors[index];
     /* An empty tensor may come before its block does. */
     int in_block = planned->block != FST_NO_BLOCK;
@@ -162,6 +167,8 @@ static fst_status give(fst_stream *s, uint32_t index, fst_tensor *out,
     fst_status status = dlpack ? fst_model_dlpack(model, index, dlpack) : FST_OK;
     if (status) {
         *error = *fst_last_error();
+        tensor->block = NULL; /* it comes again */
+        tensor->data = NULL;
         return status;
     }
     fst_describe_tensor(model, tensor, out);
@@ -181,15 +188,15 @@ static fst_status give(fst_stream *s, uint32_t index, fst_tensor *out,
 
 static fst_status next(fst_stream *s, fst_tensor *out, struct DLManagedTensorVersioned **dlpack,
                        fst_error *error) {
-    const fst_plan *plan = &s->loading.plan;
+    const size_t count = s->loading.model->count;
     uint32_t which;
     fst_block_drop(s->lent);
     s->lent = NULL;
     *error = s->error;
     if (error->status) return error->status;
     fst_status status = FST_OK;
-    int last = s->given + 1 >= plan->tensors_count;
-    if (s->given < plan->tensors_count) status = wait_for_next(s, &which, error);
+    int last = s->given + 1 >= count;
+    if (s->given < count) status = wait_for_next(s, &which, error);
     if (status == FST_E_AGAIN) return status;
     if (!status && last) {
         status = on_device(s, end);
@@ -199,7 +206,7 @@ static fst_status next(fst_stream *s, fst_tensor *out, struct DLManagedTensorVer
         s->error = *error;
         return status;
     }
-    return s->given < plan->tensors_count ? give(s, which, out, dlpack, error) : FST_OK;
+    return s->given < count ? give(s, which, out, dlpack, error) : FST_OK;
 }
 
 fst_status fst_stream_next(fst_stream *s, fst_tensor *tensor, struct DLManagedTensorVersioned **dlpack,

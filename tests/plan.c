@@ -38,7 +38,8 @@ static void add(maker *m, fst_dtype dtype, uint64_t count) {
     m->header.file_size = m->header.data_start + m->entries[i].end;
 }
 
-static const fst_plan_options plain = {FST_NATIVE, 4 * MIB, MIB / 4, 1024 * MIB};
+static const fst_plan_options plain = {
+    .cast = FST_NATIVE, .chunk_bytes = 4 * MIB, .place_bytes = MIB / 4, .block_bytes = 1024 * MIB};
 
 static fst_status make(const fst_header *headers, size_t files, const fst_plan_options *options,
                        fst_plan *plan) {
@@ -278,8 +279,10 @@ TEST(plan, random_tables_are_covered_exactly) {
     for (uint64_t seed = 1; seed <= 200; seed++) {
         unsigned char dice[4096];
         maker *m = maker_new(8 + seed % 100);
-        fst_plan_options options = {seed % 3 ? FST_NATIVE : FST_F16, (64 + seed % 7 * 32) << 10,
-                                    (1 + seed % 40) << 10, (seed % 5 + 1) * MIB / 4};
+        fst_plan_options options = {.cast = seed % 3 ? FST_NATIVE : FST_F16,
+                                    .chunk_bytes = (64 + seed % 7 * 32) << 10,
+                                    .place_bytes = (1 + seed % 40) << 10,
+                                    .block_bytes = (seed % 5 + 1) * MIB / 4};
         fst_plan plan;
         support_random(dice, sizeof dice, seed);
         for (int i = 0; i < 300; i++) {

@@ -390,17 +390,18 @@ TEST(scheme, config_that_is_named_and_none) {
 
 /* ---- What goes wrong ---- */
 
-TEST(scheme, a_cast_of_quantized_weights_is_refused) {
-    const char *files[] = {
-        write_file("m.safetensors", SPECS({"m.weight", "F8_E4M3", "[4,4]"}, {"m.weight_scale", "F32", "[]"})),
-        NULL};
+TEST(scheme, a_cast_of_a_format_without_kernels_is_refused) {
+    const char *files[] = {write_file("m.safetensors", SPECS({"m.weight", "U8", "[4,32]"},
+                                                             {"m.weight_scale", "F8_E4M3", "[4,4]"},
+                                                             {"m.weight_scale_2", "F32", "[]"})),
+                           NULL};
     fst_options options = FST_OPTIONS_INIT;
     fst_model *model;
     fst_error error;
     options.device = FST_DEVICE_CPU;
     options.cast = FST_BF16;
     CHECK_INT(FST_E_UNSUPPORTED, fst_load(files, &options, &model, &error));
-    CHECK(strstr(error.text, "m.weight") && strstr(error.text, "fp8-tensor"));
+    CHECK(strstr(error.text, "m.weight") && strstr(error.text, "nvfp4"));
     options.cast = FST_NATIVE;
     CHECK_INT(FST_OK, fst_load(files, &options, &model, &error));
     fst_model_free(model);

@@ -91,7 +91,7 @@ unsigned support_threads(void) {
 
 /* ---- A device that runs late ---- */
 
-typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_EVENT, OP_FOLLOW } op_kind;
+typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_SCALED, OP_EVENT, OP_FOLLOW } op_kind;
 
 typedef struct op {
     op_kind kind;
@@ -101,6 +101,7 @@ typedef struct op {
     size_t size;
     fst_cast_args cast;
     fst_batch_args batch;
+    fst_scaled_args scaled;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -138,6 +139,7 @@ static void run_one(stream *s) {
     if (o->kind == OP_COPY) memcpy(o->dst, o->src, o->size);
     if (o->kind == OP_CAST) fst_kernels_cpu()->cast(NULL, &o->cast);
     if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
+    if (o->kind == OP_SCALED) fst_kernels_cpu()->scaled(NULL, &o->scaled);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -332,6 +334,11 @@ static int fake_batch(fst_queue to, const fst_batch_args *args) {
     return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
 }
 
+static int fake_scaled(fst_queue to, const fst_scaled_args *args) {
+    op o = {.kind = OP_SCALED, .scaled = *args};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -355,7 +362,8 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .to_host = fake_copy,
         .copy_on_device = fake_copy,
     };
-    static const fst_kernels kernels = {.cast = fake_cast, .batch = fake_batch, .target = "fake"};
+    static const fst_kernels kernels = {
+        .cast = fake_cast, .batch = fake_batch, .scaled = fake_scaled, .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
                                 .dlpack_type = 2,

@@ -1,0 +1,376 @@
+/* Loads that dequantize: the vectors of the formats' specification, and whatever a chunk may cut. On the CPU device and
+ * on the fake GPU that runs late. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "harness.h"
+#include "model.h"
+#include "pipeline.h"
+#include "support.h"
+
+static const char *files_[2];
+static const char *const *list(const char *path) {
+    files_[0] = path;
+    return files_;
+}
+
+static fst_options options_for(int device, fst_dtype cast) {
+    fst_options options = FST_OPTIONS_INIT;
+    options.device = device;
+    options.cast = cast;
+    options.threads = 2;
+    options.slot_bytes = 64 << 10;
+    return options;
+}
+
+/* Hex text ("38 B8 01" or "3C23D70A") -> little-endian words of `size` bytes. */
+static size_t parse(const char *text, size_t size, unsigned char *out) {
+    size_t count = 0;
+    for (char *end; *text; text = end) {
+        while (*text == ' ' || *text == '/') text++;
+        if (!*text) break;
+        unsigned long word = strtoul(text, &end, 16);
+        for (size_t i = 0; i < size; i++) out[count * size + i] = (unsigned char)(word >> (8 * i));
+        count++;
+    }
+    return count;
+}
+
+static size_t size_of(fst_dtype dtype) { return fst_dtype_bits(dtype) / 8; }
+
+typedef struct vector {
+    const char *codes_name, *codes_dtype, *codes_shape, *codes;
+    size_t codes_size; /* bytes of a code as written here */
+    const char *scale_name, *scale_dtype, *scale_shape, *scales;
+    const char *config;
+    const char *name; /* of the weight */
+    const char *f32, *bf16, *f16;
+} vector;
+
+static void check_vector(const vector *v) {
+    static const fst_dtype targets[] = {FST_F32, FST_BF16, FST_F16};
+    const char *wanted[] = {v->f32, v->bf16, v->f16};
+    unsigned char codes[256], scales[256], want[1024];
+    support_tensor tensors[] = {{v->codes_name, v->codes_dtype, v->codes_shape, codes, 0},
+                                {v->scale_name, v->scale_dtype, v->scale_shape, scales, 0}};
+    tensors[0].nbytes = parse(v->codes, v->codes_size, codes) * v->codes_size;
+    size_t scale_size = size_of(fst_dtype_from_name(v->scale_dtype));
+    tensors[1].nbytes = parse(v->scales, scale_size, scales) * scale_size;
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, 2, 1);
+    remove(test_path("config.json"));
+    if (v->config) support_write(test_path("config.json"), v->config, strlen(v->config));
+    for (int i = 0; i < 6; i++) {
+        fst_options options = options_for(i < 3 ? FST_DEVICE_CPU : FST_DEVICE_GPU(0), targets[i % 3]);
+        fst_model *model;
+        fst_error error;
+        fst_tensor tensor;
+        if (!wanted[i % 3]) continue;
+        if (i >= 3) fake_gpu_begin(&(fake_gpu_options){.seed = (uint64_t)i});
+        if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        CHECK_INT(1, fst_model_count(model));
+        CHECK_INT(FST_OK, fst_model_find(model, v->name, &tensor));
+        size_t count = parse(wanted[i % 3], size_of(targets[i % 3]), want);
+        CHECK_INT(count * size_of(targets[i % 3]), tensor.nbytes);
+        CHECK_BYTES(want, tensor.data, tensor.nbytes);
+        CHECK_INT(targets[i % 3], tensor.dtype);
+        CHECK_INT(fst_dtype_from_name(v->codes_dtype), tensor.stored_dtype);
+        fst_model_free(model);
+        if (i >= 3) fake_gpu_end();
+    }
+}
+
+/* ---- The vectors of quant-formats 2.6, 3.6 and 4.4 ---- */
+
+TEST(quantized, fp8_blocks_ragged_both_ways) {
+    check_vector(&(vector){
+        "m.weight", "F8_E4M3", "[3,5]", "38 B8 01 7E C5 / 00 80 4A 3F 08 / FE 31 77 87 5D", 1,
+        "m.weight_scale_inv", "F32", "[2,3]", "3C23D70A 3B03126F 3F9D70A4 38D1B717 40490FDB 3DCCCCCD",
+        "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[2,2]}}", "m.weight",
+        "3C23D70A BC23D70A 3683126F 3F656042 C07FD70A 00000000 80000000 3C23D70B 3B75C290 3C9D70A4 BD378034 386BEDFA "
+        "443C7EDD BD2FEDE0 40266667",
+        "3C24 BC24 3683 3F65 C080 / 0000 8000 3C24 3B76 3C9D / BD38 386C 443C BD30 4026",
+        "211F A11F 0042 3B2B C3FF / 0000 8000 211F 1BAE 24EC / A9BC 03B0 61E4 A97F 4133"});
+}
+
+TEST(quantized, fp8_with_a_power_of_two) {
+    check_vector(&(vector){"m.weight", "F8_E4M3", "[2,2]", "3A 7E 01 C5", 1, "m.weight_scale_inv", "F8_E8M0",
+                           "[1,1]", "78", NULL, "m.weight", "3C200000 40600000 37800000 BCD00000",
+                           "3C20 4060 3780 BCD0", NULL});
+}
+
+TEST(quantized, fp8_with_one_scale) {
+    check_vector(&(vector){"m.weight", "F8_E4M3", "[1,4]", "38 7E A3 01", 1, "m.weight_scale", "F32", "[]",
+                           "3A83126F", NULL, "m.weight", "3A83126F 3EE56042 B9343959 3603126F",
+                           "3A83 3EE5 B934 3603", "1419 372B 89A2 0021"});
+}
+
+TEST(quantized, fp8_with_a_scale_a_row) {
+    check_vector(&(vector){"m.weight", "F8_E4M3", "[2,4]", "38 7E A3 05 38 7E A3 05", 1, "m.weight_scale",
+                           "BF16", "[2,1]", "3C24 3C24", NULL, "m.weight",
+                           "3C240000 408F8000 BAE18000 38CD0000 3C240000 408F8000 BAE18000 38CD0000",
+                           "3C24 4090 BAE2 38CD 3C24 4090 BAE2 38CD",
+                           "2120 447C 970C 0668 2120 447C 970C 0668"});
+}
+
+TEST(quantized, mxfp4_of_gpt_oss) {
+    check_vector(&(vector){
+        "e.up_blocks", "U8", "[1,2,1,16]",
+        "10 32 54 76 98 BA DC FE 0F F0 71 17 88 2A E5 4D 10 32 54 76 98 BA DC FE 0F F0 71 17 88 2A E5 4D", 1,
+        "e.up_scales", "U8", "[1,2,1]", "7A 7F", NULL, "e.up", NULL,
+        "0000 3C80 3D00 3D40 3D80 3DC0 3E00 3E40 8000 BC80 BD00 BD40 BD80 BDC0 BE00 BE40 "
+        "BE40 0000 0000 BE40 3C80 3E40 3E40 3C80 8000 8000 BD00 3D00 3DC0 BE00 BDC0 3D80 "
+        "0000 3F00 3F80 3FC0 4000 4040 4080 40C0 8000 BF00 BF80 BFC0 C000 C040 C080 C0C0 "
+        "C0C0 0000 0000 C0C0 3F00 40C0 40C0 3F00 8000 8000 BF80 3F80 4040 C080 C040 4000",
+        NULL});
+}
+
+TEST(quantized, mxfp4_at_the_ends_of_its_scales) {
+    check_vector(&(vector){
+        "m.weight_packed", "U8", "[2,16]",
+        "10 32 54 76 00 00 00 00 00 00 00 00 00 00 00 00 10 32 54 76 00 00 00 00 00 00 00 00 00 00 00 00", 1,
+        "m.weight_scale", "U8", "[2,1]", "00 FE", NULL, "m.weight", NULL,
+        "0000 0020 0040 0060 0080 00C0 0100 0140 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 "
+        "0000 7E80 7F00 7F40 7F80 7F80 7F80 7F80 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0",
+        NULL});
+}
+
+TEST(quantized, mxfp8) {
+    char codes[32 * 3 + 1] = "", f32[32 * 9 + 1] = "";
+    static const char *const some[] = {"7E", "38", "81", "B9"}, *const values[] = {"3F600000", "3B000000",
+                                                                                   "B6800000", "BB100000"};
+    for (int i = 0; i < 32; i++)
+        strcat(strcat(codes, some[i % 4]), " "), strcat(strcat(f32, values[i % 4]), " ");
+    check_vector(&(vector){"m.weight", "F8_E4M3", "[1,32]", codes, 1, "m.weight_scale", "U8", "[1,1]", "76",
+                           NULL, "m.weight", f32, NULL, NULL});
+}
+
+/* ---- What chunks cut ---- */
+
+/* The CPU's kernels on the whole matrix: chunk by chunk must give the same. */
+static void *whole(const fst_scaled_args *like, uint64_t count, size_t size) {
+    fst_scaled_args args = *like;
+    args.dst = calloc(count, size);
+    args.count = count;
+    CHECK_INT(0, fst_kernels_cpu()->scaled(NULL, &args));
+    return args.dst;
+}
+
+enum { ROWS = 700, COLS = 1000, EXPERTS = 3 };
+
+static void load_large(int device, const char *companion_first) {
+    static unsigned char codes[EXPERTS * ROWS * COLS];
+    static float scales[EXPERTS * 6 * 8], plain[5000];
+    static uint16_t rows[ROWS];
+    support_random(codes, sizeof codes, 7);
+    for (size_t i = 0; i < sizeof codes; i++) codes[i] &= 0xF7; /* no NaN */
+    for (size_t i = 0; i < EXPERTS * 6 * 8; i++) scales[i] = 0.001f * (float)(i % 37 + 1);
+    for (size_t i = 0; i < ROWS; i++) rows[i] = (uint16_t)(0x3C00 + i);
+    for (size_t i = 0; i < 5000; i++) plain[i] = (float)i;
+    support_tensor all[] = {{"a.weight", "F8_E4M3", "[700,1000]", codes, ROWS * COLS},
+                            {"plain", "F32", "[5000]", plain, sizeof plain},
+                            {"a.weight_scale", "BF16", "[700,1]", rows, sizeof rows},
+                            {"e.up_proj", "F8_E4M3", "[3,700,1000]", codes, sizeof codes},
+                            {"e.up_proj_scale_inv", "F32", "[3,6,8]", scales, sizeof scales}};
+    support_tensor swapped[] = {all[4], all[2], all[1], all[3], all[0]};
+    const char *path = test_path("large.safetensors");
+    support_checkpoint(path, NULL, *companion_first ? swapped : all, 5, 3);
+    fst_options options = options_for(device, FST_BF16);
+    fst_model *model;
+    fst_error error;
+    if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+    CHECK_INT(3, fst_model_count(model));
+    fst_tensor tensor;
+    CHECK_INT(FST_OK, fst_model_find(model, "a.weight", &tensor));
+    fst_scaled_args args = {.src = codes,
+                            .scales = rows,
+                            .scales_count = ROWS,
+                            .rows = ROWS,
+                            .cols = COLS,
+                            .src_dtype = FST_F8_E4M3,
+                            .dst_dtype = FST_BF16,
+                            .scale_dtype = FST_BF16,
+                            .kind = FST_SCALE_ROW};
+    void *want = whole(&args, ROWS * COLS, 2);
+    CHECK_BYTES(want, tensor.data, ROWS * COLS * 2);
+    free(want);
+    CHECK_INT(FST_OK, fst_model_find(model, "e.up_proj", &tensor));
+    CHECK_INT(3, tensor.ndim);
+    for (size_t e = 0; e < EXPERTS; e++) {
+        args = (fst_scaled_args){.src = codes + e * ROWS * COLS,
+                                 .scales = scales + e * 48,
+                                 .scales_count = 48,
+                                 .rows = ROWS,
+                                 .cols = COLS,
+                                 .src_dtype = FST_F8_E4M3,
+                                 .dst_dtype = FST_BF16,
+                                 .scale_dtype = FST_F32,
+                                 .kind = FST_SCALE_BLOCK,
+                                 .block_rows = 128,
+                                 .block_cols = 128};
+        want = whole(&args, ROWS * COLS, 2);
+        CHECK_BYTES(want, (unsigned char *)tensor.data + e * ROWS * COLS * 2, ROWS * COLS * 2);
+        free(want);
+    }
+    CHECK_INT(FST_E_NOT_FOUND, fst_model_find(model, "a.weight_scale", &tensor));
+    fst_model_free(model);
+}
+
+TEST(quantized, chunks_cut_rows_and_blocks_on_the_cpu) { load_large(FST_DEVICE_CPU, ""); }
+TEST(quantized, companions_first_in_the_file) { load_large(FST_DEVICE_CPU, "y"); }
+TEST(quantized, chunks_cut_rows_and_blocks_on_a_late_gpu) {
+    for (uint64_t seed = 1; seed < 12; seed++) {
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
+        load_large(FST_DEVICE_GPU(0), seed % 2 ? "" : "y");
+        fake_gpu_end();
+    }
+}
+
+/* Many small weights in many batches, in two files, companions in the other one. */
+static const char *const *many_weights(unsigned count) {
+    static char names[64][2][32], paths[2][256];
+    static const char *files[3];
+    static unsigned char codes[64][96];
+    static float scales[64];
+    support_tensor tensors[2][64];
+    for (unsigned i = 0; i < count; i++) {
+        sprintf(names[i][0], "m%u.weight", i);
+        sprintf(names[i][1], "m%u.weight_scale", i);
+        memset(codes[i], 0x38, sizeof codes[i]); /* 1 */
+        scales[i] = (float)(i + 1);
+        tensors[0][i] = (support_tensor){names[i][0], "F8_E4M3", "[8,12]", codes[i], 96};
+        tensors[1][i] = (support_tensor){names[i][1], "F32", "[1]", &scales[i], 4};
+    }
+    for (int f = 0; f < 2; f++) {
+        snprintf(paths[f], sizeof paths[f], "%s", test_path(f ? "scales.safetensors" : "codes.safetensors"));
+        support_checkpoint(paths[f], NULL, tensors[f], count, 0);
+        files[f] = paths[f];
+    }
+    return files;
+}
+
+static void check_many(const fst_tensor *tensor) {
+    unsigned i;
+    CHECK_INT(1, sscanf(tensor->name, "m%u.weight", &i));
+    CHECK_INT(96 * 4, tensor->nbytes);
+    for (int k = 0; k < 96; k++) CHECK(((const float *)tensor->data)[k] == (float)(i + 1));
+}
+
+TEST(quantized, many_weights_with_companions_in_another_file) {
+    const char *const *files = many_weights(64);
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        fst_options options = options_for(device, FST_F32);
+        fst_model *model;
+        fst_error error;
+        fake_gpu_begin(&(fake_gpu_options){.seed = 5});
+        CHECK_INT(FST_OK, fst_load(files, &options, &model, &error));
+        CHECK_INT(64, fst_model_count(model));
+        for (size_t i = 0; i < 64; i++) {
+            fst_tensor tensor;
+            CHECK_INT(FST_OK, fst_model_at(model, i, &tensor));
+            check_many(&tensor);
+        }
+        fst_model_free(model);
+        fake_gpu_end();
+    }
+}
+
+TEST(quantized, one_by_one) {
+    const char *const *files = many_weights(40);
+    for (unsigned flags = 0; flags <= FST_AS_READY; flags += FST_AS_READY) {
+        fst_options options = options_for(FST_DEVICE_GPU(0), FST_F32);
+        fst_stream *stream;
+        fst_error error;
+        fst_tensor tensor;
+        unsigned seen = 0;
+        options.flags = flags;
+        fake_gpu_begin(&(fake_gpu_options){.seed = 3});
+        CHECK_INT(FST_OK, fst_stream_open(files, &options, &stream, &error));
+        for (;; seen++) {
+            CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
+            if (!tensor.name) break;
+            check_many(&tensor);
+        }
+        CHECK_INT(40, seen);
+        fst_stream_close(stream);
+        fake_gpu_end();
+    }
+}
+
+static int keep_one(void *arg, const fst_tensor *tensor, fst_rule *rule) {
+    (void)arg;
+    if (strstr(tensor->name, "m1.")) rule->cast = FST_NATIVE;
+    return 0;
+}
+
+TEST(quantized, a_rule_keeps_one_as_stored_with_its_scale) {
+    const char *const *files = many_weights(3);
+    fst_options options = options_for(FST_DEVICE_CPU, FST_F32);
+    fst_model *model;
+    fst_tensor tensor;
+    options.rule = keep_one;
+    CHECK_INT(FST_OK, fst_load(files, &options, &model, NULL));
+    CHECK_INT(4, fst_model_count(model));
+    CHECK_INT(FST_OK, fst_model_find(model, "m1.weight", &tensor));
+    CHECK_INT(FST_F8_E4M3, tensor.dtype);
+    CHECK_INT(FST_OK, fst_model_find(model, "m1.weight_scale", &tensor));
+    CHECK_INT(FST_F32, tensor.dtype);
+    CHECK_INT(FST_OK, fst_model_find(model, "m2.weight", &tensor));
+    check_many(&tensor);
+    fst_model_free(model);
+}
+
+TEST(quantized, as_stored_nothing_is_consumed) {
+    const char *const *files = many_weights(3);
+    fst_options options = options_for(FST_DEVICE_CPU, FST_NATIVE);
+    fst_model *model;
+    CHECK_INT(FST_OK, fst_load(files, &options, &model, NULL));
+    CHECK_INT(6, fst_model_count(model));
+    fst_model_free(model);
+}
+
+/* ---- What goes wrong ---- */
+
+TEST(quantized, every_device_call_may_fail) {
+    const char *const *files = many_weights(20);
+    fst_options options = options_for(FST_DEVICE_GPU(0), FST_BF16);
+    for (int at = 1;; at++) {
+        fst_model *model;
+        fst_error error;
+        fake_gpu_begin(&(fake_gpu_options){.seed = (uint64_t)at, .fail_at = at});
+        fst_status status = fst_load(files, &options, &model, &error);
+        int reached = fake_gpu_calls() >= at;
+        if (reached) CHECK(status == FST_E_DEVICE || status == FST_E_DEVICE_MEMORY);
+        else CHECK_INT(FST_OK, status);
+        fst_model_free(model);
+        fake_gpu_end();
+        if (!reached) break;
+    }
+}
+
+TEST(quantized, targets_that_there_are_not) {
+    const char *const *files = many_weights(3);
+    static const fst_dtype targets[] = {FST_F64, FST_F8_E4M3, FST_F8_E5M2FNUZ};
+    for (int i = 0; i < 3; i++) {
+        fst_options options = options_for(FST_DEVICE_CPU, targets[i]);
+        fst_model *model;
+        fst_error error;
+        CHECK_INT(FST_E_UNSUPPORTED, fst_load(files, &options, &model, &error));
+        CHECK(strstr(error.text, "m0.weight") && strstr(error.text, fst_dtype_name(targets[i])));
+    }
+}
+
+TEST(quantized, a_weight_that_takes_the_name_of_another_tensor) {
+    static const unsigned char bytes[64];
+    support_tensor tensors[] = {{"m.weight_packed", "U8", "[2,16]", bytes, 32},
+                                {"m.weight_scale", "U8", "[2,1]", bytes, 2},
+                                {"m.weight", "F32", "[1]", bytes, 4}};
+    const char *path = test_path("m.safetensors");
+    fst_options options = options_for(FST_DEVICE_CPU, FST_BF16);
+    fst_model *model;
+    fst_error error;
+    support_checkpoint(path, NULL, tensors, 3, 0);
+    CHECK_INT(FST_E_DUPLICATE, fst_load(list(path), &options, &model, &error));
+    CHECK(strstr(error.text, "m.weight"));
+}
