@@ -1,5 +1,6 @@
 #include "bench.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -128,12 +129,12 @@ double bench_copy_ceiling(const fst_gpu *gpu, uint64_t bytes) {
 /* ---- Reading alone ---- */
 
 typedef struct reading {
-    const char *const *files;
     int *fds;
     uint64_t *first; /* chunks before each file */
     size_t count, chunk;
-    uint64_t chunks;
     unsigned slots;
+    bench_read where;
+    unsigned char *memory;
     atomic_uint_fast64_t next, bytes;
     atomic_int failed;
 } reading;
@@ -141,8 +142,16 @@ typedef struct reading {
 typedef struct reader {
     pthread_t thread;
     reading *what;
-    unsigned char *ring;
+    unsigned number;
 } reader;
+
+/* No second call behind a short one: with O_DIRECT that is the end of the file. */
+static ssize_t read_once(int fd, void *buffer, size_t size, uint64_t offset) {
+    ssize_t got;
+    do got = pread(fd, buffer, size, (off_t)offset);
+    while (got < 0 && errno == EINTR);
+    return got;
+}
 
 static void *read_chunks(void *arg) {
     reader *r = arg;
@@ -150,45 +159,64 @@ static void *read_chunks(void *arg) {
     size_t file = 0;
     for (unsigned turn = 0;; turn++) {
         uint64_t i = atomic_fetch_add(&w->next, 1);
-        if (i >= w->chunks) return NULL;
+        if (i >= w->first[w->count]) return NULL;
         while (i >= w->first[file + 1]) file++;
-        unsigned char *slot = r->ring + w->chunk * (turn % w->slots);
-        ssize_t got = fst_os_read_all(w->fds[file], slot, w->chunk, (i - w->first[file]) * w->chunk);
+        size_t place = w->where == BENCH_INTO_MEMORY ? (size_t)i : r->number * w->slots + turn % w->slots;
+        uint64_t offset = (i - w->first[file]) * w->chunk;
+        ssize_t got = w->where == BENCH_PAST_CACHE
+                          ? read_once(w->fds[file], w->memory + w->chunk * place, w->chunk, offset)
+                          : fst_os_read_all(w->fds[file], w->memory + w->chunk * place, w->chunk, offset);
         if (got < 0) atomic_store(&w->failed, 1);
         else atomic_fetch_add(&w->bytes, (uint64_t)got);
     }
 }
 
-double bench_read_ceiling(const char *const *files, unsigned threads, unsigned slots, size_t slot_bytes) {
-    reading w = {.files = files, .chunk = slot_bytes, .slots = slots};
-    reader *readers = calloc(threads, sizeof *readers);
-    while (files[w.count]) w.count++;
-    w.fds = calloc(w.count, sizeof *w.fds);
-    w.first = calloc(w.count + 1, sizeof *w.first);
-    size_t ring = slot_bytes * slots * threads;
-    unsigned char *memory = fst_os_calls.map(ring);
-    if (!readers || !w.fds || !w.first || !memory) bench_die("out of memory");
-    memset(memory, 1, ring);
-    for (size_t i = 0; i < w.count; i++) {
+/* 0: a file has no O_DIRECT. */
+static int open_all(reading *w, const char *const *files) {
+    for (size_t i = 0; i < w->count; i++) {
         struct stat st;
-        w.fds[i] = open(files[i], O_RDONLY | O_CLOEXEC);
-        if (w.fds[i] < 0 || fstat(w.fds[i], &st)) bench_die("cannot open %s", files[i]);
-        w.first[i + 1] = w.first[i] + ((uint64_t)st.st_size + slot_bytes - 1) / slot_bytes;
+        w->fds[i] = open(files[i], O_RDONLY | O_CLOEXEC | (w->where == BENCH_PAST_CACHE ? O_DIRECT : 0));
+        if (w->fds[i] < 0 && w->where == BENCH_PAST_CACHE && errno == EINVAL) return 0;
+        if (w->fds[i] < 0 || fstat(w->fds[i], &st)) bench_die("cannot open %s", files[i]);
+        w->first[i + 1] = w->first[i] + ((uint64_t)st.st_size + w->chunk - 1) / w->chunk;
     }
-    w.chunks = w.first[w.count];
+    return 1;
+}
+
+static double read_all(reading *w, unsigned threads) {
+    reader *readers = calloc(threads, sizeof *readers);
+    size_t places = w->where == BENCH_INTO_MEMORY ? (size_t)w->first[w->count] : (size_t)threads * w->slots;
+    w->memory = fst_os_calls.map(w->chunk * places);
+    if (!readers || !w->memory) bench_die("no memory for %zu bytes", w->chunk * places);
+    if (w->where != BENCH_INTO_MEMORY) memset(w->memory, 1, w->chunk * places);
     double start = fst_os_now();
     for (unsigned i = 0; i < threads; i++) {
-        readers[i].what = &w;
-        readers[i].ring = memory + slot_bytes * slots * i;
+        readers[i].what = w;
+        readers[i].number = i;
         if (pthread_create(&readers[i].thread, NULL, read_chunks, &readers[i])) bench_die("no thread");
     }
     for (unsigned i = 0; i < threads; i++) pthread_join(readers[i].thread, NULL);
     double seconds = fst_os_now() - start;
-    for (size_t i = 0; i < w.count; i++) close(w.fds[i]);
-    fst_os_calls.unmap(memory, ring);
+    fst_os_calls.unmap(w->memory, w->chunk * places);
     free(readers);
+    return seconds;
+}
+
+double bench_read_rate(const char *const *files, unsigned threads, unsigned slots, size_t slot_bytes,
+                       bench_read where) {
+    reading w = {.chunk = slot_bytes, .slots = slots, .where = where};
+    while (files[w.count]) w.count++;
+    w.fds = calloc(w.count + 1, sizeof *w.fds);
+    w.first = calloc(w.count + 1, sizeof *w.first);
+    if (!w.fds || !w.first) bench_die("out of memory");
+    memset(w.fds, -1, w.count * sizeof *w.fds);
+    int opened = open_all(&w, files);
+    double seconds = opened ? read_all(&w, threads) : 1;
+    for (size_t i = 0; i < w.count; i++)
+        if (w.fds[i] >= 0) close(w.fds[i]);
     free(w.fds);
     free(w.first);
+    if (w.failed && where == BENCH_PAST_CACHE) return 0;
     if (w.failed) bench_die("a read failed");
     return (double)w.bytes / seconds / 1e9;
 }

@@ -33,7 +33,16 @@ void  bench_pinned_free(const fst_gpu *gpu, void *memory, size_t size);
  * device: of a memcpy by `threads` threads. */
 double bench_copy_ceiling(const fst_gpu *gpu, uint64_t bytes);
 
-/* GB/s of pread of all of the files by `threads` threads into `slots` slots each of `slot_bytes`, copied nowhere. */
-double bench_read_ceiling(const char *const *files, unsigned threads, unsigned slots, size_t slot_bytes);
+/* Where bench_read_rate reads to. */
+typedef enum bench_read {
+    BENCH_INTO_RING,   /* `slots` slots of a thread, over and over */
+    BENCH_PAST_CACHE,  /* the same with O_DIRECT */
+    BENCH_INTO_MEMORY  /* memory of the files' size that nobody touched before */
+} bench_read;
+
+/* GB/s of pread of all of the files (a list that ends in NULL) by `threads` threads, `slot_bytes` at a time. 0 when a
+ * file has no O_DIRECT. */
+double bench_read_rate(const char *const *files, unsigned threads, unsigned slots, size_t slot_bytes,
+                       bench_read where);
 
 #endif

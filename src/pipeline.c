@@ -691,7 +691,9 @@ static int begin_chunk(fst_worker *w, const fst_load_job *job, unsigned turn, si
 
 /* ---- A worker ------------------------------------------------------------------------------------ */
 
-static int is_cancelled(const fst_load_job *job) { return job->cancel && *job->cancel; }
+static int is_cancelled(const fst_load_job *job) {
+    return job->cancel && __atomic_load_n(job->cancel, __ATOMIC_RELAXED);
+}
 
 static void cancel(fst_engine *engine, const fst_load_job *job) {
     fst_error error = {.file = -1, .offset = -1};

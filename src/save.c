@@ -213,7 +213,7 @@ static fst_status write_failed(const writer *w, const char *what, int code) {
 
 static fst_status check_cancel(const writer *w) {
     fst_where where = {w->path, -1, -1};
-    return w->options.cancel && *w->options.cancel
+    return w->options.cancel && __atomic_load_n(w->options.cancel, __ATOMIC_RELAXED)
                ? fst_fail(w->error, FST_E_CANCELLED, 0, &where, "cancelled while writing")
                : FST_OK;
 }

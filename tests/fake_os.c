@@ -144,6 +144,7 @@ static ssize_t os_pread_cached(int fd, void *buffer, size_t size, uint64_t offse
 
 static int os_advise(int fd, uint64_t offset, uint64_t size, fst_advice advice) {
     int code = os_fails(FAKE_OS_ADVISE);
+    if (!code && os.options.no_readahead && advice == FST_ADVICE_WILLNEED) code = -EINVAL;
     return code ? code : real.advise(fd, offset, size, advice);
 }
 

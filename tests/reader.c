@@ -53,11 +53,18 @@ static size_t resident(const char *path, size_t offset, size_t size) {
     return count;
 }
 
+/* What the machine has: a container's file system may lack anything. */
+static struct {
+    int known, cold, counted, direct, cachestat, nowait, uring;
+    fst_file_system system;
+} machine;
+
 /* 0 where nothing can be driven out of memory (tests on tmpfs). */
 static int make_cold(const char *path, size_t offset, size_t size) {
     int fd = open(path, O_RDONLY);
     CHECK(fd >= 0);
-    for (int i = 0; i < 100; i++) { /* a page may be in somebody's batch for a moment */
+    for (int i = 0; i < (machine.known && !machine.cold ? 1 : 100);
+         i++) { /* a page may be in somebody's batch for a moment */
         posix_fadvise(fd, (off_t)offset, (off_t)size, POSIX_FADV_DONTNEED);
         if (resident(path, offset, size) == 0) break;
         usleep(1000);
@@ -101,12 +108,6 @@ static void expect(int line, int condition, const char *text, const char *of, lo
     for (int attempt = 1; trouble[0] = 0, call, *trouble; attempt++) \
         if (attempt == 6) test_fail(__FILE__, __LINE__, "%s", trouble)
 
-/* What the machine has: a container's file system may lack anything. */
-static struct {
-    int known, cold, counted, direct, cachestat, uring;
-    fst_file_system system;
-} machine;
-
 static void look_at_machine(void) {
     const char *path = test_path("probe");
     if (machine.known) return;
@@ -123,14 +124,15 @@ static void look_at_machine(void) {
     machine.direct = direct >= 0 && pread(direct, page, PAGE, 0) == PAGE;
     machine.cachestat = machine.system == FST_FS_OTHER && fst_os_calls.cachestat(fd, 0, MIB, &pages) == 0 &&
                         pages == MIB / PAGE;
+    machine.nowait = fst_os_calls.pread_cached(fd, page, PAGE, 0) == PAGE;
     machine.uring = fst_os_calls.uring_open(2, &uring) == 0;
     if (machine.uring) fst_os_calls.uring_close(uring);
     free(page);
     if (direct >= 0) close(direct);
     close(fd);
     machine.known = 1;
-    printf("files here: cold %d, counted %d, O_DIRECT %d, cachestat %d, io_uring %d\n", machine.cold,
-           machine.counted, machine.direct, machine.cachestat, machine.uring);
+    printf("files here: cold %d, counted %d, O_DIRECT %d, cachestat %d, RWF_NOWAIT %d, io_uring %d\n",
+           machine.cold, machine.counted, machine.direct, machine.cachestat, machine.nowait, machine.uring);
 }
 
 static fst_how missed(void) { return machine.direct ? FST_HOW_DIRECT : FST_HOW_BUFFERED; }
@@ -297,10 +299,16 @@ static const way ways[] = {
 };
 #define WAYS (sizeof ways / sizeof *ways)
 
+/* The method that this machine has for it. */
+static const char *method_here(const char *want) {
+    if (machine.system == FST_FS_MEMORY) return "always";
+    if (machine.system == FST_FS_OWN_CACHE) return "unknown";
+    if (!strcmp(want, "cachestat") && !machine.cachestat) return "mincore";
+    return !strcmp(want, "probe") && !machine.nowait ? "unknown" : want;
+}
+
 static void check_residency(const char *want, const fst_reader_facts *facts) {
-    if (!strcmp(want, "cachestat") && !machine.cachestat) want = "mincore";
-    if (machine.system == FST_FS_MEMORY) want = "always";
-    if (machine.system == FST_FS_OWN_CACHE) want = "unknown";
+    want = method_here(want);
     if (strncmp(facts->residency, want, strlen(want)) != 0)
         test_fail(__FILE__, __LINE__, "want %s, got %s", want, facts->residency);
 }
@@ -337,7 +345,7 @@ static void read_twice(const way *w, int ring, const fst_reader_options *options
         if (!avoid) CHECK_INT(0, facts.direct);
         /* the last chunk lies on another's page */
         if (!avoid && turn == 0) EXPECT(facts.buffered >= size - PAGE, of, facts.buffered);
-        if (!avoid && turn == 1 && strcmp(w->residency, "unknown"))
+        if (!avoid && turn == 1 && strcmp(method_here(w->residency), "unknown"))
             EXPECT(facts.cached == size, of, facts.cached);
         if (machine.counted) EXPECT(fetched >= limits[turn][0] && fetched <= limits[turn][1], of, fetched);
         size_t stays = resident(path, 0, size);
@@ -377,7 +385,7 @@ static void read_half_cached(const way *w, int cache) {
     close_rig(&r);
     fake_os_end();
     CHECK(!all.error && !all.wrong);
-    if (!cold) return;
+    if (!cold || !strcmp(method_here(w->residency), "unknown")) return;
     uint64_t missed_bytes = cache == AVOID && machine.direct ? facts.direct : facts.buffered;
     EXPECT(facts.cached == size / 2, w->residency, facts.cached);
     EXPECT(missed_bytes == size / 2, w->residency, missed_bytes);
@@ -408,6 +416,7 @@ static void ask_method(const char *want, fst_how how, const fake_os_options *fak
     fst_reader_facts facts = facts_of(&r);
     close_rig(&r);
     fake_os_end();
+    if (!strncmp(want, "probe", 5) && !machine.nowait) want = "unknown (the file system cannot tell)";
     CHECK_STR(want, facts.residency);
     if (cold) EXPECT(got == (how == FST_HOW_DIRECT ? missed() : how), want, got);
 }
@@ -536,7 +545,7 @@ static void try_chosen(fst_how want, uint64_t memory, int stranger, const fst_re
     fst_reader_facts facts;
     fst_how got =
         chosen(&(fake_os_options){.memory = memory, .stranger = stranger}, options, ranges, count, &facts);
-    if (!machine.cold) return;
+    if (!machine.cold || (stranger && !machine.nowait)) return;
     if (want == FST_HOW_DIRECT) want = missed();
     EXPECT(got == want, facts.reader, memory);
 }
@@ -677,6 +686,7 @@ static void probe_again_and_again(void) {
         close_rig(&r);
         fake_os_end();
         EXPECT(how == FST_HOW_BUFFERED, "turn", i);
+        usleep(20000); /* what the probe asked the disk for has come */
     }
 }
 
@@ -691,7 +701,7 @@ static void read_without_advice(void) {
     rig r;
     make_file(path, 8 * MIB);
     make_cold(path, 0, 8 * MIB);
-    fake_os_begin(&(fake_os_options){.kind = FAKE_OS_ADVISE, .fail_at = 2, .error = EINVAL});
+    fake_os_begin(&(fake_os_options){.no_readahead = 1});
     open_rig(&r, path, &by_default);
     make_slots(&r, MIB);
     outcome all = read_plainly(&r, MIB / 4, 0, MIB / 4);
@@ -937,7 +947,7 @@ TEST(reader, short_and_interrupted_reads_are_continued) {
 }
 
 /* Whatever fails: either the bytes are right, or it is said; and nothing is held. */
-static void fail_each(fake_os_kind kind, int code, int ring, const fst_reader_options *options,
+static void fail_each(fake_os_kind kind, int code, int ring, int stranger, const fst_reader_options *options,
                       int *reached) {
     const char *path = test_path("file");
     const size_t size = MIB / 4 + 5, chunk = MIB / 16;
@@ -952,7 +962,7 @@ static void fail_each(fake_os_kind kind, int code, int ring, const fst_reader_op
         r.path = path;
         CHECK_INT(0, fst_os_calls.identify(r.fd, &r.id, &type));
         make_slots(&r, chunk);
-        fake_os_begin(&(fake_os_options){.kind = kind, .fail_at = at, .error = code, .stranger = at % 2});
+        fake_os_begin(&(fake_os_options){.kind = kind, .fail_at = at, .error = code, .stranger = stranger});
         CHECK_INT(FST_OK, fst_reader_new(&r.fd, &r.id, &r.path, 1, NULL, 0, options, &r.reader, &error));
         if (ring) make_ring(&r);
         outcome all = read_file(&r, chunk, 0, size);
@@ -976,8 +986,9 @@ TEST(reader, every_system_call_may_fail) {
         for (int ring = 0; ring < 2; ring++)
             for (int cache = 0; cache <= AVOID; cache++)
                 for (int i = 0; i < (cache == AVOID ? 4 : 1); i++)
-                    fail_each((fake_os_kind)kind, codes[i], ring, &(fst_reader_options){.cache = cache},
-                              &reached[kind]);
+                    for (int stranger = 0; stranger < 2; stranger++)
+                        fail_each((fake_os_kind)kind, codes[i], ring, stranger,
+                                  &(fst_reader_options){.cache = cache}, &reached[kind]);
     static const fake_os_kind always[] = {FAKE_OS_NEEDED, FAKE_OS_FILE_SYSTEM, FAKE_OS_IS_OWNER};
     static const fake_os_kind cold[] = {FAKE_OS_ADVISE, FAKE_OS_MEMORY, FAKE_OS_PREAD_CACHED,
                                         FAKE_OS_OPEN_PROBE};
@@ -985,7 +996,7 @@ TEST(reader, every_system_call_may_fail) {
     static const fake_os_kind uring[] = {FAKE_OS_URING_OPEN,  FAKE_OS_URING_BUFFERS, FAKE_OS_URING_FILES,
                                          FAKE_OS_URING_FILE,  FAKE_OS_URING_READ,    FAKE_OS_URING_WAIT,
                                          FAKE_OS_URING_RESULT};
-    for (size_t i = 0; i < 3; i++) CHECK(reached[always[i]] > 0);
+    for (size_t i = 0; i < (machine.system == FST_FS_OTHER ? 3 : 2); i++) CHECK(reached[always[i]] > 0);
     for (size_t i = 0; machine.cold && i < 4; i++) CHECK(reached[cold[i]] > 0);
     for (size_t i = 0; machine.cold && machine.direct && i < 3; i++) CHECK(reached[direct[i]] > 0);
     for (size_t i = 0; machine.uring && i < 7; i++) CHECK(reached[uring[i]] > 0);

@@ -90,6 +90,7 @@ typedef struct fake_os_options {
     int  system;         /* files lie on this fst_file_system + 1; 0: where they do */
     int  stranger;       /* files are another owner's */
     int  replaced;       /* a file opened for O_DIRECT is not the same any more */
+    int  no_readahead;   /* the advice that something will be needed fails */
     int  alignment;      /* for O_DIRECT; -1: there is none; 0: as it is */
     uint64_t memory;     /* that is available; 0: as it is */
     const char *const *texts; /* path, contents, path, ..., NULL: all that /proc and /sys have */

@@ -1,0 +1,160 @@
+/* bench_load's parts: what is measured, how often, and what came out. */
+#ifndef FST_BENCH_LOAD_H
+#define FST_BENCH_LOAD_H
+
+#include "fst.h"
+#include "gpu.h"
+#include "pipeline.h"
+
+enum { LOAD_MAX_RUNS = 64, LOAD_MAX_CASTS = 8, LOAD_MAX_CASES = 160, LOAD_MAX_DOUBTS = 12 };
+#define LOAD_UNKNOWN UINT64_MAX /* bytes that this machine does not tell */
+
+/* ---- Options: load_options.c ---- */
+
+typedef struct load_options {
+    const char **paths;
+    int device, verify, cold, advise, stream, tune; /* advise: cold by fadvise alone */
+    unsigned threads, slots_each, runs, cold_runs, first;
+    size_t slot_bytes;
+    double seconds; /* for all of it; 0: as long as it takes */
+    fst_dtype casts[LOAD_MAX_CASTS];
+    size_t casts_count;
+    const char *json, *timeline, *timeline_of, *tmpfs;
+    const char *generate; /* a directory; NULL: none */
+    uint64_t generate_bytes;
+    fst_dtype dtype;
+    unsigned files, small;
+    int child; /* descriptor that a child writes its one sample to; -1: this is no child */
+} load_options;
+
+/* 0 after a complaint on stderr. */
+int load_parse(int argc, char **argv, load_options *o);
+
+/* ---- Files: load_files.c, load_generate.c ---- */
+
+typedef struct load_files {
+    const char *const *given; /* what the library is told: a list that ends in NULL */
+    char **paths;             /* what that comes to, likewise */
+    uint64_t *sizes, bytes;
+    size_t count;
+    int in_memory; /* all of it on tmpfs */
+} load_files;
+
+void load_find_files(const char *const *given, load_files *out);
+/* The same files in a new directory below `directory`; they are removed when the process ends. */
+void load_copy_files(const load_files *from, const char *directory, load_files *out);
+
+/* What all of `out`'s [offset, offset + size) of a file shall be. */
+typedef void load_fill(const void *arg, size_t file, uint64_t offset, size_t size, unsigned char *out);
+/* Writes files with as many threads as there are CPUs, and syncs them. */
+void load_write_files(char *const *paths, const uint64_t *sizes, size_t count, load_fill *fill, const void *arg);
+
+/* Empties the page cache of the files, or, where it may and shall, that of the machine; returns how. */
+const char *load_drop(const load_files *files, int only_these);
+/* Drops every second part of them, of up to 64 MiB. */
+void load_drop_half(const load_files *files);
+/* Bytes of the files that are not in memory, or LOAD_UNKNOWN. */
+uint64_t load_uncached(const load_files *files);
+
+/* A checkpoint of Llama-8B's shapes and of many small tensors, as the options ask for. */
+void load_generate(const load_options *o);
+
+/* ---- Cases: load_measure.c ---- */
+
+typedef struct load_sample {
+    double started; /* fst_os_now() */
+    double seconds, cpu_seconds, first_tensor_seconds;
+    uint64_t peak_device_bytes; /* beyond what was in use before; on the CPU device, of host memory */
+    uint64_t host_growth;       /* of the most resident memory */
+    uint64_t disk_bytes;        /* that the process had read from storage; LOAD_UNKNOWN */
+    uint64_t uncached_bytes;    /* of the files, before */
+    fst_stats stats;            /* without its texts, but these: */
+    char limit[16], reader[464];
+} load_sample;
+
+typedef enum load_state { LOAD_FIRST, LOAD_WARM, LOAD_COLD, LOAD_AFTER_COLD, LOAD_HALF } load_state;
+
+typedef struct load_case {
+    char name[64];
+    const load_files *files;
+    load_state state;
+    fst_dtype cast;
+    fst_reader_kind reader;
+    fst_cache cache;
+    int stream, is_tuning;
+    unsigned threads, slots_each; /* 0: the library's choice */
+    size_t slot_bytes;
+    load_sample *samples;
+    unsigned count;
+} load_case;
+
+/* ---- Ceilings ---- */
+
+typedef enum load_ceiling {
+    LOAD_COPY,
+    LOAD_CACHE,
+    LOAD_MEMORY,
+    LOAD_DIRECT,
+    LOAD_TMPFS,
+    LOAD_TMPFS_MEMORY,
+    LOAD_CEILINGS
+} load_ceiling;
+
+typedef struct load_rates {
+    double values[LOAD_MAX_RUNS]; /* GB/s */
+    unsigned count;
+} load_rates;
+
+typedef struct load_bench {
+    load_options o;
+    int argc;
+    char **argv;
+    const fst_gpu *gpu;
+    char reason[256];
+    const char *cold_by;
+    double started;
+    uint64_t available; /* device memory before the first load */
+    load_files given, tmpfs;
+    unsigned threads, slots_each; /* that the library uses, and the ceilings so too */
+    size_t slot_bytes;
+    load_case cases[LOAD_MAX_CASES];
+    size_t count;
+    load_rates ceilings[LOAD_CEILINGS];
+    char doubts[LOAD_MAX_DOUBTS][256]; /* where the library's word and the system's differ */
+    unsigned doubts_count;
+} load_bench;
+
+__attribute__((format(printf, 2, 3))) void load_doubt(load_bench *b, const char *format, ...);
+
+uint64_t load_available(const fst_gpu *gpu);
+/* Brings the files into the state that the case is about. */
+void load_prepare(load_bench *b, const load_case *c);
+void load_set_options(const load_case *c, int device, fst_options *options);
+/* One load, as the case's next sample; `trace` may be NULL. */
+void load_measure(load_bench *b, load_case *c, fst_trace *trace);
+
+/* ---- load_verify.c ---- */
+
+/* Loads once more and compares all bytes: with the files', and, after a cast, with what the CPU device makes of them. */
+void load_verify(load_bench *b, const load_case *c);
+
+/* ---- load_report.c ---- */
+
+double load_rate(const load_bench *b, load_ceiling which); /* median; 0: not measured */
+double load_seconds(const load_case *c);
+double load_gb_per_s(const load_case *c);
+void load_print(load_bench *b);
+void load_json(const load_bench *b);
+
+/* ---- load_timeline.c ---- */
+
+/* A picture of who waits for whom: the first 100 ms of the load by thread and slot, and all of it. `copy_rate`: GB/s of
+ * the link to the device; 0: there is none. */
+void load_timeline(const char *path, const char *title, const load_sample *sample, const fst_trace *trace,
+                   double copy_rate);
+
+/* ---- load_main.c ---- */
+
+int load_main(int argc, char **argv);
+
+#endif

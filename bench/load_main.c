@@ -1,0 +1,304 @@
+/* The program: which cases, in what order, against which ceilings. */
+#include <spawn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "bench.h"
+#include "load.h"
+#include "os.h"
+
+#define MIB ((size_t)1 << 20)
+enum { TUNE_KEPT = 8 }; /* the fastest of a sweep, that are measured as often as other cases */
+
+extern char **environ;
+
+/* ---- Cases ---------------------------------------------------------------------------------------- */
+
+static load_case *add_case(load_bench *b, const char *name, const load_case *like) {
+    if (b->count == LOAD_MAX_CASES) bench_die("too many cases");
+    load_case *c = &b->cases[b->count++];
+    *c = *like;
+    snprintf(c->name, sizeof c->name, "%s", name);
+    if (!c->files) c->files = &b->given;
+    if (!c->threads) c->threads = b->o.threads;
+    if (!c->slots_each) c->slots_each = b->o.slots_each;
+    if (!c->slot_bytes) c->slot_bytes = b->o.slot_bytes;
+    c->samples = calloc(LOAD_MAX_RUNS, sizeof *c->samples);
+    if (!c->samples) bench_die("out of memory");
+    return c;
+}
+
+static void add_casts(load_bench *b, const char *where, const load_files *files) {
+    char name[64];
+    snprintf(name, sizeof name, "%s as is", where);
+    add_case(b, name, &(load_case){.files = files, .state = LOAD_WARM});
+    for (size_t i = 0; i < b->o.casts_count; i++) {
+        snprintf(name, sizeof name, "%s to %s", where, fst_dtype_name(b->o.casts[i]));
+        add_case(b, name, &(load_case){.files = files, .state = LOAD_WARM, .cast = b->o.casts[i]});
+    }
+}
+
+static void add_cold(load_bench *b) {
+    add_case(b, "cold", &(load_case){.state = LOAD_COLD});
+    add_case(b, "after cold", &(load_case){.state = LOAD_AFTER_COLD}); /* at once */
+    add_case(b, "half cached", &(load_case){.state = LOAD_HALF});
+    add_case(b, "cold direct", &(load_case){.state = LOAD_COLD, .reader = FST_READER_DIRECT});
+    add_case(b, "cold uring", &(load_case){.state = LOAD_COLD, .reader = FST_READER_URING});
+    add_case(b, "cold uring direct",
+             &(load_case){.state = LOAD_COLD, .reader = FST_READER_URING, .cache = FST_CACHE_AVOID});
+}
+
+/* Rings between what keeps a link busy and what a last-level cache holds. */
+static void add_tuning(load_bench *b) {
+    static const unsigned all[] = {8, 10, 12, 14, 15, 16};
+    unsigned cpus = fst_os_cpus(), few[] = {(cpus + 1) / 2, cpus};
+    const unsigned *threads = cpus < 8 ? few : all;
+    size_t count = cpus < 8 ? 2 : sizeof all / sizeof *all;
+    for (size_t i = 0; i < count && threads[i] <= cpus; i++)
+        for (size_t slot = MIB; slot <= 8 * MIB; slot *= 2)
+            for (unsigned each = 2; each <= 4; each++) {
+                char name[64];
+                size_t ring = slot * each * threads[i];
+                if (ring < 24 * MIB || ring > 128 * MIB || (i && threads[i] == threads[i - 1])) continue;
+                snprintf(name, sizeof name, "%u x %u x %zu MiB", threads[i], each, slot / MIB);
+                add_case(b, name,
+                         &(load_case){.state = LOAD_WARM,
+                                      .is_tuning = 1,
+                                      .threads = threads[i],
+                                      .slots_each = each,
+                                      .slot_bytes = slot});
+            }
+}
+
+static void add_cases(load_bench *b) {
+    add_case(b, "first as is", &(load_case){.state = LOAD_FIRST});
+    if (b->o.tune) {
+        add_tuning(b);
+        return;
+    }
+    add_casts(b, "warm", &b->given);
+    if (b->o.stream) add_case(b, "warm stream", &(load_case){.state = LOAD_WARM, .stream = 1});
+    if (b->o.tmpfs) add_casts(b, "tmpfs", &b->tmpfs);
+    if (b->o.cold && !b->given.in_memory) add_cold(b);
+}
+
+static load_case *find_case(load_bench *b, const char *name) {
+    for (size_t i = 0; i < b->count; i++)
+        if (strcmp(b->cases[i].name, name) == 0) return &b->cases[i];
+    return NULL;
+}
+
+/* ---- Rounds ------------------------------------------------------------------------------------------ */
+
+static void add_rate(load_bench *b, load_ceiling which, double rate) {
+    load_rates *rates = &b->ceilings[which];
+    if (rate > 0 && rates->count < LOAD_MAX_RUNS) rates->values[rates->count++] = rate;
+}
+
+static void measure_reading(load_bench *b, const load_files *files, load_ceiling which, bench_read where) {
+    add_rate(
+        b, which,
+        bench_read_rate((const char *const *)files->paths, b->threads, b->slots_each, b->slot_bytes, where));
+}
+
+static void measure_ceilings(load_bench *b, int is_cold) {
+    int on_host = b->gpu->host_access;
+    uint64_t bytes =
+        on_host || b->given.bytes < 64 * MIB ? 64 * MIB : b->given.bytes; /* as many as a load's */
+    add_rate(b, LOAD_COPY, bench_copy_ceiling(b->gpu, bytes < 2048 * MIB ? bytes : 2048 * MIB));
+    if (is_cold) measure_reading(b, &b->given, LOAD_DIRECT, BENCH_PAST_CACHE);
+    if (is_cold) return;
+    measure_reading(b, &b->given, LOAD_CACHE, BENCH_INTO_RING);
+    if (on_host) measure_reading(b, &b->given, LOAD_MEMORY, BENCH_INTO_MEMORY);
+    if (b->o.tmpfs) measure_reading(b, &b->tmpfs, LOAD_TMPFS, BENCH_INTO_RING);
+    if (b->o.tmpfs && on_host) measure_reading(b, &b->tmpfs, LOAD_TMPFS_MEMORY, BENCH_INTO_MEMORY);
+}
+
+/* Whether there is time for something that takes so long. */
+static int has_time(const load_bench *b, double seconds) {
+    return b->o.seconds == 0 || fst_os_now() - b->started + seconds < b->o.seconds;
+}
+
+static void run_rounds(load_bench *b, unsigned runs, int is_cold) {
+    double longest = 0;
+    for (unsigned run = 0; run < runs && (run == 0 || has_time(b, longest)); run++) {
+        double start = fst_os_now();
+        measure_ceilings(b, is_cold);
+        for (size_t i = 0; i < b->count; i++) {
+            load_case *c = &b->cases[i];
+            if (c->state != LOAD_FIRST && (c->state >= LOAD_COLD) == is_cold) load_measure(b, c, NULL);
+        }
+        if (fst_os_now() - start > longest) longest = fst_os_now() - start;
+    }
+}
+
+/* Threads and rings of this shape are made by a load that does not count. */
+static void measure_shape(load_bench *b, load_case *c, unsigned times) {
+    fst_release_cached();
+    load_measure(b, c, NULL);
+    c->count--;
+    for (unsigned i = 0; i < times; i++) load_measure(b, c, NULL);
+}
+
+static int by_seconds(const void *x, const void *y) {
+    const load_case *a = *(load_case *const *)x, *b = *(load_case *const *)y;
+    double one = load_seconds(a), other = load_seconds(b);
+    return (one > other) - (one < other);
+}
+
+/* Every shape twice, then the fastest ones in turns. */
+static void sweep(load_bench *b, unsigned runs) {
+    load_case *sorted[LOAD_MAX_CASES];
+    size_t count = 0;
+    double longest = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        double start = fst_os_now();
+        if (!b->cases[i].is_tuning || !has_time(b, longest)) continue;
+        if (count % 12 == 0) measure_ceilings(b, 0);
+        measure_shape(b, &b->cases[i], 2);
+        sorted[count++] = &b->cases[i];
+        if (fst_os_now() - start > longest) longest = fst_os_now() - start;
+    }
+    qsort(sorted, count, sizeof *sorted, by_seconds);
+    if (count > TUNE_KEPT) count = TUNE_KEPT;
+    for (unsigned run = 0; run < runs && has_time(b, longest * (double)(count + 1)); run++) {
+        measure_ceilings(b, 0);
+        for (size_t i = 0; i < count; i++)
+            if (sorted[i]->count < LOAD_MAX_RUNS) measure_shape(b, sorted[i], 1);
+    }
+    fst_release_cached();
+}
+
+/* ---- First loads -------------------------------------------------------------------------------------- */
+
+/* Another process does its first load and tells what came of it. */
+static void measure_in_child(load_bench *b, load_case *c) {
+    char number[16];
+    char **argv = calloc((size_t)b->argc + 3, sizeof *argv);
+    int ends[2], status;
+    pid_t child;
+    if (!argv || pipe(ends)) bench_die("no pipe");
+    memcpy(argv, b->argv, (size_t)b->argc * sizeof *argv);
+    snprintf(number, sizeof number, "%d", ends[1]);
+    argv[b->argc] = "--child";
+    argv[b->argc + 1] = number;
+    if (posix_spawn(&child, "/proc/self/exe", NULL, NULL, argv, environ))
+        bench_die("cannot start another process");
+    close(ends[1]);
+    ssize_t got = read(ends[0], &c->samples[c->count], sizeof *c->samples);
+    close(ends[0]);
+    free(argv);
+    if (waitpid(child, &status, 0) != child || status != 0 || got != (ssize_t)sizeof *c->samples)
+        bench_die("the first load of another process failed");
+    c->count++;
+}
+
+static int be_child(load_bench *b) {
+    load_case *c = find_case(b, "first as is");
+    load_measure(b, c, NULL);
+    for (unsigned i = 0; i < b->doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b->doubts[i]);
+    if (write(b->o.child, c->samples, sizeof *c->samples) != (ssize_t)sizeof *c->samples) return 1;
+    return b->doubts_count ? 1 : 0;
+}
+
+static void measure_first(load_bench *b) {
+    load_case *c = find_case(b, "first as is");
+    for (unsigned i = 1; i < b->o.first; i++) measure_in_child(b, c);
+    load_measure(b, c, NULL);
+    const fst_stats *s = &c->samples[c->count - 1].stats;
+    b->threads = s->threads;
+    b->slots_each = s->slots / s->threads ? s->slots / s->threads : 1;
+    b->slot_bytes = s->slot_bytes;
+}
+
+/* ---- The whole ------------------------------------------------------------------------------------------ */
+
+static void draw(load_bench *b) {
+    char title[512];
+    load_case *c = find_case(b, b->o.timeline_of);
+    for (size_t i = b->count; i-- && b->o.tune;) /* the fastest: they are sorted */
+        if (b->cases[i].is_tuning && b->cases[i].count) c = &b->cases[i];
+    if (!c) return;
+    size_t room = c->samples[0].stats.chunks * 2 + 1024;
+    fst_trace trace = {.records = calloc(room, sizeof *trace.records), .room = room};
+    if (!trace.records) bench_die("out of memory");
+    load_case one = *c;
+    one.samples = calloc(1, sizeof *one.samples);
+    if (!one.samples) bench_die("out of memory");
+    one.count = 0;
+    load_measure(b, &one, &trace);
+    if (c->state == LOAD_FIRST) load_measure(b, &one, &trace);
+    snprintf(title, sizeof title, "%s: %.2f GB in %.1f ms on %s (%s), %u threads x %u slots of %zu KiB",
+             c->name, (double)one.samples->stats.bytes_read / 1e9, one.samples->seconds * 1e3, b->gpu->name,
+             b->gpu->label, one.samples->stats.threads, one.samples->stats.slots / one.samples->stats.threads,
+             one.samples->stats.slot_bytes / 1024);
+    load_timeline(b->o.timeline, title, one.samples, &trace,
+                  b->gpu->host_access ? 0 : load_rate(b, LOAD_COPY));
+    free(trace.records);
+    free(one.samples);
+}
+
+static void verify(load_bench *b) {
+    size_t count = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        const load_case *c = &b->cases[i];
+        if (!c->count || c->state == LOAD_FIRST || (c->is_tuning && count))
+            continue; /* of a sweep, the fastest */
+        load_verify(b, c);
+        count++;
+    }
+    printf("results of %zu cases are right, byte for byte\n", count);
+}
+
+static void find_device(load_bench *b) {
+    fst_error error;
+    int saved;
+    const char *must = getenv("FST_TEST_DEVICE");
+    if (fst_gpu_find(b->o.device, &b->gpu, b->reason, sizeof b->reason, &error)) bench_die("%s", error.text);
+    if (must && *must && (b->gpu->host_access || b->gpu->index != atoi(must)))
+        bench_die("the device is %s, but FST_TEST_DEVICE is %s", b->gpu->label, must);
+    if (b->gpu->calls->enter(b->gpu, &saved)) bench_die("cannot use %s", b->gpu->label);
+    b->available = load_available(b->gpu);
+}
+
+static void measure_all(load_bench *b) {
+    measure_first(b);
+    if (b->o.tune) {
+        sweep(b, b->o.runs);
+        return;
+    }
+    run_rounds(b, b->o.runs, 0);
+    if (b->o.cold && b->given.in_memory) printf("the files are in memory: no cold loads\n");
+    else if (b->o.cold) run_rounds(b, b->o.cold_runs, 1);
+}
+
+int load_main(int argc, char **argv) {
+    static load_bench b;
+    b.argc = argc;
+    b.argv = argv;
+    b.started = fst_os_now();
+    if (!load_parse(argc, argv, &b.o)) return 2;
+    int is_child = b.o.child >= 0;
+    if (b.o.generate && !is_child) load_generate(&b.o);
+    load_find_files(b.o.paths, &b.given);
+    if (b.o.tmpfs && !is_child) load_copy_files(&b.given, b.o.tmpfs, &b.tmpfs);
+    add_cases(&b);
+    if (b.o.timeline && !b.o.tune && !find_case(&b, b.o.timeline_of)) {
+        fprintf(stderr, "bench_load: --timeline-of: there is no case %s\n", b.o.timeline_of);
+        return 2;
+    }
+    find_device(&b);
+    bench_read_rate((const char *const *)b.given.paths, fst_os_cpus(), 1, MIB,
+                    BENCH_INTO_RING); /* warm files */
+    if (is_child) return be_child(&b);
+    measure_all(&b);
+    load_print(&b);
+    if (b.o.timeline) draw(&b);
+    if (b.o.json) load_json(&b);
+    fflush(stdout);
+    if (b.o.verify) verify(&b);
+    for (unsigned i = 0; i < b.doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b.doubts[i]);
+    return b.doubts_count ? 1 : 0;
+}

@@ -1,0 +1,199 @@
+/* One load, with everything around it that is not the library's own word. */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "bench.h"
+#include "load.h"
+#include "os.h"
+
+#define MIB ((uint64_t)1 << 20)
+
+void load_doubt(load_bench *b, const char *format, ...) {
+    va_list args;
+    if (b->doubts_count == LOAD_MAX_DOUBTS) return;
+    va_start(args, format);
+    vsnprintf(b->doubts[b->doubts_count++], sizeof *b->doubts, format, args);
+    va_end(args);
+}
+
+/* ---- Device memory, as the driver sees it ---- */
+
+static struct {
+    const fst_gpu *gpu;
+    atomic_int quit;
+    atomic_uint_fast64_t least;
+    double cpu_seconds; /* of the sampler itself */
+} sampler;
+
+uint64_t load_available(const fst_gpu *gpu) {
+    uint64_t available = 0, total;
+    gpu->calls->memory(gpu, &available, &total);
+    return available;
+}
+
+static void *sample_memory(void *unused) {
+    struct timespec pause = {0, 1000000}, used;
+    int saved;
+    sampler.gpu->calls->enter(sampler.gpu, &saved);
+    while (!atomic_load(&sampler.quit)) {
+        uint64_t available, total;
+        if (sampler.gpu->calls->memory(sampler.gpu, &available, &total) == 0 && available < sampler.least)
+            atomic_store(&sampler.least, available);
+        nanosleep(&pause, NULL);
+    }
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    sampler.cpu_seconds = (double)used.tv_sec + (double)used.tv_nsec / 1e9;
+    return unused;
+}
+
+static void start_sampling(const fst_gpu *gpu, pthread_t *thread) {
+    sampler.gpu = gpu;
+    sampler.cpu_seconds = 0;
+    atomic_store(&sampler.quit, 0);
+    if (gpu->host_access) return; /* there it is the resident memory */
+    atomic_store(&sampler.least, load_available(gpu));
+    if (pthread_create(thread, NULL, sample_memory, NULL)) bench_die("no thread");
+}
+
+static void end_sampling(const fst_gpu *gpu, pthread_t thread) {
+    atomic_store(&sampler.quit, 1);
+    if (!gpu->host_access) pthread_join(thread, NULL);
+}
+
+/* ---- The process, as the kernel sees it ---- */
+
+/* The number behind `key` in a file of /proc; LOAD_UNKNOWN. */
+static uint64_t read_number(const char *path, const char *key) {
+    char line[256];
+    uint64_t value = LOAD_UNKNOWN;
+    FILE *file = fopen(path, "re");
+    if (!file) return value;
+    while (fgets(line, sizeof line, file))
+        if (strncmp(line, key, strlen(key)) == 0) value = strtoull(line + strlen(key), NULL, 10);
+    fclose(file);
+    return value;
+}
+
+static uint64_t disk_bytes(void) { return read_number("/proc/self/io", "read_bytes:"); }
+static uint64_t most_resident(void) { return read_number("/proc/self/status", "VmHWM:") * 1024; }
+
+/* Lets VmHWM begin anew; what it is then. */
+static uint64_t reset_most_resident(void) {
+    int fd = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        if (write(fd, "5", 1) != 1) errno = 0; /* the highest of all loads, then */
+        close(fd);
+    }
+    return most_resident();
+}
+
+/* ---- Loads ---- */
+
+void load_prepare(load_bench *b, const load_case *c) {
+    switch (c->state) {
+    case LOAD_COLD: b->cold_by = load_drop(c->files, b->o.advise); break;
+    case LOAD_HALF:
+        bench_read_rate((const char *const *)c->files->paths, b->threads, b->slots_each, b->slot_bytes,
+                        BENCH_INTO_RING);
+        load_drop_half(c->files);
+        break;
+    default: break;
+    }
+}
+
+void load_set_options(const load_case *c, int device, fst_options *options) {
+    *options = (fst_options)FST_OPTIONS_INIT;
+    options->cast = c->cast;
+    options->device = device;
+    options->threads = c->threads;
+    options->slot_bytes = c->slot_bytes;
+    options->reader = c->reader;
+    options->cache = c->cache;
+    fst_pipeline_tuning.slots_each = c->slots_each;
+}
+
+static void take_stats(load_sample *s, const fst_model *model) {
+    s->stats = (fst_stats){.size = sizeof s->stats};
+    fst_model_stats(model, &s->stats);
+    snprintf(s->limit, sizeof s->limit, "%s", s->stats.limit ? s->stats.limit : "");
+    snprintf(s->reader, sizeof s->reader, "%s", s->stats.reader ? s->stats.reader : "");
+    s->stats.device = s->stats.device_name = s->stats.device_reason = s->stats.limit = s->stats.reader = NULL;
+}
+
+static void run_stream(const load_case *c, const fst_options *options, load_sample *s, fst_stream **out) {
+    fst_error error;
+    fst_tensor tensor;
+    double start = s->started = fst_os_now();
+    if (fst_stream_open(c->files->given, options, out, &error)) bench_die("%s: %s", error.path, error.text);
+    do {
+        if (fst_stream_next(*out, &tensor, NULL, &error)) bench_die("%s: %s", error.path, error.text);
+        if (s->first_tensor_seconds == 0) s->first_tensor_seconds = fst_os_now() - start;
+    } while (tensor.name);
+    s->seconds = fst_os_now() - start;
+}
+
+static void run_load(const load_case *c, const fst_options *options, load_sample *s, fst_model **out) {
+    fst_error error;
+    double start = s->started = fst_os_now();
+    if (fst_load(c->files->given, options, out, &error)) bench_die("%s: %s", error.path, error.text);
+    s->seconds = fst_os_now() - start;
+}
+
+/* Within 2 %, and what a clock's grain or a pool's is. */
+static int agrees(double said, double measured, double grain) {
+    return said <= measured * 1.02 + grain && said >= measured * 0.98 - grain;
+}
+
+static void check_words(load_bench *b, const load_case *c, const load_sample *s) {
+    const fst_stats *said = &s->stats;
+    if (said->seconds > s->seconds || (!c->stream && !agrees(said->seconds, s->seconds, 0.0005)))
+        load_doubt(b, "%s: the library says %.6f s, the clock %.6f s", c->name, said->seconds, s->seconds);
+    if (!said->tensors_ignored && !agrees((double)said->bytes_read, (double)c->files->bytes, 4096))
+        load_doubt(b, "%s: the library read %llu bytes, the files have %llu", c->name,
+                   (unsigned long long)said->bytes_read, (unsigned long long)c->files->bytes);
+    if (s->disk_bytes != LOAD_UNKNOWN && said->bytes_direct * 0.98 > (double)s->disk_bytes)
+        load_doubt(b, "%s: the library read %llu bytes with O_DIRECT, the process had %llu from storage",
+                   c->name, (unsigned long long)said->bytes_direct, (unsigned long long)s->disk_bytes);
+    if (!b->gpu->host_access && !c->stream &&
+        !agrees((double)said->peak_device_bytes, (double)s->peak_device_bytes, (double)(64 * MIB)))
+        load_doubt(b, "%s: the library used %llu bytes of the device, the driver saw %llu", c->name,
+                   (unsigned long long)said->peak_device_bytes, (unsigned long long)s->peak_device_bytes);
+}
+
+void load_measure(load_bench *b, load_case *c, fst_trace *trace) {
+    load_sample *s = &c->samples[c->count++];
+    fst_options options;
+    fst_model *model = NULL;
+    fst_stream *stream = NULL;
+    pthread_t thread = 0;
+    *s = (load_sample){.uncached_bytes = LOAD_UNKNOWN};
+    load_prepare(b, c);
+    if (c->state >= LOAD_COLD) s->uncached_bytes = load_uncached(c->files);
+    load_set_options(c, b->o.device, &options);
+    uint64_t resident = reset_most_resident(), read_before = disk_bytes();
+    start_sampling(b->gpu, &thread);
+    double cpu = bench_cpu_seconds();
+    fst_pipeline_trace = trace;
+    if (c->stream) run_stream(c, &options, s, &stream);
+    else run_load(c, &options, s, &model);
+    fst_pipeline_trace = NULL;
+    s->cpu_seconds = bench_cpu_seconds() - cpu;
+    end_sampling(b->gpu, thread);
+    if (s->cpu_seconds > sampler.cpu_seconds) s->cpu_seconds -= sampler.cpu_seconds;
+    uint64_t read_after = disk_bytes(), most = most_resident();
+    s->disk_bytes = read_after == LOAD_UNKNOWN ? LOAD_UNKNOWN : read_after - read_before;
+    s->host_growth = most > resident ? most - resident : 0;
+    s->peak_device_bytes = b->available > sampler.least ? b->available - sampler.least : 0;
+    if (b->gpu->host_access) s->peak_device_bytes = s->host_growth;
+    take_stats(s, stream ? fst_stream_model(stream) : model);
+    check_words(b, c, s);
+    fst_stream_close(stream);
+    fst_model_free(model);
+}

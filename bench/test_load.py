@@ -1,0 +1,272 @@
+#!/usr/bin/env python3
+"""bench_load as a program: every case on a small checkpoint, its JSON, picture and exit codes, and that it finds what is
+wrong: on the CPU device, and on a GPU that is made of host memory (FAKE).
+
+    test_load.py --bench BENCH_LOAD --fake LOAD_FAKE
+"""
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import xml.etree.ElementTree
+
+SVG = "{http://www.w3.org/2000/svg}"
+MIB = 1 << 20
+args = None
+checkpoint = None  # set by setUpModule
+folder = None
+
+
+def run(program, *options, **environment):
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("FST_")}
+    return subprocess.run([program, *map(str, options)], capture_output=True, text=True, timeout=120, check=False,
+                          env={**settings, **environment})
+
+
+def read_header(path):
+    with open(path, "rb") as file:
+        length, = struct.unpack("<Q", file.read(8))
+        return 8 + length, json.loads(file.read(length))
+
+
+def files_of(directory):
+    return [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+
+
+def setUpModule():
+    global checkpoint, folder
+    folder = tempfile.TemporaryDirectory(prefix="fst-bench-load-")
+    checkpoint = os.path.join(folder.name, "checkpoint")
+    done = run(args.bench, "--device", "cpu", "--runs", 1, "--no-verify", "--generate", checkpoint, "8M", "--small", 100,
+               "--files", 3)
+    assert done.returncode == 0, done.stderr
+
+
+def tearDownModule():
+    folder.cleanup()
+
+
+class Load(unittest.TestCase):
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = directory.name
+        self.json, self.svg = (os.path.join(directory.name, name) for name in ("out.json", "out.svg"))
+
+    def measure(self, program, *options, **environment):
+        done = run(program, "--runs", 2, "--json", self.json, *options, **environment)
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        with open(self.json, encoding="utf-8") as file:
+            return json.load(file), done.stdout
+
+    def check_run(self, r):
+        for key in ("seconds", "gb_per_s", "peak_device_bytes", "cpu_seconds", "cpu_seconds_per_gb", "bytes_read",
+                    "bytes_out", "threads", "slots", "slot_bytes", "chunks", "measured"):
+            self.assertGreater(r[key], 0, (r["case"], key))
+        for key in ("pinned_bytes", "open_seconds", "allocate_seconds", "read_seconds", "wait_seconds", "kernel_seconds",
+                    "copy_seconds", "convert_seconds", "slots_busy", "host_growth_bytes"):
+            self.assertGreaterEqual(r[key], 0, (r["case"], key))
+        self.assertEqual(sum(map(os.path.getsize, files_of(checkpoint))), r["bytes_read"])
+        rate = r["bytes_read"] / r["seconds"] / 1e9
+        self.assertAlmostEqual(rate, r["gb_per_s"], delta=rate / 50 + 0.001)
+        self.assertEqual(r["measured"], len(r["all_seconds"]))
+        self.assertGreaterEqual(r["seconds"], min(r["all_seconds"]))
+        self.assertLessEqual(r["seconds"], max(r["all_seconds"]))
+        self.assertIn(r["limit"], ("read", "copy", "kernel", "allocation", "consumer"))
+        self.assertTrue(r["reader"])
+        if r["share_of_ceiling"] is not None and r["case"] != "half cached":
+            share = r["gb_per_s"] / r["ceiling_gb_per_s"]
+            self.assertAlmostEqual(share, r["share_of_ceiling"], delta=share / 50 + 0.01)
+
+    def check_whole(self, out, cases):
+        for key in ("machine", "device", "date", "commit"):
+            self.assertTrue(out[key])
+        self.assertLessEqual({"h2d_gb_per_s", "page_cache_gb_per_s", "direct_gb_per_s"}, set(out["ceilings"]))
+        self.assertGreater(out["ceilings"]["h2d_gb_per_s"], 0)
+        self.assertGreater(out["ceilings"]["page_cache_gb_per_s"], 0)
+        self.assertEqual([], out["doubts"])
+        self.assertEqual(cases, [r["case"] for r in out["runs"]])
+        for r in out["runs"]:
+            self.check_run(r)
+        return {r["case"]: r for r in out["runs"]}
+
+    def test_every_case(self):
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else self.directory
+        before = set(os.listdir(memory))
+        out, text = self.measure(args.bench, "--device", "cpu", "--cast", "f16", "--cast", "F8_E4M3", "--stream", "--cold",
+                                 "--advise", "--cold-runs", 2, "--first", 3, "--tmpfs", memory, "--timeline", self.svg, checkpoint)
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm to F8_E4M3", "warm stream",
+                                      "tmpfs as is", "tmpfs to F16", "tmpfs to F8_E4M3"] +
+                                (["cold", "after cold", "half cached", "cold direct", "cold uring", "cold uring direct"]
+                                 if out["cold_by"] else []))
+        self.assertEqual(before, set(os.listdir(memory)))
+        self.assertEqual("cpu", out["device"])
+        self.assertGreater(out["ceilings"]["memory_gb_per_s"], 0)
+        self.assertGreater(out["ceilings"]["tmpfs_gb_per_s"], 0)
+        self.assertEqual((3, 2), (runs["first as is"]["measured"], runs["warm as is"]["measured"]))
+        stored = runs["warm as is"]["bytes_out"]
+        self.assertEqual((stored, stored / 2), (runs["warm to F16"]["bytes_out"], runs["warm to F8_E4M3"]["bytes_out"]))
+        first, whole = (runs["warm stream"][key] for key in ("first_tensor_seconds", "seconds"))
+        self.assertTrue(0 < first <= whole)
+        self.assertLess(runs["tmpfs as is"]["disk_bytes"] or 0, stored / 10)
+        self.assertIn("results of", text)
+        self.check_cold(out, runs, stored)
+        self.assertIsNotNone(xml.etree.ElementTree.parse(self.svg).getroot().find(SVG + "path"))
+
+    def check_cold(self, out, runs, stored):
+        if not out["cold_by"]:
+            self.assertIsNone(out["ceilings"]["direct_gb_per_s"])
+            return
+        self.assertEqual("fadvise", out["cold_by"])
+        half = runs["half cached"]["uncached_bytes"]
+        if self.fadvise_works():
+            for name in ("cold", "cold direct", "cold uring", "cold uring direct"):
+                self.assertGreater(runs[name]["uncached_bytes"], stored * 0.9, name)
+            self.assertTrue(stored * 0.25 < half < stored * 0.75, half)
+            self.assertLess(runs["after cold"]["uncached_bytes"], stored * 0.1)
+        if runs["half cached"]["share_of_ceiling"] is not None:
+            share = half / (runs["half cached"]["ceiling_gb_per_s"] * 1e9) / runs["half cached"]["seconds"]
+            self.assertAlmostEqual(share, runs["half cached"]["share_of_ceiling"], delta=share / 20)
+            self.assertAlmostEqual(1.1, runs["half cached"]["limit_seconds"] / (share * runs["half cached"]["seconds"]),
+                                   delta=0.05)
+
+    def fadvise_works(self):
+        done = subprocess.run(["stat", "-f", "-c", "%T", checkpoint], capture_output=True, text=True, check=True)
+        return done.stdout.strip() in ("ext2/ext3", "xfs", "btrfs")
+
+    def test_gpu(self):
+        """The same program with copies, pinned memory and the driver's word on device memory."""
+        out, _ = self.measure(args.fake, "--device", 0, "--cast", "F16", "--stream", "--threads", 2, "--slot", "256K",
+                              "--slots-each", 3, "--timeline", self.svg, checkpoint, FST_TEST_DEVICE="0")
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm stream"])
+        self.assertEqual("fake:0", out["device"])
+        for r in runs.values():
+            self.assertEqual((2, 6, 256 << 10), (r["threads"], r["slots"], r["slot_bytes"]))
+            self.assertGreater(r["pinned_bytes"], 6 * r["slot_bytes"])
+        for name in ("warm as is", "warm to F16"):
+            self.assertTrue(0 <= runs[name]["peak_beyond_results"] < 8 * MIB, runs[name]["peak_beyond_results"])
+        self.check_picture(runs["warm as is"])
+
+    def check_picture(self, r):
+        root = xml.etree.ElementTree.parse(self.svg).getroot()
+        words = ["".join(node.itertext()) for node in root.iter(SVG + "text")]
+        self.assertEqual(["thread 0", "thread 1"], [w for w in words if w.startswith("thread")])
+        self.assertTrue(any("warm as is" in w for w in words), words)
+        self.assertTrue(any("Limit" in w for w in words), words)
+        bars = [path.get("d") for path in root.iter(SVG + "path") if "scale" in (path.get("transform") or "")]
+        self.assertGreaterEqual(sum(bar.count("h") for bar in bars), r["chunks"])  # at least one for each read
+
+    def test_picture_of_another_case(self):
+        self.measure(args.bench, "--device", "cpu", "--cast", "F16", "--timeline", self.svg, "--timeline-of", "warm to F16",
+                     "--no-verify", checkpoint)
+        with open(self.svg, encoding="utf-8") as file:
+            self.assertIn("warm to F16", file.read())
+
+    def test_sweep(self):
+        out, _ = self.measure(args.bench, "--device", "cpu", "--tune", "--seconds", 2, "--timeline", self.svg, checkpoint)
+        runs = [r for r in out["runs"] if r["case"] != "first as is"]
+        self.assertGreater(len(runs), 1)
+        rates = [r["gb_per_s"] for r in out["runs"]]
+        self.assertEqual(sorted(rates, reverse=True), rates)
+        for r in runs:
+            threads, each, slot = r["case"].replace(" MiB", "").split(" x ")
+            self.assertEqual((int(threads), int(threads) * int(each), int(slot) * MIB),
+                             (r["threads"], r["slots"], r["slot_bytes"]))
+            self.assertTrue(24 * MIB <= r["slots"] * r["slot_bytes"] <= 128 * MIB)
+            self.assertGreaterEqual(r["measured"], 2)
+
+    def test_wrong_results_are_found(self):
+        for what, case in (("copy", "warm as is"), ("cast", "warm")):
+            with self.subTest(what):
+                done = run(args.fake, "--device", 0, "--runs", 1, "--cast", "F8_E5M2", checkpoint, FST_FAKE=what)
+                self.assertEqual(1, done.returncode, done.stdout)
+                self.assertIn(f"bench: {case}", done.stderr)
+                self.assertIn("is wrong: its bytes", done.stderr)
+                self.assertNotIn("results of", done.stdout)
+
+    def test_the_library_is_not_believed(self):
+        """A device that loses memory: more is in use than the library knows of."""
+        done = run(args.fake, "--device", 0, "--runs", 3, "--json", self.json, "--no-verify", checkpoint,
+                   FST_FAKE="memory")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("the driver saw", done.stderr)
+        with open(self.json, encoding="utf-8") as file:
+            self.assertIn("the driver saw", json.load(file)["doubts"][0])
+
+    def test_generated_files(self):
+        """Shapes, sizes and numbers are as asked for, in every dtype, and the library takes them."""
+        for dtype, nbytes in (("F32", 4), ("BF16", 2), ("F8_E4M3", 1), ("F4", 0.5), ("F6_E2M3", 0.75)):
+            with self.subTest(dtype):
+                directory = os.path.join(self.directory, dtype)
+                done = run(args.bench, "--device", "cpu", "--runs", 1, "--generate", directory, "1M", "--small", 5,
+                           "--dtype", dtype, "--files", 2)
+                self.assertEqual((0, ""), (done.returncode, done.stderr))
+                tensors, data = {}, 0
+                for path in files_of(directory):
+                    start, header = read_header(path)
+                    header.pop("__metadata__")
+                    tensors.update(header)
+                    data += os.path.getsize(path) - start
+                self.assertEqual(2, len(os.listdir(directory)))
+                self.assertTrue(0.9 * MIB < data - 5 * 4096 <= MIB, data)
+                self.assertEqual({dtype}, {t["dtype"] for t in tensors.values()})
+                width, = tensors["model.layers.0.input_layernorm.weight"]["shape"]
+                self.assertEqual([width * 7 // 2, width], tensors["model.layers.0.mlp.gate_proj.weight"]["shape"])
+                small = tensors["small.0000004.weight"]
+                self.assertLessEqual(abs(4096 - small["shape"][0] * nbytes), 3)
+
+    def test_numbers_are_finite(self):
+        path = files_of(checkpoint)[0]
+        start, _ = read_header(path)
+        with open(path, "rb") as file:
+            data = file.read()[start:]
+        exponents = {word >> 7 & 0xFF for word in struct.unpack(f"<{len(data) // 2}H", data)}
+        self.assertEqual(set(range(112, 128)), exponents)
+
+    def test_another_checkpoint_is_left_alone(self):
+        other = os.path.join(self.directory, "other.safetensors")
+        with open(other, "w", encoding="utf-8") as file:
+            file.write("mine")
+        done = run(args.bench, "--generate", self.directory, "1M")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("other.safetensors", done.stderr)
+        self.assertEqual(["other.safetensors"], os.listdir(self.directory))
+
+    def test_bad_arguments(self):
+        path = checkpoint
+        for bad in ([], ["--runs", "0", path], ["--runs", "65", path], ["--runs"], ["--device", "gpu", path],
+                    ["--cast", "F17", path], ["--slot", "1K", path], ["--slots-each", "9", path], ["--what", "1", path],
+                    ["--seconds", "soon", path], ["--generate", self.directory], ["--generate", self.directory, "0"],
+                    ["--generate", self.directory, "1M", path], ["--small", "3", path], ["--tune", "--cold", path],
+                    ["--timeline", self.svg, "--timeline-of", "lukewarm", path], ["--json", "", path]):
+            with self.subTest(bad):
+                done = run(args.bench, *bad)
+                self.assertEqual(2, done.returncode, done.stderr)
+                self.assertTrue(done.stderr.startswith("bench_load: "), done.stderr)
+                self.assertEqual("", done.stdout)
+        self.assertEqual([], os.listdir(self.directory))
+
+    def test_failures(self):
+        for options, environment, words in (
+                ([os.path.join(self.directory, "none")], {}, "none"),
+                (["--json", os.path.join(self.directory, "no", "x"), checkpoint], {}, "cannot write"),
+                (["--device", "cpu", checkpoint], {"FST_TEST_DEVICE": "0"}, "FST_TEST_DEVICE"),
+                ([checkpoint], {"FST_TEST_DEVICE": "7"}, "7")):
+            with self.subTest(words):
+                done = run(args.bench, "--runs", 1, *options, **environment)
+                self.assertEqual(1, done.returncode, done.stdout)
+                self.assertIn(words, done.stderr)
+        done = run(args.fake, "--runs", 1, "--device", "auto", checkpoint, FST_TEST_DEVICE="1")
+        self.assertEqual(1, done.returncode, "it was measured on another GPU")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bench", required=True)
+    parser.add_argument("--fake", required=True)
+    args, rest = parser.parse_known_args()
+    unittest.main(argv=sys.argv[:1] + rest)
