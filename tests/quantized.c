@@ -114,6 +114,13 @@ TEST(quantized, fp8_with_a_scale_a_row) {
                            "2120 447C 970C 0668 2120 447C 970C 0668"});
 }
 
+/* 127, -128, 3, -1 times a bf16 scale: exact in f32. */
+TEST(quantized, int8_without_zero_points) {
+    check_vector(&(vector){"m.weight", "I8", "[1,4]", "7F 80 03 FF", 1, "m.weight_scale", "BF16", "[1,1]", "3C23", NULL,
+                           "m.weight", "3FA1BA00 BFA30000 3CF48000 BC230000", "3FA2 BFA3 3CF4 BC23",
+                           "3D0E BD18 27A4 A118"});
+}
+
 TEST(quantized, mxfp4_of_gpt_oss) {
     check_vector(&(vector){
         "e.up_blocks", "U8", "[1,2,1,16]",
