@@ -214,12 +214,14 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     return FST_OK;
 }
 
-/* The ring should stay in the last-level cache, where the device reads what was just written. */
+/* The ring should stay in the last-level cache, where the device reads what was just written. A processor of several such
+ * caches has them small: below a certain size the slots would be too small to be worth their events. */
 static size_t ring_bytes(void) {
     size_t cache = fst_os_calls.cache_bytes(), ring = fst_pipeline_tuning.ring_bytes;
     if (ring) return ring;
-    ring = GPU_RING;
-    return cache && cache / 4 * 3 < ring ? cache / 4 * 3 : ring;
+    ring = cache / 4 * 3;
+    if (cache == 0 || ring > GPU_RING) return GPU_RING;
+    return ring < GPU_RING / 2 ? GPU_RING / 2 : ring;
 }
 
 static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {

@@ -36,6 +36,7 @@ typedef struct fst_worker {
     _Atomic uint32_t needs; /* 1 + the block that it waits for, or allocates; 0: none */
     fst_ring *ring;         /* io_uring; NULL: none yet */
     int ring_is_refused, ring_is_broken;
+    const char *ring_why; /* what the system refused of it; static text, or NULL */
     void *pinned;           /* the part of the ring that was, or NULL */
     int setup_code;         /* what making all this came to: a device error, or */
     const char *setup_what; /* at what; NULL: nothing went wrong */

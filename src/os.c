@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <liburing.h>
 #include <linux/capability.h>
 #include <linux/magic.h>
@@ -184,11 +185,11 @@ static int os_create_temporary(const char *path, char *name, size_t size) {
  * need not be readable: neither is a failure. */
 static int sync_directory_of(const char *path) {
     size_t length = directory_length(path);
-    char *directory = length ? strndup(path, length) : strdup(".");
-    if (!directory) return -ENOMEM;
+    char directory[PATH_MAX] = "."; /* on the stack: the file is in place by now, and must not fail for memory */
+    if (length >= sizeof directory) return -ENAMETOOLONG;
+    if (length) memcpy(directory, path, length), directory[length] = 0;
     int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int rc = fd < 0 ? -errno : 0;
-    free(directory);
     if (fd < 0) return rc == -EACCES ? 0 : rc;
     if (fsync(fd)) rc = errno == EINVAL || errno == ENOTSUP ? 0 : -errno;
     close(fd);

@@ -648,13 +648,13 @@ static void read_ahead(const fst_load_job *job, size_t index) {
 /* The ring of a worker, made by the first chunk that wants one. */
 static int prepare_ring(fst_worker *w, const fst_load_job *job) {
     struct iovec slots[FST_MAX_SLOTS];
-    const char *why = NULL;
-    if (!job->use_ring || w->ring_is_refused) return 0;
-    if (w->ring) return 1;
+    if (!job->use_ring) return 0;
+    if (w->ring_why) fst_reader_note_ring(job->reader, w->ring_why); /* of an earlier load, too */
+    if (w->ring || w->ring_is_refused) return !w->ring_is_refused;
     for (unsigned k = 0; k < w->slots_count; k++)
         slots[k] = (struct iovec){w->slots[k].bounce, w->engine->slot_room};
-    w->ring_is_refused = fst_ring_new(w->slots_count, slots, w->slots_count, &w->ring, &why) != 0;
-    if (why) fst_reader_note_ring(job->reader, why);
+    w->ring_is_refused = fst_ring_new(w->slots_count, slots, w->slots_count, &w->ring, &w->ring_why) != 0;
+    if (w->ring_why) fst_reader_note_ring(job->reader, w->ring_why);
     return !w->ring_is_refused;
 }
 
