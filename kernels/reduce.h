@@ -45,7 +45,7 @@ namespace fst_cub = hipcub;
 namespace {
 
 // Registers for at least 4 waves a SIMD, or 1,024 threads a multiprocessor, whatever the scheduler would like to keep in
-// flight. The operators are those that the libraries have instructions for.
+// flight. CUB has an instruction for its own operator alone.
 #ifdef __CUDACC__
 #define FST_REDUCE_BOUNDS __launch_bounds__(Body::threads, 1024 / Body::threads)
 using Larger = ::cuda::maximum<>;
@@ -55,7 +55,9 @@ using Larger = ::cuda::maximum<>;
 #else
 #define FST_REDUCE_BOUNDS __launch_bounds__(Body::threads)
 #endif
-using Larger = hipcub::Max;
+struct Larger {
+    FST_INLINE uint32_t operator()(uint32_t a, uint32_t b) const { return a > b ? a : b; }
+};
 #endif
 
 template <class Body>

@@ -32,12 +32,13 @@ template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
     }
 }
 
+// Two choices: of more, NVIDIA's compiler makes a table of jumps.
 FST_FN uint32_t load_scale(uint64_t scales, int dtype, uint64_t index) {
     if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
-    if (dtype == FST_T_BF16) return static_cast<uint32_t>(global<const uint16_t>(scales)[index]) << 16;
-    if (dtype == FST_T_F16)
-        return fst_decode32(global<const uint16_t>(scales)[index], fst_float_of(FST_T_F16));
-    return fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E8M0));
+    if (dtype == FST_T_F8_E8M0)
+        return fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E8M0));
+    const uint32_t code = global<const uint16_t>(scales)[index];
+    return dtype == FST_T_BF16 ? code << 16 : fst_decode32(code, fst_float_of(FST_T_F16));
 }
 
 #if FST_PACKED
@@ -110,6 +111,7 @@ template <int Src, int Dst> struct Scaled {
     bool one;       // scale for everything
     bool flat;      // scales follow the elements: blocks of one row that fill it
     bool straddles; // some vectors lie under several scales
+    bool aligned;   // all vectors of codes
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -236,7 +238,11 @@ template <int Src, int Dst> struct Scaled {
 #ifndef FST_BY_ELEMENT
     FST_INLINE bool load(uint64_t begin, Vector<in_bytes> *in) const {
         const uint8_t *from = global<const uint8_t>(src);
-        if (src_bits == 4 && begin % 2) return false; // half a byte off: not from a file
+        if (src_bits == 4 && skew() % 2) return false; // half a byte off: not from a file
+        if (aligned) {
+            *in = load_aligned<in_bytes>(from + begin * src_bits / 8);
+            return true;
+        }
         return load_vector(from + begin * src_bits / 8, from, from + (count * src_bits + 7) / 8, in);
     }
     // The first `split` elements under one scale, the others under another.
@@ -282,9 +288,11 @@ int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_r
                              args->scale_dtype,
                              args->scales_count == 1,
                              block_rows.value == 1 && args->cols % block_cols.value == 0,
+                             false,
                              false};
     const uint64_t across = body.grid_cols == 1 ? 0 : block_cols.value;
     body.straddles = !body.one && (args->cols | across | (args->first - body.skew())) % body.width != 0;
+    body.aligned = (body.src - body.skew() * body.src_bits / 8) % (body.width * body.src_bits / 8) == 0;
     return launch(stream, body, body.blocks());
 }
 

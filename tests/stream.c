@@ -754,7 +754,7 @@ TEST(stream, a_file_cut_short_in_the_middle) {
         fake_gpu_end();
         CHECK_INT(FST_E_CHANGED, status);
         CHECK_STR(files[1], error.path);
-        CHECK_INT(400000, error.offset);
+        CHECK(error.offset >= 400000); /* where it ends, or where a chunk behind that begins */
         CHECK(count < sample_count());
     }
 }
@@ -880,7 +880,7 @@ TEST(stream, the_flag_cancels) {
         fst_stream *stream = open_stream(files, &options);
         size_t count = 0;
         for (; count < 64 && !status; count++) {
-            if (count == 20) cancel = 1;
+            if (count == 20) __atomic_store_n(&cancel, 1, __ATOMIC_RELAXED);
             status = fst_stream_next(stream, &tensor, NULL, &error);
         }
         CHECK_INT(FST_E_CANCELLED, status);

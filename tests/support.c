@@ -191,13 +191,15 @@ static int fake_memory(const fst_gpu *gpu, uint64_t *unused, uint64_t *total) {
     return 0;
 }
 
+#define POISONED ((size_t)16 << 20) /* bytes of a block, so that a large one takes no time */
+
 static int fake_alloc(const fst_gpu *gpu, uint64_t size, void **out) {
     (void)gpu;
     pthread_mutex_lock(&fake.lock);
     int refuse = must_fail() || (fake.options.memory && fake.used + size > fake.options.memory);
     *out = refuse ? NULL : aligned_alloc(256, (size_t)(size + 255) / 256 * 256);
     if (*out) {
-        memset(*out, 0xA5, (size_t)size);
+        memset(*out, 0xA5, size < POISONED ? (size_t)size : POISONED);
         fake.blocks++;
         fake.used += size;
         if (fake.used > fake.peak) fake.peak = fake.used;
