@@ -24,7 +24,10 @@ enum {
     FST_K_SCALE = -6       /* a scale tensor of the wrong size or dtype */
 };
 
-enum { FST_K_NON_SATURATING = 1u << 0 };
+enum {
+    FST_K_NON_SATURATING = 1u << 0,
+    FST_K_DIVIDE = 1u << 1 /* by the global scale of an fst_scaled_args */
+};
 
 /* `count` elements, contiguous. `src` may have any byte alignment, `dst` that of its element. They do
  * not overlap. src_dtype == dst_dtype is a copy (the realignment of any dtype, integers included). */
@@ -64,7 +67,10 @@ typedef enum fst_scale_kind { FST_SCALE_TENSOR, FST_SCALE_ROW, FST_SCALE_GROUP, 
 
 /* Elements [first, first + count) of a row-major matrix of rows x cols, times their scales:
  * dst = round(RN32(f32(code) x f32(scale))), two roundings, as the formats' references do. A range may begin
- * and end anywhere (F4: at even elements), because the chunks of a file do. */
+ * and end anywhere (F4: at even elements), because the chunks of a file do.
+ *
+ * F4 may have scales of F8_E4M3 under one global F32 scale (NVFP4): each is RN32(f32(scale) x global), or, with
+ * FST_K_DIVIDE, RN32(f32(scale) / global), before it multiplies. */
 typedef struct fst_scaled_args {
     const void *src;         /* of element `first`; any byte alignment */
     void       *dst;         /* of element `first`; aligned to its element */
@@ -74,9 +80,11 @@ typedef struct fst_scaled_args {
     uint64_t    first, count;
     int         src_dtype;   /* F8_E4M3, F8_E5M2, F8_E4M3FNUZ, F8_E5M2FNUZ, I8, F4 (the low half first) */
     int         dst_dtype;   /* F32, F16, BF16 */
-    int         scale_dtype; /* F32, F16, BF16, F8_E8M0 */
+    int         scale_dtype; /* F32, F16, BF16, F8_E8M0; F8_E4M3 with a global scale */
     int         kind;        /* an fst_scale_kind */
     uint64_t    block_rows, block_cols;
+    const void *global_scale; /* one F32, or NULL */
+    unsigned    flags;       /* FST_K_DIVIDE */
 } fst_scaled_args;
 
 /* F32, F16 or BF16 -> F8_E4M3 (M = 448), F8_E4M3FNUZ (224) or F8_E5M2 (57344) with computed scales:

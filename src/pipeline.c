@@ -254,6 +254,12 @@ static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *pi
     };
 }
 
+/* Where a companion of a weight lies on the device. */
+static const unsigned char *companion(const fst_load_job *job, const fst_quantized *w, fst_companion which) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[w->companions[which]];
+    return (const unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
+}
+
 /* The scales of a matrix count as their kind has it. */
 static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
@@ -280,7 +286,14 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
     if (w->block_rows == 1) args.kind = w->block_cols == w->cols ? FST_SCALE_ROW : FST_SCALE_GROUP;
     if (bands == 1 && groups == 1) args.kind = FST_SCALE_TENSOR;
     uint64_t before = piece->matrix * args.scales_count * fst_dtype_bits((fst_dtype)args.scale_dtype) / 8;
-    args.scales = (const unsigned char *)job->batches[scale->batch].memory + scale->block_offset + before;
+    args.scales = companion(job, w, FST_COMPANION_SCALE) + before;
+    if (w->format == FST_FORMAT_NVFP4) {
+        const fst_plan_tensor *global = &job->plan->tensors[w->companions[FST_COMPANION_GLOBAL]];
+        args.kind = FST_SCALE_GROUP; /* also where there is but one group: its scale is one of groups */
+        args.global_scale =
+            companion(job, w, FST_COMPANION_GLOBAL) + (global->nbytes > 4 ? piece->matrix * 4 : 0);
+        args.flags = w->flags & FST_Q_DIVIDE ? FST_K_DIVIDE : 0;
+    }
     return args;
 }
 

@@ -28,6 +28,7 @@ int fst_scheme_has_kernel(const fst_quantized *w) {
     case FST_FORMAT_MXFP8:
     case FST_FORMAT_MXFP4:
     case FST_FORMAT_INT8: return (w->flags & (FST_Q_DIVIDE | FST_Q_BYTE_ZEROS)) == 0;
+    case FST_FORMAT_NVFP4: return 1;
     default: return 0;
     }
 }

@@ -71,6 +71,12 @@ static const uint8_t *run_scaled(test_rig *rig, fst_scaled_args args, const void
     args.src = rig->src + src_skew;
     args.dst = rig->dst + begin;
     args.scales = device_scales;
+    if (args.global_scale) { /* behind the scales */
+        uint8_t *device_global = rig->src + rig->capacity - 16;
+        CHECK(bytes_of(args.scale_dtype, args.scales_count) <= rig->capacity / 2 - 16);
+        rig_upload(rig, device_global, args.global_scale, 4);
+        args.global_scale = device_global;
+    }
     CHECK_INT(0, rig->gpu.kernels->scaled(rig->stream, &args));
     rig_download(rig, end);
     for (size_t i = 0; i < end; i++)
@@ -247,6 +253,90 @@ TEST(kernels_scaled, mxfp4_under_a_nan) {
     uint16_t bf16[32];
     for (int i = 0; i < 32; i++) bf16[i] = mxfp4[i / 2] >> (i % 2 * 4) & 8 ? 0xFFC0 : 0x7FC0;
     check_mxfp4(0xFF, bf16, 32);
+}
+
+/* quant-formats 3.6 and 5.5. Code 8 gives -0, as in compressed-tensors; ModelOpt's table has 0 there. */
+static void check_nvfp4(uint32_t global, unsigned flags, const uint32_t *f32, const uint16_t *bf16,
+                        const uint16_t *f16) {
+    static const uint8_t codes[] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE}, scale = 0x73;
+    fst_scaled_args args = {.rows = 1,
+                            .cols = 16,
+                            .count = 16,
+                            .src_dtype = FST_T_F4,
+                            .scale_dtype = FST_T_F8_E4M3,
+                            .scales_count = 1,
+                            .kind = FST_SCALE_GROUP,
+                            .block_rows = 1,
+                            .block_cols = 16,
+                            .global_scale = &global,
+                            .flags = flags};
+    uint32_t all32[16];
+    uint16_t allb[16], allh[16];
+    for (int i = 0; i < 16; i++) { /* the second half is the first, negative */
+        all32[i] = f32[i % 8] | (i < 8 ? 0 : 0x80000000);
+        allb[i] = bf16[i % 8] | (i < 8 ? 0 : 0x8000);
+        allh[i] = f16[i % 8] | (i < 8 ? 0 : 0x8000);
+    }
+    check_vectors(args, codes, &scale, all32, allb, allh);
+}
+
+TEST(kernels_scaled, nvfp4_divided_by_its_global_scale) {
+    check_nvfp4(0x457A0000, FST_K_DIVIDE,
+                (const uint32_t[]){0, 0x3CB43958, 0x3D343958, 0x3D872B02, 0x3DB43958, 0x3E072B02, 0x3E343958,
+                                   0x3E872B02},
+                (const uint16_t[]){0, 0x3CB4, 0x3D34, 0x3D87, 0x3DB4, 0x3E07, 0x3E34, 0x3E87},
+                (const uint16_t[]){0, 0x25A2, 0x29A2, 0x2C39, 0x2DA2, 0x3039, 0x31A2, 0x3439});
+}
+
+TEST(kernels_scaled, nvfp4_times_its_global_scale) {
+    check_nvfp4(0x3983126F, 0,
+                (const uint32_t[]){0, 0x3CB43959, 0x3D343959, 0x3D872B03, 0x3DB43959, 0x3E072B03, 0x3E343959,
+                                   0x3E872B03},
+                (const uint16_t[]){0, 0x3CB4, 0x3D34, 0x3D87, 0x3DB4, 0x3E07, 0x3E34, 0x3E87},
+                (const uint16_t[]){0, 0x25A2, 0x29A2, 0x2C39, 0x2DA2, 0x3039, 0x31A2, 0x3439});
+}
+
+/* Every scale, every code, several global ones, by definition: two products, or a quotient and a product, each rounded. */
+TEST(kernels_scaled, nvfp4_under_every_scale) {
+    static const uint32_t globals[] = {0x3F800000, 0x3983126F, 0x457A0000, 0x00400000, 0x7F000000,
+                                       0x7F800000, 0x7FC00000, 0xBF000000, 0};
+    enum { COUNT = 256 * 16 };
+    uint8_t codes[COUNT / 2], scales[256];
+    for (size_t i = 0; i < COUNT; i += 2) codes[i / 2] = (uint8_t)(i % 16 | (i + 1) % 16 << 4);
+    for (size_t i = 0; i < 256; i++) scales[i] = (uint8_t)i;
+    test_rig rig;
+    EACH_RIG(&rig, 1 << 16) {
+        for (size_t k = 0; k < sizeof globals / sizeof *globals * 2 * target_count; k++) {
+            const uint32_t global = globals[k / 6];
+            fst_scaled_args args = {.rows = 16,
+                                    .cols = 256,
+                                    .count = COUNT,
+                                    .src_dtype = FST_T_F4,
+                                    .dst_dtype = targets[k % 3],
+                                    .scale_dtype = FST_T_F8_E4M3,
+                                    .scales_count = 256,
+                                    .kind = FST_SCALE_GROUP,
+                                    .block_rows = 1,
+                                    .block_cols = 16,
+                                    .global_scale = &global,
+                                    .flags = k / 3 % 2 ? FST_K_DIVIDE : 0};
+            const uint8_t *got = run_scaled(&rig, args, codes, 0, scales, 0);
+            for (uint64_t i = 0; i < COUNT; i++) {
+                const double s = rig_value(FST_T_F8_E4M3, scales[i / 16]), g = rig_value(FST_T_F32, global);
+                const float scale = args.flags ? (float)s / (float)g : (float)s * (float)g;
+                const double x = rig_value(FST_T_F4, i % 16), exact = x * scale;
+                uint32_t code = 0;
+                memcpy(&code, got + i * fst_type_bits(args.dst_dtype) / 8, fst_type_bits(args.dst_dtype) / 8);
+                const int minus = (signbit(x) != 0) ^ (signbit(s) != 0) ^ (signbit(g) != 0);
+                const double want = isnan(exact) ? copysign(NAN, minus ? -1.0 : 1.0) : (double)(float)exact;
+                if (rig_code(args.dst_dtype, want, 0) != code) {
+                    test_fail(__FILE__, __LINE__, "%s: code %u, scale %02X, global %08X%s: %X",
+                              rig.gpu.kernels->target, (unsigned)(i % 16), scales[i / 16], global,
+                              args.flags ? " (divides)" : "", code);
+                }
+            }
+        }
+    }
 }
 
 TEST(kernels_scaled, rounds_twice_as_the_references_do) {

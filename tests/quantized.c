@@ -116,9 +116,9 @@ TEST(quantized, fp8_with_a_scale_a_row) {
 
 /* 127, -128, 3, -1 times a bf16 scale: exact in f32. */
 TEST(quantized, int8_without_zero_points) {
-    check_vector(&(vector){"m.weight", "I8", "[1,4]", "7F 80 03 FF", 1, "m.weight_scale", "BF16", "[1,1]", "3C23", NULL,
-                           "m.weight", "3FA1BA00 BFA30000 3CF48000 BC230000", "3FA2 BFA3 3CF4 BC23",
-                           "3D0E BD18 27A4 A118"});
+    check_vector(&(vector){"m.weight", "I8", "[1,4]", "7F 80 03 FF", 1, "m.weight_scale", "BF16", "[1,1]",
+                           "3C23", NULL, "m.weight", "3FA1BA00 BFA30000 3CF48000 BC230000",
+                           "3FA2 BFA3 3CF4 BC23", "3D0E BD18 27A4 A118"});
 }
 
 TEST(quantized, mxfp4_of_gpt_oss) {
@@ -131,6 +131,39 @@ TEST(quantized, mxfp4_of_gpt_oss) {
         "0000 3F00 3F80 3FC0 4000 4040 4080 40C0 8000 BF00 BF80 BFC0 C000 C040 C080 C0C0 "
         "C0C0 0000 0000 C0C0 3F00 40C0 40C0 3F00 8000 8000 BF80 3F80 4040 C080 C040 4000",
         NULL});
+}
+
+/* Two companions: the vector's place for one is too small. */
+TEST(quantized, nvfp4_in_both_conventions) {
+    static const unsigned char codes[] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE}, scale[] = {0x73};
+    static const unsigned char globals[2][4] = {{0, 0, 0x7A, 0x45}, {0x6F, 0x12, 0x83, 0x39}};
+    static const char *const names[2][3] = {{"m.weight_packed", "m.weight_scale", "m.weight_global_scale"},
+                                            {"m.weight", "m.weight_scale", "m.weight_scale_2"}};
+    static const uint32_t wanted[2][8] = {
+        {0, 0x3CB43958, 0x3D343958, 0x3D872B02, 0x3DB43958, 0x3E072B02, 0x3E343958, 0x3E872B02},
+        {0, 0x3CB43959, 0x3D343959, 0x3D872B03, 0x3DB43959, 0x3E072B03, 0x3E343959, 0x3E872B03}};
+    for (int way = 0; way < 4; way++) {
+        const support_tensor tensors[] = {{names[way / 2][0], "U8", "[1,8]", codes, 8},
+                                          {names[way / 2][1], "F8_E4M3", "[1,1]", scale, 1},
+                                          {names[way / 2][2], "F32", "[1]", globals[way / 2], 4}};
+        const char *path = test_path("model.safetensors");
+        fst_options options = options_for(way % 2 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU, FST_F32);
+        fst_model *model;
+        fst_tensor tensor;
+        fst_error error;
+        support_checkpoint(path, NULL, tensors, 3, 0);
+        fake_gpu_begin(&(fake_gpu_options){.seed = 2});
+        if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        CHECK_INT(1, fst_model_count(model));
+        CHECK_INT(FST_OK, fst_model_find(model, "m.weight", &tensor));
+        for (int i = 0; i < 16; i++) {
+            uint32_t got;
+            memcpy(&got, (const char *)tensor.data + 4 * i, 4);
+            CHECK_INT(wanted[way / 2][i % 8] | (i < 8 ? 0 : 0x80000000), got);
+        }
+        fst_model_free(model);
+        fake_gpu_end();
+    }
 }
 
 TEST(quantized, mxfp4_at_the_ends_of_its_scales) {
