@@ -132,6 +132,8 @@ void load_prepare(load_bench *b, const load_case *c);
 void load_set_options(const load_case *c, int device, fst_options *options);
 /* One load, as the case's next sample; `trace` may be NULL. */
 void load_measure(load_bench *b, load_case *c, fst_trace *trace);
+/* Where the library's word and the system's differ by over 2 %, it becomes a doubt. */
+void load_check(load_bench *b, const load_case *c, const load_sample *s);
 
 /* ---- load_verify.c ---- */
 

@@ -2,8 +2,9 @@
  * says what goes wrong with it:
  *
  *     copy    the first byte of each copy to it
- *     cast    the last byte that each kernel makes
- *     memory  more than it was given is lost */
+ *     cast    the last byte that each kernel makes of another dtype
+ *     memory  more than it was given is lost
+ *     third   the third load's memory is refused */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,7 @@
 
 #define TOTAL ((uint64_t)16 << 30)
 
-static int wrong_copies, wrong_casts, leaks;
+static int wrong_copies, wrong_casts, leaks, refuses;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t used;
 
@@ -34,6 +35,8 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
 }
 
 static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
+    static int results; /* of loads: what is not the ceilings' or the staging ring */
+    if (refuses && size < 20 << 20 && ++results > 2) return FST_GPU_OUT_OF_MEMORY;
     int code = fst_gpu_cpu()->calls->alloc_block(gpu, size, out);
     if (!code) use(size, 1);
     return code;
@@ -55,7 +58,8 @@ static uint64_t bytes_of(uint64_t count, int dtype) { return count * fst_dtype_b
 
 static int cast(fst_queue stream, const fst_cast_args *a) {
     int code = fst_kernels_cpu()->cast(stream, a);
-    if (wrong_casts) ((unsigned char *)a->dst)[bytes_of(a->count, a->dst_dtype) - 1] ^= 1;
+    if (wrong_casts && a->src_dtype != a->dst_dtype)
+        ((unsigned char *)a->dst)[bytes_of(a->count, a->dst_dtype) - 1] ^= 1;
     return code;
 }
 
@@ -63,7 +67,7 @@ static int batch(fst_queue stream, const fst_batch_args *a) {
     const fst_batch_job *last = &a->jobs[a->jobs_count - 1];
     unsigned char *made = (unsigned char *)(uintptr_t)last->dst;
     int code = fst_kernels_cpu()->batch(stream, a);
-    if (wrong_casts) made[bytes_of(last->count, a->dst_dtype) - 1] ^= 1;
+    if (wrong_casts && a->src_dtype != a->dst_dtype) made[bytes_of(last->count, a->dst_dtype) - 1] ^= 1;
     return code;
 }
 
@@ -74,6 +78,7 @@ int main(int argc, char **argv) {
     const char *what = getenv("FST_FAKE");
     wrong_copies = what && strcmp(what, "copy") == 0;
     wrong_casts = what && strcmp(what, "cast") == 0;
+    refuses = what && strcmp(what, "third") == 0;
     leaks = what && strcmp(what, "memory") == 0;
     gpu = *fst_gpu_cpu();
     calls = *gpu.calls;

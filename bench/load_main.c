@@ -192,15 +192,13 @@ static void measure_in_child(load_bench *b, load_case *c) {
     free(argv);
     if (waitpid(child, &status, 0) != child || status != 0 || got != (ssize_t)sizeof *c->samples)
         bench_die("the first load of another process failed");
-    c->count++;
+    load_check(b, c, &c->samples[c->count++]);
 }
 
 static int be_child(load_bench *b) {
     load_case *c = find_case(b, "first as is");
     load_measure(b, c, NULL);
-    for (unsigned i = 0; i < b->doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b->doubts[i]);
-    if (write(b->o.child, c->samples, sizeof *c->samples) != (ssize_t)sizeof *c->samples) return 1;
-    return b->doubts_count ? 1 : 0;
+    return write(b->o.child, c->samples, sizeof *c->samples) == (ssize_t)sizeof *c->samples ? 0 : 1;
 }
 
 static void measure_first(load_bench *b) {
@@ -228,8 +226,8 @@ static void draw(load_bench *b) {
     one.samples = calloc(1, sizeof *one.samples);
     if (!one.samples) bench_die("out of memory");
     one.count = 0;
+    if (c->state == LOAD_FIRST) fst_release_cached();
     load_measure(b, &one, &trace);
-    if (c->state == LOAD_FIRST) load_measure(b, &one, &trace);
     snprintf(title, sizeof title, "%s: %.2f GB in %.1f ms on %s (%s), %u threads x %u slots of %zu KiB",
              c->name, (double)one.samples->stats.bytes_read / 1e9, one.samples->seconds * 1e3, b->gpu->name,
              b->gpu->label, one.samples->stats.threads, one.samples->stats.slots / one.samples->stats.threads,
@@ -263,8 +261,7 @@ static void find_device(load_bench *b) {
     b->available = load_available(b->gpu);
 }
 
-static void measure_all(load_bench *b) {
-    measure_first(b);
+static void measure_rest(load_bench *b) {
     if (b->o.tune) {
         sweep(b, b->o.runs);
         return;
@@ -274,11 +271,28 @@ static void measure_all(load_bench *b) {
     else if (b->o.cold) run_rounds(b, b->o.cold_runs, 1);
 }
 
+/* Also when something fails in the middle: time on a machine is dear. */
+static load_bench *unreported;
+
+static void report(void) {
+    load_bench *b = unreported;
+    unreported = NULL;
+    if (!b) return;
+    load_print(b);
+    if (b->o.json) load_json(b);
+    fflush(stdout);
+}
+
+static void check_place(const char *path) {
+    FILE *file = path ? fopen(path, "a") : NULL;
+    if (path && !file) bench_die("cannot write %s", path);
+    if (file) fclose(file);
+}
+
 int load_main(int argc, char **argv) {
     static load_bench b;
     b.argc = argc;
     b.argv = argv;
-    b.started = fst_os_now();
     if (!load_parse(argc, argv, &b.o)) return 2;
     int is_child = b.o.child >= 0;
     if (b.o.generate && !is_child) load_generate(&b.o);
@@ -289,15 +303,19 @@ int load_main(int argc, char **argv) {
         fprintf(stderr, "bench_load: --timeline-of: there is no case %s\n", b.o.timeline_of);
         return 2;
     }
+    if (!is_child) check_place(b.o.json);
+    if (!is_child) check_place(b.o.timeline);
     find_device(&b);
+    b.started = fst_os_now();
     bench_read_rate((const char *const *)b.given.paths, fst_os_cpus(), 1, MIB,
                     BENCH_INTO_RING); /* warm files */
     if (is_child) return be_child(&b);
-    measure_all(&b);
-    load_print(&b);
+    measure_first(&b);
+    unreported = &b;
+    atexit(report);
+    measure_rest(&b);
+    report();
     if (b.o.timeline) draw(&b);
-    if (b.o.json) load_json(&b);
-    fflush(stdout);
     if (b.o.verify) verify(&b);
     for (unsigned i = 0; i < b.doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b.doubts[i]);
     return b.doubts_count ? 1 : 0;

@@ -180,7 +180,7 @@ class Load(unittest.TestCase):
             self.assertGreaterEqual(r["measured"], 2)
 
     def test_wrong_results_are_found(self):
-        for what, case in (("copy", "warm as is"), ("cast", "warm")):
+        for what, case in (("copy", "warm as is"), ("cast", "warm to F8_E5M2")):
             with self.subTest(what):
                 done = run(args.fake, "--device", 0, "--runs", 1, "--cast", "F8_E5M2", checkpoint, FST_FAKE=what)
                 self.assertEqual(1, done.returncode, done.stdout)
@@ -196,6 +196,16 @@ class Load(unittest.TestCase):
         self.assertIn("the driver saw", done.stderr)
         with open(self.json, encoding="utf-8") as file:
             self.assertIn("the driver saw", json.load(file)["doubts"][0])
+
+    def test_what_was_measured_before_a_failure_is_told(self):
+        done = run(args.fake, "--device", 0, "--runs", 3, "--threads", 2, "--slot", "8M", "--json", self.json,
+                   checkpoint, FST_FAKE="third")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("out of memory", done.stderr)
+        with open(self.json, encoding="utf-8") as file:
+            self.assertEqual([("first as is", 1), ("warm as is", 1)],
+                             [(r["case"], r["measured"]) for r in json.load(file)["runs"]])
+        self.assertIn("warm as is", done.stdout)
 
     def test_generated_files(self):
         """Shapes, sizes and numbers are as asked for, in every dtype, and the library takes them."""

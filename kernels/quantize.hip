@@ -253,12 +253,13 @@ template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, c
 template <int Src> struct Strip {
     static constexpr unsigned size = size_of<Src>, width = 16 / size;
 
-    uint64_t src, dst, src_step, dst_step; // addresses of the first vector's first element
-    uint64_t col, col_step, cols;          // its place in a row of so many; wraps around before the row
-    uint64_t all_begin, all_end;           // the whole source: nothing outside it is read
-    uint32_t count;                        // of vectors
-    unsigned unit;                         // the codes of a vector are stored in pieces of so many bytes
-    bool straight;                         // all vectors are whole, and aligned in the source
+    uint64_t src, dst, src_step,
+        dst_step;                 // addresses of the first vector's first element; src_step % 16 is 0
+    uint64_t col, col_step, cols; // its place in a row of so many; wraps around before the row
+    uint64_t all_begin, all_end;  // the whole source: nothing outside it is read
+    uint32_t count;               // of vectors
+    unsigned unit;                // the codes of a vector are stored in pieces of so many bytes
+    bool straight;                // all vectors are whole, and aligned in the source
 
     // Those of the first vectors that are whole; zeros for the others. Bit k of the result: in[k] is the k-th. No branch:
     // all loads are under way before the first is used.
@@ -272,10 +273,11 @@ template <int Src> struct Strip {
             }
             return count < n ? (1u << count) - 1 : (1u << n) - 1;
         }
+#if FST_PACKED
+        const uint64_t skew = src % 16, behind = skew ? 16 : 0;
         FST_UNROLLED
         for (unsigned k = 0; k < n; k++) {
-            const uint64_t from = src + k * src_step, skew = from % 16;
-            const uint64_t low = from - skew, high = skew ? low + 16 : low;
+            const uint64_t low = src - skew + k * src_step, high = low + behind;
             const bool inside = (k < count) & is_whole(k) & (low >= all_begin) & (high + 16 <= all_end);
             Vector<16> a = {}, b = {};
             if (inside) a = load_aligned<16>(global<const uint8_t>(low));
@@ -283,6 +285,14 @@ template <int Src> struct Strip {
             in[k] = shift_pair(a, b, static_cast<unsigned>(skew));
             loaded |= static_cast<uint32_t>(inside) << k;
         }
+#else // AMD's compiler would keep all conditions, in more registers than there are
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+            in[k] = {};
+            const bool whole = k < count && is_whole(k) && load_near(k, &in[k]);
+            loaded |= static_cast<uint32_t>(whole) << k;
+        }
+#endif
         return loaded;
     }
 
@@ -295,9 +305,7 @@ template <int Src> struct Strip {
     FST_INLINE Vector<16> load_any(uint32_t k) const {
         const uint8_t *from = global<const uint8_t>(src + k * src_step);
         Vector<16> in = {};
-        if (is_whole(k) &&
-            load_vector(from, global<const uint8_t>(all_begin), global<const uint8_t>(all_end), &in))
-            return in;
+        if (is_whole(k) && load_near(k, &in)) return in;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
             if (exists(k, i)) put<size>(&in, i, load_element<size>(from + i * size));
@@ -318,6 +326,10 @@ template <int Src> struct Strip {
     }
 
   private:
+    FST_INLINE bool load_near(uint32_t k, Vector<16> *in) const {
+        return load_vector(global<const uint8_t>(src + k * src_step), global<const uint8_t>(all_begin),
+                           global<const uint8_t>(all_end), in);
+    }
     FST_INLINE bool exists(uint32_t k, unsigned i) const { return col + k * col_step + i < cols; }
     FST_INLINE bool is_whole(uint32_t k) const {
         const uint64_t at = col + k * col_step;
@@ -339,6 +351,7 @@ FST_FN uint32_t amax_of(const Strip<Src> &strip, const Vector<16> (&in)[n], uint
 #else
     FST_UNROLLED
     for (unsigned k = 0; k < n; k++) {
+        if (!(loaded >> k & 1)) continue; // also that AMD's compiler takes one after the other
         const uint32_t a = amax_of_vector<Src>(in[k], nans);
         amax = a > amax ? a : amax;
     }
@@ -359,6 +372,7 @@ FST_FN void encode_strip(const Strip<Src> &strip, const Vector<16> (&in)[n], uin
         const Quotient quotient(tame_divisor<Dst>(scale));
         FST_UNROLLED
         for (unsigned k = 0; k < n; k++) {
+            if (!FST_PACKED && !(loaded >> k & 1)) continue;
             const Codes<Src> codes = tame_codes<Src, Dst>(in[k], quotient);
             if (loaded >> k & 1) strip.store(k, codes);
         }
