@@ -1,6 +1,7 @@
 /* Files: which they are, copies, what of them is in memory. */
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -129,6 +130,11 @@ static void remove_copies(void) {
     rmdir(copies.directory);
 }
 
+static void remove_copies_and_end(int number) {
+    remove_copies(); /* unlink and rmdir alone */
+    _exit(128 + number);
+}
+
 static void fill_from_file(const void *arg, size_t file, uint64_t offset, size_t size, unsigned char *out) {
     const load_files *from = arg;
     int fd = open_file(from->paths[file]);
@@ -146,6 +152,8 @@ void load_copy_files(const load_files *from, const char *directory, load_files *
     *out = (load_files){.given = (const char *const *)paths, .paths = paths, .count = from->count};
     copies.files = out;
     atexit(remove_copies);
+    signal(SIGINT, remove_copies_and_end);
+    signal(SIGTERM, remove_copies_and_end);
     load_write_files(paths, from->sizes, from->count, fill_from_file, from);
     describe(out, paths, from->count);
 }

@@ -126,6 +126,8 @@ static void print_case(const load_bench *b, const load_case *c) {
     if (c->stream) printf(", first tensor %.2f ms", MEDIAN(c, first_tensor_seconds) * 1e3);
     if (c->state == LOAD_HALF && !isnan(share_of(b, c)))
         printf(", at most %.4f s", 1.1 * bytes_due(c) / (ceiling_of(b, c) * 1e9));
+    if (c->state == LOAD_COLD && (double)MEDIAN_BYTES(c, uncached_bytes) < 0.9 * (double)c->files->bytes)
+        printf(", was not all cold");
     printf("  (%u)\n", c->count);
 }
 

@@ -161,9 +161,8 @@ static void put_bar(picture *p, stroke *pen, double begin, double end, double se
 static void end_bars(picture *p) { fputs("\"/>\n", p->file); }
 
 static void put_open(picture *p, double top, double height, double open_seconds, double seconds) {
-    double width = (double)tenths(open_seconds, seconds) / 10;
-    fprintf(p->file, "<rect x=\"%d\" y=\"%.0f\" width=\"%.1f\" height=\"%.0f\" fill=\"#ddd\"/>\n", LEFT, top,
-            width, height);
+    fprintf(p->file, "<rect x=\"%d\" y=\"%.0f\" width=\"%.1f\" height=\"%.0f\" fill=\"%s\"/>\n", LEFT, top,
+            (double)tenths(open_seconds, seconds) / 10, height, OPENING);
 }
 
 static void put_link(picture *p, double y, double height, double seconds) {

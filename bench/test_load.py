@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import xml.etree.ElementTree
 
@@ -116,6 +117,17 @@ class Load(unittest.TestCase):
         self.assertIn("results of", text)
         self.check_cold(out, runs, stored)
         self.assertIsNotNone(xml.etree.ElementTree.parse(self.svg).getroot().find(SVG + "path"))
+
+    def test_copies_are_removed_when_it_is_ended(self):
+        with subprocess.Popen([args.bench, "--device", "cpu", "--runs", "64", "--tmpfs", self.directory, checkpoint],
+                              stdout=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and time.monotonic() < deadline and not any(
+                    len(files) == 3 for _, _, files in os.walk(self.directory)):
+                time.sleep(0.001)
+            process.terminate()
+            self.assertEqual(128 + 15, process.wait(60))
+        self.assertEqual([], os.listdir(self.directory))
 
     def check_cold(self, out, runs, stored):
         if not out["cold_by"]:
