@@ -151,7 +151,7 @@ enum {
 
 enum {
     FST_NON_SATURATING = 1u << 0, /* out of range becomes Inf, or NaN where there is no Inf */
-    FST_AS_READY       = 1u << 1  /* fst_stream_next: as tensors become complete; otherwise in the order of the files */
+    FST_AS_READY       = 1u << 1  /* streams: as tensors become complete, not in the order of the files */
 };
 
 /* How files are read. */
@@ -230,9 +230,9 @@ typedef struct fst_options {
     void           *rule_arg;
     void           *stream;       /* fst_stream_next: a hipStream_t or cudaStream_t on which the data is ready for work
                                      queued from then on; NULL: ready for everybody */
-    const char     *config;       /* the model's config.json, which tells how it is quantized; NULL: the one beside the first
-                                     file, if there is one (as with hf_quant_config.json and quantize_config.json); "":
-                                     none, names decide */
+    const char     *config;       /* the model's config.json, which tells how it is quantized; NULL: the one
+                                     beside the first file, if there is one (hf_quant_config.json and
+                                     quantize_config.json likewise); "": none, names decide */
     uint64_t        memory_bytes; /* streams: most device memory for results at one time; 0: 1 GiB, or the
                                      largest tensor's size when that is more */
 } fst_options;
@@ -249,10 +249,13 @@ typedef struct fst_model fst_model;
  * (model.safetensors.index.json in it, otherwise all its *.safetensors files by name), or an index
  * file (*.index.json). Tensors come in the order of the files, in each by their offset.
  *
- * What a load does to values: float tensors (F64, F32, F16, BF16, the F8 types but a bare F8_E8M0)
+ * What a load does to values: float tensors (F64, F32, F16, BF16, the F8 types but a bare F8_E8M0, F6, F4)
  * become `cast`, rounded to nearest, ties to even, saturating unless FST_NON_SATURATING is set;
- * BOOL, integers, C64 and F8_E8M0 are kept, and so are scales of activations and of the KV cache (by their names). NaN becomes one code with the source's sign. A float
- * tensor that no kernel takes to the target is FST_E_NO_CAST before anything is read. */
+ * BOOL, integers, C64 and F8_E8M0 are kept, and so are scales of activations and of the KV cache (by
+ * their names). NaN becomes one code with the source's sign. A float tensor that no kernel takes to the
+ * target is FST_E_NO_CAST before anything is read. A quantized weight (docs/quantized.md) becomes the
+ * target through its scales, which are then no tensors of the model; FST_E_UNSUPPORTED, FST_E_QUANTIZED,
+ * also before anything is read. FST_NATIVE keeps everything. */
 
 /* Loads onto the first GPU that works, otherwise the CPU. NULL on failure: see fst_last_error. */
 FST_API fst_model *fst_load_cast(const char *const *files, fst_dtype target);
