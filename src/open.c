@@ -60,6 +60,8 @@ static fst_status open_file(fst_loading *l, size_t file, fst_error *error) {
     int fd = fst_os_calls.open_read(where.path);
     if (fd < 0) return file_fail(l, file, fd, "opening it", error);
     l->fds[file] = fd;
+    /* Only what is asked for: readahead behind a header would read data that may come past the cache a second time. */
+    fst_os_calls.advise(fd, 0, 0, FST_ADVICE_RANDOM);
     int code = fst_os_calls.identify(fd, &l->ids[file], &type);
     if (code < 0) return file_fail(l, file, code, "looking at it", error);
     if (type != FST_FILE_REGULAR) return fst_fail(error, FST_E_FILE_TYPE, 0, &where, "not a regular file");
