@@ -335,7 +335,8 @@ TEST(stream, memory_that_was_given_back_is_not_waited_for) {
         CHECK(budget && fst_budget_take(budget, 100));
         CHECK_INT(0, fst_budget_is_waited_for(budget));
         CHECK_INT(0, pthread_create(&thread, NULL, take_from_budget, budget));
-        while (!fst_budget_is_waited_for(budget)) usleep(10);
+        int tries = 0;
+        while (!fst_budget_is_waited_for(budget) && tries++ < 100000) usleep(10);
         fst_budget_give(budget, 100);
         int waited = fst_budget_is_waited_for(budget); /* most often before the thread woke up */
         pthread_join(thread, &failed);
@@ -431,7 +432,7 @@ TEST(stream, several_threads_release) {
     for (uint64_t seed = 1; seed <= 6; seed++) {
         const char *const *files = two_files(seed);
         pthread_t threads[3];
-        size_t count = 0;
+        size_t count = 0, again = 0;
         fst_status status = FST_OK;
         fst_error error = {.status = FST_OK};
         const char *wrong = NULL;
@@ -448,7 +449,7 @@ TEST(stream, several_threads_release) {
             DLManagedTensorVersioned *handle;
             fst_tensor tensor;
             status = fst_stream_next(stream, &tensor, &handle, &error);
-            if (status == FST_E_AGAIN) continue;
+            if (status == FST_E_AGAIN && again++ < 10000) continue; /* some 40 s */
             if (status || !tensor.name) break;
             if (!wrong) wrong = sample_compare(&tensor, FST_BF16);
             pthread_mutex_lock(&queue.lock);
@@ -538,7 +539,8 @@ TEST(stream, data_is_ready_on_the_callers_stream) {
             size_t index = sample_index(&tensor);
             copies[index] = malloc(tensor.nbytes + 1);
             CHECK(copies[index]);
-            CHECK_INT(0, gpu->calls->to_host(gpu, mine, copies[index], tensor.data, tensor.nbytes));
+            if (tensor.nbytes)
+                CHECK_INT(0, gpu->calls->to_host(gpu, mine, copies[index], tensor.data, tensor.nbytes));
         }
         CHECK_INT(sample_count(), count);
         fst_stream_close(stream);
@@ -576,7 +578,7 @@ TEST(stream, the_callers_stream_with_a_tensor_that_is_lent) {
         fst_tensor tensor;
         CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
         if (!tensor.name) break;
-        CHECK_INT(0, gpu->calls->to_host(gpu, mine, copy, tensor.data, tensor.nbytes));
+        if (tensor.nbytes) CHECK_INT(0, gpu->calls->to_host(gpu, mine, copy, tensor.data, tensor.nbytes));
         CHECK_INT(0, gpu->calls->stream_wait(gpu, mine));
         tensor.data = copy;
         CHECK_STR(NULL, sample_compare(&tensor, FST_BF16));
