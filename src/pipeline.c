@@ -213,7 +213,9 @@ static void companions_came(fst_engine *engine, const fst_load_job *job, uint32_
 /* A chunk of codes was converted. */
 static void companions_were_used(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
     pthread_mutex_lock(&engine->lock);
-    if (--job->batches[batch].weights_left == 0) free_companions(engine, job, batch);
+    /* After a failure a kernel may be queued that no event comes behind: they go when all streams are empty. */
+    if (--job->batches[batch].weights_left == 0 && !atomic_load(&engine->stop))
+        free_companions(engine, job, batch);
     pthread_mutex_unlock(&engine->lock);
 }
 
