@@ -567,7 +567,8 @@ def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scal
                 [Step(f"Scaled<{number(src)}, {number(dst)}, {str(globally).lower()}>", arguments, 1, source, target)])
 
 
-LARGEST = {"F8_E4M3": bytes([0x76, 0x7E]), "F8_E5M2": bytes([0x77, 0x7B]), "F8_E4M3FNUZ": bytes([0x76, 0x7E])}
+# Half the largest code and the largest, and what it stands for.
+LARGEST = {"F8_E4M3": (b"\x76\x7e", 448), "F8_E5M2": (b"\x77\x7b", 57344), "F8_E4M3FNUZ": (b"\x76\x7e", 224)}
 
 
 def quantize(kind, src, dst, threads, tile, rows, cols):
@@ -576,14 +577,16 @@ def quantize(kind, src, dst, threads, tile, rows, cols):
     arguments = (words(SRC, DST, SCALES, NANS, rows, cols, height, width) + divisor(cols // width) +
                  struct.pack("<I?3x", 128 // bits_of(src), True) + words(0))
     return Case(f"quantize {kind}, {src}->{dst}", 8 * (16 + 128 / bits_of(src)),
-                [Step(f"Tile<{number(src)}, {number(dst)}, {threads}>", arguments, 1, one_two(src), LARGEST[dst])])
+                [Step(f"Tile<{number(src)}, {number(dst)}, {threads}>", arguments, 1, one_two(src),
+                      LARGEST[dst][0])])
 
 
 def quantize_tensor(src, dst):
     """Eight vectors are read for the maximum, twice four are made codes."""
     return Case(f"quantize tensor, {src}->{dst}", 8 * (32 + 128 / bits_of(src)), [
         Step(f"Amax<{number(src)}, {number(dst)}>", words(SRC, DST, BIG, SCALES, NANS, 0), 1, one_two(src), None),
-        Step(f"Encode<{number(src)}, {number(dst)}>", words(SRC, DST, BIG, SCALES, 0), 2, one_two(src), None)])
+        Step(f"Encode<{number(src)}, {number(dst)}>", words(SRC, DST, BIG, SCALES, 0), 2, one_two(src),
+             LARGEST[dst][0])])
 
 
 def fnuz():
@@ -627,7 +630,8 @@ def buffers(step):
     scale = step.kernel.startswith("Scaled<") and struct.unpack_from("<i", step.arguments, 120)[0]
     each = {number("F8_E8M0"): b"\x80", number("F8_E4M3"): b"\x40"}.get(scale, struct.pack("<f", 2))
     if step.kernel.startswith("Encode<"):
-        each = struct.pack("<f", 2 / 448)
+        target = int(re.search(r", (\d+)>", step.kernel)[1])
+        each = struct.pack("<f", 2 / next(m for name, (_, m) in LARGEST.items() if number(name) == target))
     for base, pattern in ((SRC, step.source), (SCALES, each)):
         memory.add(base, 1 << 34, lambda offset, p=pattern: p[offset % len(p)])
     memory.add(DST, 1 << 34)
