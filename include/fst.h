@@ -176,7 +176,7 @@ typedef struct fst_progress {
     double   bytes_per_second;
 } fst_progress;
 
-/* Called in the thread that called fst_load, some twenty times a second and once at the end.
+/* Called in the thread that called fst_load (fst_stream_next), some twenty times a second and once at the end.
  * A return other than 0 cancels the load (FST_E_CANCELLED). It must not call into that load. */
 typedef int (*fst_progress_fn)(void *arg, const fst_progress *progress);
 
@@ -220,7 +220,7 @@ typedef struct fst_options {
     size_t          slot_bytes;   /* bytes of one bounce slot, 64 KiB to 64 MiB; 0: as suits the device */
     fst_progress_fn progress;
     void           *progress_arg;
-    const volatile int *cancel;   /* when not NULL: set *cancel to non-zero from any thread or signal
+    const volatile int *cancel;   /* when not NULL: set *cancel to non-zero (atomically) from any thread or signal
                                      handler, and the load ends with FST_E_CANCELLED */
     fst_reader_kind reader;
     fst_cache       cache;
@@ -401,7 +401,9 @@ FST_API fst_status fst_stream_open(const char *const *files, const fst_options *
  * until its deleter has run, also after fst_stream_close; without (NULL), it is there until the next call with this
  * stream. Memory goes back block by block, when the last tensor in one is released. Data is ready for every stream, or
  * on options.stream. Waits; FST_E_AGAIN when nothing can come because the tensors that were taken hold all of
- * memory_bytes: release some, call again. After any other failure the stream gives the same error on every call. The
+ * memory_bytes: release some, call again. A tensor that cannot be exported (FST_E_DLPACK, FST_E_MEMORY) comes again with
+ * the next call. After any other failure the stream gives the same error on every call. Without `dlpack`, work that was
+ * queued on a non-blocking stream must be finished before the next call. The
  * files are compared with what they were before the last tensor is given, which may be FST_E_CHANGED. */
 FST_API fst_status fst_stream_next(fst_stream *stream, fst_tensor *tensor,
                                    struct DLManagedTensorVersioned **dlpack, fst_error *error);

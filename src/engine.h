@@ -34,9 +34,10 @@ typedef struct fst_worker {
     unsigned slots_count; /* in use */
     fst_slot slots[FST_MAX_SLOTS];
     _Atomic uint32_t needs; /* 1 + the block that it waits for, or allocates; 0: none */
+    uint32_t needs_batch;   /* 1 + the batch whose companions it waits for; 0: none; under the lock */
     fst_ring *ring;         /* io_uring; NULL: none yet */
     int ring_is_refused, ring_is_broken;
-    const char *ring_why; /* what the system refused of it; static text, or NULL */
+    const char *ring_why;   /* what the system refused of it; static text, or NULL */
     void *pinned;           /* the part of the ring that was, or NULL */
     int setup_code;         /* what making all this came to: a device error, or */
     const char *setup_what; /* at what; NULL: nothing went wrong */
@@ -70,8 +71,8 @@ struct fst_engine {
     fst_error first; /* what the job failed with; written by the first who fails */
     double reported; /* when the caller was last told of progress */
 
-    size_t next_block;   /* of the job's, to be allocated */
-    int allocating;      /* somebody does */
+    size_t next_block;                        /* of the job's, to be allocated */
+    int allocating;                           /* somebody does */
     uint64_t companion_bytes, companion_peak; /* memory of batches */
     atomic_size_t next_chunk;
     atomic_int stop; /* nothing new is begun */

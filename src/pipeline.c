@@ -219,11 +219,18 @@ static void companions_were_used(fst_engine *engine, const fst_load_job *job, ui
     pthread_mutex_unlock(&engine->lock);
 }
 
-static int wait_for_companions(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
-    const fst_batch_state *state = &job->batches[batch];
+/* The lock is held. */
+static int lacks_companions(const fst_load_job *job, uint32_t batch) {
+    return !job->batches[batch].memory || job->batches[batch].companions_left;
+}
+
+static int wait_for_companions(fst_worker *w, const fst_load_job *job, uint32_t batch) {
+    fst_engine *engine = w->engine;
     pthread_mutex_lock(&engine->lock);
-    while ((!state->memory || state->companions_left) && !atomic_load(&engine->stop))
+    w->needs_batch = batch + 1;
+    while (lacks_companions(job, batch) && !atomic_load(&engine->stop))
         pthread_cond_wait(&engine->allocated, &engine->lock);
+    w->needs_batch = 0;
     pthread_mutex_unlock(&engine->lock);
     return !atomic_load(&engine->stop);
 }
@@ -233,7 +240,7 @@ static int prepare_memory(fst_worker *w, const fst_load_job *job, const fst_plan
     if (!worker_needs_block(w, job, chunk->block)) return 0;
     if (chunk->batch == FST_NO_BATCH) return 1;
     return chunk->companions ? need_companion_memory(w, job, chunk->batch)
-                             : wait_for_companions(w->engine, job, chunk->batch);
+                             : wait_for_companions(w, job, chunk->batch);
 }
 
 /* ---- Conversions ------------------------------------------------------------------------------- */
@@ -753,6 +760,8 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
         fst_ring_free(w->ring);
         w->ring = NULL;
         w->ring_is_broken = 0;
+        w->setup_what =
+            "reading through io_uring"; /* the engine is not used again: slots may be written to still */
     }
 }
 
@@ -781,7 +790,7 @@ static void add_seconds(struct timespec *time, double seconds) {
 /* Waits on `done`, but not for long. The lock is held. */
 static void wait_a_bit(fst_engine *engine, double seconds) {
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     add_seconds(&until, seconds);
     pthread_cond_timedwait(&engine->done, &engine->lock, &until);
 }
@@ -878,8 +887,11 @@ static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
     unsigned held_up = 0;
     if (!job->budget || !engine->running) return 0;
     for (unsigned i = 0; i < engine->threads_count; i++) {
-        uint32_t needs = atomic_load(&engine->workers[i].needs);
-        held_up += needs && !atomic_load(&job->blocks[needs - 1]);
+        const fst_worker *w = &engine->workers[i];
+        uint32_t needs = atomic_load(&w->needs);
+        /* Companions that do not come lie in a slot of a worker that waits for a block. */
+        held_up += (needs && !atomic_load(&job->blocks[needs - 1])) ||
+                   (w->needs_batch && lacks_companions(job, w->needs_batch - 1));
     }
     return held_up == engine->running && fst_budget_is_waited_for(job->budget);
 }

@@ -5,7 +5,8 @@
 
 static volatile int caught;
 
-static void catch_signal(int signal) { caught = signal; }
+/* Readers look at it in their threads. */
+static void catch_signal(int signal) { __atomic_store_n(&caught, signal, __ATOMIC_RELAXED); }
 
 void interrupt_install(void) {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
