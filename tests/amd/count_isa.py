@@ -441,17 +441,20 @@ class Lane:
         self.shared[at:at + size] = value.to_bytes(size, "little")
 
 
-def follow(code, memory, arguments, block, thread):
-    """Runs one lane; its counts, and the bytes that it stored by their address."""
+def follow(code, memory, arguments, block, threads=1):
+    """Runs the first lanes of a block; counts of the first, and the bytes that all stored by their address."""
     start, instructions = code
     base = memory.add(1 << 44, max(len(arguments), 1))
     memory.store(base, arguments)
-    lane = Lane(instructions, memory, bytearray(65536), base, block, thread)
-    for _ in lane.run(start):
-        pass
-    c = lane.counted
+    shared = bytearray(65536)
+    lanes = [Lane(instructions, memory, shared, base, block, thread) for thread in range(threads)]
+    running = [lane.run(start) for lane in lanes]
+    while running:  # as far as the next barrier
+        running = [r for r in running if next(r, "end") != "end"]
+    c = lanes[0].counted
+    stored = {at: byte for lane in lanes for at, byte in lane.stored.items()}
     return Count(c["vector"], c["vector"] + 3 * c["slow"], c["scalar"] + c["load"], c["memory"], c["shared"],
-                 c["loaded"], c["stored"]), lane.stored
+                 c["loaded"], c["stored"]), stored
 
 
 # ---- What is counted ----
@@ -467,9 +470,9 @@ ONE = {"F64": (0x3FF << 52, 52), "F32": (0x3F800000, 23), "F16": (0x3C00, 10), "
        "F8_E8M0": (127, 0), "F6_E2M3": (8, 3), "F6_E3M2": (12, 2), "F4": (2, 1)}
 ROWS_DIMS = 7
 
-# A kernel's run: its name, its arguments, how often it counts; what its source repeats and its destination must (None:
-# other lanes have a part in it).
-Step = collections.namedtuple("Step", "kernel arguments times source target")
+# A kernel's run: its name, its arguments, how often it counts; what its source repeats, and what its destination must
+# (None: nothing is stored there); bytes, or a function of the offset. How many lanes work on the result of the first.
+Step = collections.namedtuple("Step", "kernel arguments times source target threads", defaults=[1])
 Case = collections.namedtuple("Case", "name bytes steps")  # bytes that all of it moves for a lane
 
 
@@ -547,9 +550,19 @@ def transpose(src, dst, kernel=None):
     arguments = (words(SRC, DST, side, side, side * a, side * b, 0, 0, 0x7F800000, SRC + side * side * a, 1) +
                  divisor(across * down) + divisor(across) + struct.pack("<?3xI", True, 16) + words(0))
     threads = 8 * 32 // (1 if b < 4 else b // 4)
+
+    def matrix(name, row_is_first):
+        """1 or 2, in no pattern that a tile has."""
+        size, two = bits_of(name) // 8, one_two(name)
+
+        def byte(offset):
+            x, y = divmod(offset // size, side)
+            row, col = (x, y) if row_is_first else (y, x)
+            return two[(row * row * 5 + col * 3 + row * col // 7) % 2 * size + offset % size]
+        return byte
     return Case(f"transpose {src}{'' if src == dst else '->' + dst}", 8 * width * 128 // b * (a + b) / threads,
-                [Step(f"Transpose<{number(kernel or src)}, {number(kernel or dst)}>", arguments, 1, one_two(src),
-                      None)])
+                [Step(f"Transpose<{number(kernel or src)}, {number(kernel or dst)}>", arguments, 1, matrix(src, True),
+                      matrix(dst, False), threads)])
 
 
 def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scale="F32"):
@@ -624,8 +637,12 @@ def cases():
     yield fnuz()
 
 
+def at_offset(what):
+    return what if callable(what) else lambda offset: what[offset % len(what)]
+
+
 def buffers(step):
-    """The memory that a step sees: its source repeats; scales are 2, but what Encode finds is that of a largest 2."""
+    """The memory that a step sees. Scales are 2, but what Encode finds is that of a largest 2."""
     memory = Memory()
     scale = step.kernel.startswith("Scaled<") and struct.unpack_from("<i", step.arguments, 120)[0]
     each = {number("F8_E8M0"): b"\x80", number("F8_E4M3"): b"\x40"}.get(scale, struct.pack("<f", 2))
@@ -633,7 +650,7 @@ def buffers(step):
         target = int(re.search(r", (\d+)>", step.kernel)[1])
         each = struct.pack("<f", 2 / next(m for name, (_, m) in LARGEST.items() if number(name) == target))
     for base, pattern in ((SRC, step.source), (SCALES, each)):
-        memory.add(base, 1 << 34, lambda offset, p=pattern: p[offset % len(p)])
+        memory.add(base, 1 << 34, at_offset(pattern))
     memory.add(DST, 1 << 34)
     memory.add(NANS, 8)
     # One scale for all, of NVFP4: 1.
@@ -645,9 +662,10 @@ def count_step(kernels, step):
     """Of a lane of a block in the middle of the tensor. The first: it also makes the block's scale."""
     if step.kernel not in kernels:
         raise SystemExit(f"no kernel {step.kernel}: the list of cases does not fit the sources")
-    count, stored = follow(kernels[step.kernel], buffers(step), step.arguments, 9, 0)
+    count, stored = follow(kernels[step.kernel], buffers(step), step.arguments, 9, step.threads)
+    expected = at_offset(step.target or b"\0")
     for at, byte in stored.items():
-        if step.target and DST <= at < SCALES and byte != step.target[(at - DST) % len(step.target)]:
+        if DST <= at < SCALES and byte != expected(at - DST):
             raise SystemExit(f"{step.kernel}: {byte:#x} at {at - DST:#x} of the destination is wrong")
     return count
 
@@ -769,7 +787,7 @@ def self_test():
     def run(text):
         memory = Memory()
         memory.add(DST, 64)
-        return follow(parse(text)["loop"], memory, words(0, DST), 0, 0)
+        return follow(parse(text)["loop"], memory, words(0, DST), 0)
     count, stored = run(LOOP)
     expected = Count(vector=1 + 5 + 1 + 1 + 1, passes=9 + 3, scalar=1 + 1 + 10 + 1, memory=1, shared=0, loaded=0,
                      stored=4)
