@@ -17,6 +17,8 @@
  *  - Strings are UTF-8, end in a NUL, and belong to the model they were got from.
  *  - A failed call leaves its outputs NULL or zero and holds no memory, descriptor or thread but those
  *    that wait for the next load (fst_release_cached).
+ *  - A process that forks may load in the child, as long as no other thread was in a call of the library at the fork; a
+ *    stream belongs to the process that opened it (closing it in a child does nothing).
  *  - The library prints nothing, aborts never, installs no signal handler, reads no environment
  *    variable, and leaves the caller's current device and thread affinity as they were.
  */
@@ -157,7 +159,7 @@ enum {
 /* How files are read. */
 typedef enum fst_reader_kind {
     FST_READER_AUTO = 0,
-    FST_READER_THREADS,  /* pread in threads */
+    FST_READER_THREADS,  /* pread in threads; with O_DIRECT where `cache` asks for it */
     FST_READER_DIRECT,   /* the same, with O_DIRECT for what is not cached */
     FST_READER_URING     /* io_uring for what is not cached, where the system has it */
 } fst_reader_kind;
@@ -180,8 +182,8 @@ typedef struct fst_progress {
  * A return other than 0 cancels the load (FST_E_CANCELLED). It must not call into that load. */
 typedef int (*fst_progress_fn)(void *arg, const fst_progress *progress);
 
-/* Where results go, in place of memory of the library's own. Calls come one at a time, from the thread that called or,
- * with streams, from the library's. `device` is the number of the GPU, -1 the CPU. */
+/* Where results go, in place of memory of the library's own. `allocate` is called from the thread that called or, with
+ * streams, from the library's, never twice at a time; `release` from any thread, also beside `allocate`. `device` is the number of the GPU, -1 the CPU. */
 typedef struct fst_allocator {
     /* Device memory of `nbytes`, at a multiple of 256 bytes, usable on every stream; NULL: there is none. */
     void *(*allocate)(void *arg, uint64_t nbytes, int device);
@@ -197,7 +199,8 @@ typedef struct fst_rule {
     int       skip;         /* non-zero: the tensor is not loaded */
     fst_dtype cast;         /* as in the options; of no effect where tensors are kept anyway */
     void     *memory;       /* where the result goes: device memory of the caller's, at a multiple of its element's
-                               size, that outlives the model and all DLPack tensors of it; NULL: to the others */
+                               size, that outlives the model and all DLPack tensors of it, and that no work
+                               queued on any stream still uses; NULL: to the others */
     uint64_t  memory_bytes; /* how much is there: at least the result's size */
     uint64_t  reserved[8];
 } fst_rule;
@@ -229,7 +232,8 @@ typedef struct fst_options {
     fst_rule_fn     rule;         /* NULL: every tensor as the options say */
     void           *rule_arg;
     void           *stream;       /* fst_stream_next: a hipStream_t or cudaStream_t on which the data is ready for work
-                                     queued from then on; NULL: ready for everybody */
+                                     queued from then on, and that lives until
+                                     fst_stream_close; NULL: ready for everybody */
     const char     *config;       /* the model's config.json, which tells how it is quantized; NULL: the one
                                      beside the first file, if there is one (hf_quant_config.json and
                                      quantize_config.json likewise); "": none, names decide */

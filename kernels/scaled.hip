@@ -17,17 +17,11 @@ template <int Src> FST_FN uint32_t decode(uint32_t code) {
     else return fst_decode32(code, fst_float_of(Src));
 }
 
-// The product, and the quotient, of two F32. A NaN is the one code, with the sign that the product has: the same on every
+// The product of two F32. A NaN is the one code, with the sign that the product has: the same on every
 // device.
-FST_FN uint32_t one_nan(float x, uint32_t a, uint32_t b) {
-    const uint32_t bits = fst_bits_of_float32(x);
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
-}
 FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
-    return one_nan(fst_float_of_bits32(a) * fst_float_of_bits32(b), a, b);
-}
-FST_FN uint32_t divide(uint32_t a, uint32_t b) {
-    return one_nan(fst_float_of_bits32(a) / fst_float_of_bits32(b), a, b);
+    const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) * fst_float_of_bits32(b));
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
 }
 
 template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
@@ -102,8 +96,7 @@ template <int Src> FST_FN bool is_plain(uint32_t scale) {
 }
 #endif
 
-// Global: scales of E4M3 under one for all (NVFP4).
-template <int Src, int Dst, bool Global> struct Scaled {
+template <int Src, int Dst> struct Scaled {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
     static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
@@ -115,12 +108,10 @@ template <int Src, int Dst, bool Global> struct Scaled {
     Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
     uint64_t grid_cols;
     int scale_dtype;
-    bool one;              // scale for everything
-    bool flat;             // scales follow the elements: blocks of one row that fill it
-    bool straddles;        // some vectors lie under several scales
-    bool aligned;          // all vectors of codes
-    uint64_t global_scale; // Global alone
-    bool divides;
+    bool one;       // scale for everything
+    bool flat;      // scales follow the elements: blocks of one row that fill it
+    bool straddles; // some vectors lie under several scales
+    bool aligned;   // all vectors of codes
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -139,29 +130,18 @@ template <int Src, int Dst, bool Global> struct Scaled {
         Vector<in_bytes> in = {};
         if (end - begin == width && load(begin, &in)) {
             if (!straddles) {
-                const uint32_t scale = scale_of(one ? 0 : cell_of(first + begin));
+                const uint32_t scale = load_scale(scales, scale_dtype, one ? 0 : cell_of(first + begin));
                 return vector(begin, in, scale, scale, width);
             }
             if (under_two(begin, in)) return;
         }
 #endif
-        if (one) return elements(begin, end, scale_of(0));
+        if (one) return elements(begin, end, load_scale(scales, scale_dtype, 0));
         const uint64_t row = cols.divide(first + begin);
         segments(begin, end, row, first + begin - row * cols.value);
     }
 
   private:
-    FST_INLINE uint32_t scale_of(uint64_t index) const {
-        if constexpr (Global) {
-            const uint32_t scale =
-                fst_decode32(global<const uint8_t>(scales)[index], fst_float_of(FST_T_F8_E4M3));
-            const uint32_t all = global<const uint32_t>(global_scale)[0];
-            return divides ? divide(scale, all) : multiply(scale, all);
-        } else {
-            return load_scale(scales, scale_dtype, index);
-        }
-    }
-
     FST_INLINE uint32_t code(uint64_t i) const {
         const uint8_t *from = global<const uint8_t>(src);
         if constexpr (src_bits == 4) return from[i / 2] >> (i % 2 * 4) & 15;
@@ -173,7 +153,7 @@ template <int Src, int Dst, bool Global> struct Scaled {
         const uint64_t cell = grid_cols == 1 ? 0 : block_cols.divide(col);
         const uint64_t stop = (cell + 1) * block_cols.value;
         *left = (stop < cols.value ? stop : cols.value) - col;
-        return scale_of(block_rows.divide(row) * grid_cols + cell);
+        return load_scale(scales, scale_dtype, block_rows.divide(row) * grid_cols + cell);
     }
 
 #ifndef FST_BY_ELEMENT
@@ -209,8 +189,8 @@ template <int Src, int Dst, bool Global> struct Scaled {
         const Cells cells = cells_of(first + begin);
         if (cells.left + cells.next_left < width) return false;
         const bool two = cells.left < width;
-        const uint32_t scale = scale_of(cells.here);
-        const uint32_t scale2 = scale_of(two ? cells.next : cells.here);
+        const uint32_t scale = load_scale(scales, scale_dtype, cells.here);
+        const uint32_t scale2 = load_scale(scales, scale_dtype, two ? cells.next : cells.here);
         vector(begin, in, scale, scale2, two ? static_cast<unsigned>(cells.left) : width);
         return true;
     }
@@ -293,42 +273,39 @@ template <int Src, int Dst, bool Global> struct Scaled {
 
 typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const Divisor &);
 
-template <int Src, int Dst, bool Global>
+template <int Src, int Dst>
 int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_rows,
            const Divisor &block_cols) {
-    Scaled<Src, Dst, Global> body = {reinterpret_cast<uint64_t>(args->src),
-                                     reinterpret_cast<uint64_t>(args->dst),
-                                     reinterpret_cast<uint64_t>(args->scales),
-                                     args->first,
-                                     args->count,
-                                     divisor(args->cols),
-                                     block_rows,
-                                     block_cols,
-                                     (args->cols - 1) / block_cols.value + 1,
-                                     args->scale_dtype,
-                                     args->scales_count == 1,
-                                     block_rows.value == 1 && args->cols % block_cols.value == 0,
-                                     false,
-                                     false,
-                                     reinterpret_cast<uint64_t>(args->global_scale),
-                                     (args->flags & FST_K_DIVIDE) != 0};
+    Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
+                             reinterpret_cast<uint64_t>(args->dst),
+                             reinterpret_cast<uint64_t>(args->scales),
+                             args->first,
+                             args->count,
+                             divisor(args->cols),
+                             block_rows,
+                             block_cols,
+                             (args->cols - 1) / block_cols.value + 1,
+                             args->scale_dtype,
+                             args->scales_count == 1,
+                             block_rows.value == 1 && args->cols % block_cols.value == 0,
+                             false,
+                             false};
     const uint64_t across = body.grid_cols == 1 ? 0 : block_cols.value;
     body.straddles = !body.one && (args->cols | across | (args->first - body.skew())) % body.width != 0;
     body.aligned = (body.src - body.skew() * body.src_bits / 8) % (body.width * body.src_bits / 8) == 0;
     return launch(stream, body, body.blocks());
 }
 
-template <int Src, bool Global = false> scaled_fn *find_to(int dst) {
+template <int Src> scaled_fn *find_to(int dst) {
     switch (dst) {
-    case FST_T_F32: return scaled<Src, FST_T_F32, Global>;
-    case FST_T_F16: return scaled<Src, FST_T_F16, Global>;
-    case FST_T_BF16: return scaled<Src, FST_T_BF16, Global>;
+    case FST_T_F32: return scaled<Src, FST_T_F32>;
+    case FST_T_F16: return scaled<Src, FST_T_F16>;
+    case FST_T_BF16: return scaled<Src, FST_T_BF16>;
     default: return nullptr;
     }
 }
 
-scaled_fn *find(int src, int dst, bool global_scale) {
-    if (global_scale) return src == FST_T_F4 ? find_to<FST_T_F4, true>(dst) : nullptr;
+scaled_fn *find(int src, int dst) {
     switch (src) {
     case FST_T_F8_E4M3: return find_to<FST_T_F8_E4M3>(dst);
     case FST_T_F8_E5M2: return find_to<FST_T_F8_E5M2>(dst);
@@ -367,8 +344,11 @@ uint64_t scales_of(const fst_scaled_args *args, uint64_t block_rows, uint64_t bl
 
 } // namespace
 
+extern "C" int FST_SYMBOL(fst_nvfp4)(fst_queue stream, const fst_scaled_args *args); // nvfp4.hip
+
 extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *args) {
-    scaled_fn *const launcher = find(args->src_dtype, args->dst_dtype, args->global_scale != nullptr);
+    if (args->global_scale) return FST_SYMBOL(fst_nvfp4)(stream, args);
+    scaled_fn *const launcher = find(args->src_dtype, args->dst_dtype);
     uint64_t block_rows = 0, block_cols = 0, elements, end;
     if (!launcher || !find_blocks(args, &block_rows, &block_cols)) return FST_K_NO_KERNEL;
     if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16 ||
@@ -376,8 +356,7 @@ extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *a
         return FST_K_SIZE;
     if (args->src_dtype == FST_T_F4 && (args->first % 2 || (args->count % 2 && end != elements)))
         return FST_K_SIZE;
-    if (args->global_scale ? args->scale_dtype != FST_T_F8_E4M3 : !is_scale(args->scale_dtype))
-        return FST_K_SCALE;
+    if (!is_scale(args->scale_dtype)) return FST_K_SCALE;
     const bool sized = args->kind == FST_SCALE_GROUP || args->kind == FST_SCALE_BLOCK;
     if (sized && (block_rows == 0 || block_cols == 0)) return FST_K_SCALE;
     if (scales_of(args, block_rows, block_cols) != args->scales_count) return FST_K_SCALE;
@@ -386,8 +365,7 @@ extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *a
     const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8,
                    scale_size = fst_type_bits(args->scale_dtype) / 8;
     if (reinterpret_cast<uint64_t>(args->dst) % dst_size ||
-        reinterpret_cast<uint64_t>(args->scales) % scale_size ||
-        reinterpret_cast<uint64_t>(args->global_scale) % 4)
+        reinterpret_cast<uint64_t>(args->scales) % scale_size)
         return FST_K_ALIGN;
     return launcher(stream, args, divisor(block_rows), divisor(block_cols));
 }

@@ -211,6 +211,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     engine->ring_bytes = engine->worker_room * wanted->threads;
     engine->workers = calloc(wanted->threads, sizeof *engine->workers);
     engine->ring = fst_os_calls.map(engine->ring_bytes);
+    if (engine->ring) fst_os_calls.keep_from_children(engine->ring, engine->ring_bytes);
     fst_status status = FST_OK;
     if (!engine->workers || !engine->ring)
         status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes",

@@ -20,11 +20,12 @@ typedef struct fst_slot {
     unsigned char *staging; /* its counterpart on the device */
     fst_event started, copied, converted;
     fst_slot_state state;
-    uint32_t chunk; /* that is in it */
-    int finished;   /* READING: the ring has said how it went */
-    ssize_t got;    /* and this is how */
-    double queued;  /* COPYING: since when */
-    size_t trace;   /* 1 + the number of its record; 0: none */
+    uint32_t chunk;      /* that is in it */
+    int finished;        /* READING: the ring has said how it went */
+    ssize_t got;         /* and this is how */
+    double queued;       /* COPYING: since when */
+    size_t trace;        /* 1 + the number of its record; 0: none */
+    int kernels_untimed; /* `converted` was not looked at yet */
 } fst_slot;
 
 typedef struct fst_worker {

@@ -9,7 +9,7 @@
 #include "fst.h"
 #include "kernels.h"
 
-#define FST_GPU_ABI 3
+#define FST_GPU_ABI 4
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
 typedef struct fst_gpu fst_gpu;
@@ -26,6 +26,8 @@ typedef struct fst_gpu_calls {
      * back in the order of the null stream, without waiting; it needs no enter. */
     int (*alloc_block)(const fst_gpu *, uint64_t size, void **out);
     void (*free_block)(const fst_gpu *, void *block, uint64_t size);
+    /* The same in the order of a stream of the caller's. */
+    void (*free_behind)(const fst_gpu *, fst_queue stream, void *block, uint64_t size);
     /* Makes host memory known to the device for asynchronous copies, and takes that back. */
     int (*pin)(const fst_gpu *, void *memory, size_t size);
     void (*unpin)(const fst_gpu *, void *memory);

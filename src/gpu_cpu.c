@@ -29,6 +29,8 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
         unsigned long long kib;
         if (sscanf(line, "MemTotal: %llu kB", &kib) == 1) *total_bytes = kib * 1024;
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1) *free_bytes = kib * 1024;
+        if (sscanf(line, "SwapFree: %llu kB", &kib) == 1 && *free_bytes != UINT64_MAX)
+            *free_bytes += kib * 1024;
     }
     fclose(file);
     return 0;
@@ -43,6 +45,11 @@ static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
 static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
     (void)gpu;
     fst_os_calls.unmap(block, (size_t)size);
+}
+
+static void free_behind(const fst_gpu *gpu, fst_queue stream, void *block, uint64_t size) {
+    (void)stream;
+    free_block(gpu, block, size);
 }
 
 /* Nothing is pinned and nothing is asynchronous: one handle stands for every stream and event. */
@@ -101,6 +108,7 @@ static const fst_gpu_calls calls = {
     .memory = memory,
     .alloc_block = alloc_block,
     .free_block = free_block,
+    .free_behind = free_behind,
     .pin = pin,
     .unpin = unpin,
     .stream_new = handle_new,

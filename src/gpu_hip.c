@@ -48,32 +48,38 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
 static struct pool {
     hipMemPool_t pool;
     hipStream_t stream;
+    int tried;
 } pools[64];
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static int make_pool(int index, struct pool *pool) {
+/* Leaves the pool NULL where there can be none: then plain allocations do. */
+static void make_pool(int index, struct pool *pool) {
     int supported = 0;
     hipMemPoolProps properties;
+    pool->tried = 1;
     if (hipDeviceGetAttribute(&supported, hipDeviceAttributeMemoryPoolsSupported, index) || !supported)
-        return 0;
+        return;
     memset(&properties, 0, sizeof properties);
     properties.allocType = hipMemAllocationTypePinned;
     properties.location.type = hipMemLocationTypeDevice;
     properties.location.id = index;
-    int code = hipStreamCreateWithFlags(&pool->stream, hipStreamNonBlocking);
-    if (!code) code = hipMemPoolCreate(&pool->pool, &properties);
-    return code;
+    if (hipStreamCreateWithFlags(&pool->stream, hipStreamNonBlocking)) return;
+    if (hipMemPoolCreate(&pool->pool, &properties)) {
+        (void)hipStreamDestroy(pool->stream);
+        pool->pool = NULL;
+    }
 }
 
 static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
     struct pool *pool = &pools[gpu->index];
     *out = NULL;
     pthread_mutex_lock(&pools_lock);
-    int code = pool->pool ? 0 : make_pool(gpu->index, pool);
+    if (!pool->tried) make_pool(gpu->index, pool);
     pthread_mutex_unlock(&pools_lock);
-    if (!code && !pool->pool) return hipMalloc(out, size);
-    if (!code) code = hipMallocFromPoolAsync(out, size, pool->pool, pool->stream);
-    if (!code) code = hipStreamSynchronize(pool->stream); /* from here on it is there for every stream */
+    int code =
+        pool->pool ? hipMallocFromPoolAsync(out, size, pool->pool, pool->stream) : hipMalloc(out, size);
+    if (!code && pool->pool)
+        code = hipStreamSynchronize(pool->stream); /* there for every stream from here on */
     if (code) {
         if (*out) (void)hipFreeAsync(*out, pool->stream);
         *out = NULL;
@@ -82,13 +88,17 @@ static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
     return code;
 }
 
-static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
+static void free_behind(const fst_gpu *gpu, fst_queue stream, void *block, uint64_t size) {
     int saved;
     (void)size;
     if (enter(gpu, &saved)) return;
-    if (pools[gpu->index].pool) (void)hipFreeAsync(block, NULL);
+    if (pools[gpu->index].pool) (void)hipFreeAsync(block, (hipStream_t)stream);
     else (void)hipFree(block);
     leave(gpu, saved);
+}
+
+static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
+    free_behind(gpu, NULL, block, size);
 }
 
 /* ---- Streams, events, copies -------------------------------------------------------------------- */
@@ -141,9 +151,10 @@ static int event_wait(const fst_gpu *gpu, fst_event event) {
     const struct timespec nap = {0, 20000};
     int code;
     (void)gpu;
-    for (unsigned turn = 0; (code = hipEventQuery((hipEvent_t)event)) == hipErrorNotReady; turn++)
+    for (unsigned turn = 0; (code = hipEventQuery((hipEvent_t)event)) == hipErrorNotReady; turn++) {
+        (void)hipGetLastError(); /* 'not ready' is no error of the caller's */
         if (turn >= SPINS) nanosleep(&nap, NULL);
-    (void)hipGetLastError(); /* 'not ready' is no error of the caller's */
+    }
     return code;
 }
 
@@ -182,6 +193,7 @@ static const fst_gpu_calls calls = {
     .memory = memory,
     .alloc_block = alloc_block,
     .free_block = free_block,
+    .free_behind = free_behind,
     .pin = pin,
     .unpin = unpin,
     .stream_new = stream_new,

@@ -81,6 +81,11 @@ static fst_status allocate_first(fst_loading *l) {
     const fst_gpu *gpu = l->model->gpu;
     uint64_t available = 0, total = 0;
     if (gpu->calls->memory(gpu, &available, &total)) available = 0;
+    /* The host promises more memory than it has. */
+    if (gpu->host_access && !l->allocator.allocate && available && l->plan.bytes_blocks > available)
+        return fst_fail(l->error, FST_E_MEMORY, 0, NULL,
+                        "the tensors take %llu bytes, of which %llu are available",
+                        (unsigned long long)l->plan.bytes_blocks, (unsigned long long)available);
     if (!l->allocator.allocate && available / 2 >= l->plan.bytes_blocks) return FST_OK;
     for (size_t i = 0; i < l->plan.blocks_count; i++) {
         void *memory = NULL;

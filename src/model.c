@@ -16,10 +16,13 @@ void fst_block_hold(fst_block *block) {
 
 static int device_number(const fst_gpu *gpu) { return gpu->host_access ? -1 : gpu->index; }
 
-void fst_block_drop(fst_block *block) {
+void fst_block_drop(fst_block *block) { fst_block_drop_behind(block, NULL); }
+
+void fst_block_drop_behind(fst_block *block, fst_queue stream) {
     if (!block || atomic_fetch_sub_explicit(&block->references, 1, memory_order_acq_rel) != 1) return;
     const fst_allocator *own = &block->allocator;
     if (own->allocate) own->release(own->arg, block->data, block->nbytes, device_number(block->gpu));
+    else if (stream) block->gpu->calls->free_behind(block->gpu, stream, block->data, block->nbytes);
     else block->gpu->calls->free_block(block->gpu, block->data, block->nbytes);
     if (block->budget) fst_budget_give(block->budget, block->nbytes);
     fst_budget_drop(block->budget);

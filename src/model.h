@@ -27,6 +27,8 @@ fst_status fst_block_new(const fst_gpu *gpu, const fst_allocator *allocator, fst
                          uint64_t wanted, fst_block **out, fst_error *error);
 void fst_block_hold(fst_block *block);
 void fst_block_drop(fst_block *block); /* NULL is allowed */
+/* The same; if it is the last, the memory goes back behind what is queued on the caller's stream. */
+void fst_block_drop_behind(fst_block *block, fst_queue stream);
 
 typedef struct fst_model_tensor {
     const fst_entry *entry;

@@ -185,7 +185,8 @@ static int os_create_temporary(const char *path, char *name, size_t size) {
  * need not be readable: neither is a failure. */
 static int sync_directory_of(const char *path) {
     size_t length = directory_length(path);
-    char directory[PATH_MAX] = "."; /* on the stack: the file is in place by now, and must not fail for memory */
+    char directory[PATH_MAX] =
+        "."; /* on the stack: the file is in place by now, and must not fail for memory */
     if (length >= sizeof directory) return -ENAMETOOLONG;
     if (length) memcpy(directory, path, length), directory[length] = 0;
     int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -229,6 +230,10 @@ static void *os_map(size_t size) {
     size_t rounded = whole_pages(size);
     if (!rounded) return NULL;
     return rounded < HUGE_PAGE ? map_pages(rounded) : map_aligned(rounded);
+}
+
+static void os_keep_from_children(void *memory, size_t size) {
+    (void)madvise(memory, whole_pages(size), MADV_DONTFORK);
 }
 
 static void os_unmap(void *memory, size_t size) {
@@ -528,6 +533,7 @@ fst_os fst_os_calls = {
     .unlink = os_unlink,
     .map = os_map,
     .unmap = os_unmap,
+    .keep_from_children = os_keep_from_children,
     .open_again = os_open_again,
     .file_system = os_file_system,
     .direct_alignment = os_direct_alignment,

@@ -63,6 +63,8 @@ typedef struct fst_os {
     /* Memory by the page; `size` is rounded up. NULL when there is none. Asks for huge pages. */
     void *(*map)(size_t size);
     void (*unmap)(void *memory, size_t size);
+    /* A child of a fork does not get these pages: they stay where a device finds them. */
+    void (*keep_from_children)(void *memory, size_t size);
 
     /* Another descriptor, with a position, flags and readahead of its own, of the file that `fd` is open on: by
      * /proc/self/fd, else by path, which may have become another file. `direct`: O_DIRECT. */

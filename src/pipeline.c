@@ -419,6 +419,18 @@ static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index, 
 
 /* ---- One chunk on a GPU ------------------------------------------------------------------------- */
 
+/* How long the kernels of the chunk before took, that need not have been done when its copy was. What is queued next
+ * comes behind them on the same stream: waiting for them here holds up nothing. */
+static int time_kernels(fst_worker *w, fst_slot *s) {
+    const fst_gpu *gpu = w->engine->gpu;
+    if (!s->kernels_untimed) return 0;
+    s->kernels_untimed = 0;
+    int code = gpu->calls->event_wait(gpu, s->converted);
+    float convert = code ? -1 : gpu->calls->event_elapsed(gpu, s->copied, s->converted);
+    if (convert > 0) w->stats.launch_ms += (double)convert;
+    return code;
+}
+
 /* Queues the copies and kernels of a chunk that was read into the slot. 0 or a code; *what says of what. */
 static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, fst_slot *s,
                        const char **what) {
@@ -430,7 +442,8 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     uint32_t convert_pieces = chunk->jobs_bytes / sizeof(fst_batch_job), lists_count = 0;
     job_list lists[MAX_PAIRS];
     size_t jobs_bytes = 0;
-    int code = s->started ? gpu->calls->event_record(gpu, s->started, w->stream) : 0;
+    int code = time_kernels(w, s);
+    if (!code && s->started) code = gpu->calls->event_record(gpu, s->started, w->stream);
     *what = "a copy to the device";
     if (convert_pieces > DIRECT_LAUNCHES) {
         lists_count = make_jobs(job, chunk, staged, (fst_batch_job *)(void *)(bounce + jobs_at), lists);
@@ -566,9 +579,8 @@ static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
         return 0;
     }
     float copy = timed ? gpu->calls->event_elapsed(gpu, s->started, s->copied) : -1;
-    float convert = timed ? gpu->calls->event_elapsed(gpu, s->copied, s->converted) : -1;
     if (copy >= 0) w->stats.timed++, w->stats.copy_ms += (double)copy;
-    if (convert > 0) w->stats.launch_ms += (double)convert;
+    s->kernels_untimed = copy >= 0;
     chunk_is_done(w, job, s);
     return 1;
 }
@@ -733,20 +745,24 @@ static void settle(fst_worker *w, const fst_load_job *job, unsigned turn) {
     double start = fst_os_now();
     int code = gpu->calls->stream_wait(gpu, w->stream);
     w->stats.wait_seconds += fst_os_now() - start;
+    for (unsigned i = 0; i < w->slots_count && !code; i++) code = time_kernels(w, &w->slots[i]);
     if (code) fail_device(w, job, code, "waiting for the device");
 }
 
 void fst_engine_work(fst_worker *w, const fst_load_job *job) {
     fst_engine *engine = w->engine;
+    size_t number = (size_t)(w - engine->workers);
     unsigned turn = 0;
     memset(&w->stats, 0, sizeof w->stats);
     if (w->setup_what) {
         fail_device(w, job, w->setup_code, w->setup_what);
         return;
     }
+    for (unsigned k = 0; k < w->slots_count; k++) w->slots[k].kernels_untimed = 0; /* of a job that failed */
     for (unsigned k = 0; k < w->slots_count; k++)
         if (engine->staging)
-            w->slots[k].staging = (unsigned char *)engine->staging + (w->slots[k].bounce - engine->ring);
+            w->slots[k].staging =
+                (unsigned char *)engine->staging + engine->slot_room * (number * engine->slots_each + k);
     for (;; turn++) {
         fst_slot *s = &w->slots[turn % w->slots_count];
         if (is_cancelled(job)) cancel(engine, job);
@@ -771,13 +787,14 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
 static fst_status make_staging(fst_engine *engine, const fst_plan *plan, fst_error *error) {
     const fst_gpu *gpu = engine->gpu;
     if (gpu->host_access || engine->staging || !plan->converts) return FST_OK;
-    int code = gpu->calls->alloc_block(gpu, engine->ring_bytes, &engine->staging);
+    uint64_t size = (uint64_t)engine->slot_room * engine->slots_each * engine->threads_count;
+    int code = gpu->calls->alloc_block(gpu, size, &engine->staging);
     if (code) {
         engine->staging = NULL;
         return fst_gpu_fail(error, gpu, code, "allocating the staging ring");
     }
     pthread_mutex_lock(&engine->lock);
-    engine->facts.staging_bytes = engine->ring_bytes;
+    engine->facts.staging_bytes = size;
     pthread_mutex_unlock(&engine->lock);
     return FST_OK;
 }
@@ -928,7 +945,6 @@ fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t
             status = error->status;
             break;
         }
-        if (any ? tracking->ready_count > seen : is_complete(job, *which)) break;
         int due = job->progress && fst_os_now() - engine->reported >= PROGRESS_SECONDS;
         if (due || is_cancelled(job)) {
             pthread_mutex_unlock(&engine->lock);
@@ -937,6 +953,7 @@ fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t
             pthread_mutex_lock(&engine->lock);
             continue;
         }
+        if (any ? tracking->ready_count > seen : is_complete(job, *which)) break;
         /* Twice, as the last of them may just be on its way. */
         held = waits_for_consumer(engine, job) ? held + 1 : 0;
         if (held == 2) {

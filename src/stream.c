@@ -1,6 +1,7 @@
 /* Tensor by tensor: fst_stream_open, next, close. */
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "loading.h"
 
@@ -14,6 +15,7 @@ struct fst_stream {
     uint32_t *left_in_block; /* tensors of each block that were not given yet */
     fst_block *lent;         /* of the tensor that is there until the next call, or NULL */
     size_t given;
+    pid_t process;
     int running; /* the pipeline was begun and not ended */
 };
 
@@ -111,6 +113,7 @@ fst_status fst_stream_open(const char *const *files, const fst_options *options,
         status = fst_no_memory(&mine);
     } else {
         s->error = mine;
+        s->process = getpid();
         status = open_stream(s, files, options);
         mine = s->error;
     }
@@ -179,7 +182,7 @@ static fst_status give(fst_stream *s, uint32_t which, fst_tensor *out,
     tensor->block = NULL;
     tensor->data = NULL;
     if (in_block && --s->left_in_block[planned->block] == 0 && there) {
-        fst_block_drop(model->blocks[planned->block]);
+        fst_block_drop_behind(model->blocks[planned->block], s->loading.options.stream);
         model->blocks[planned->block] = NULL;
     }
     s->given++;
@@ -190,7 +193,7 @@ static fst_status next(fst_stream *s, fst_tensor *out, struct DLManagedTensorVer
                        fst_error *error) {
     const size_t count = s->loading.model->count;
     uint32_t which;
-    fst_block_drop(s->lent);
+    fst_block_drop_behind(s->lent, s->loading.options.stream);
     s->lent = NULL;
     *error = s->error;
     if (error->status) return error->status;
@@ -227,9 +230,9 @@ const fst_model *fst_stream_model(const fst_stream *s) { return s ? s->loading.m
 
 void fst_stream_close(fst_stream *s) {
     fst_pipeline_stats stats;
-    if (!s) return;
+    if (!s || s->process != getpid()) return; /* its threads are not in a child */
     if (s->running) fst_pipeline_end(s->loading.engine, &s->loading.job, 1, &stats, NULL);
-    fst_block_drop(s->lent);
+    fst_block_drop_behind(s->lent, s->loading.options.stream);
     fst_loading_end(&s->loading);
     fst_model_free(s->loading.model);
     free((void *)s->tracking.left);

@@ -339,6 +339,83 @@ TEST(kernels_scaled, nvfp4_under_every_scale) {
     }
 }
 
+/* Ranges that begin and end inside groups, at every alignment: pieces give the bytes of the whole. */
+TEST(kernels_scaled, nvfp4_in_any_range) {
+    enum { ROWS = 5, COLS = 96, COUNT = ROWS * COLS };
+    static const uint32_t global = 0x3C23D70A;
+    uint8_t codes[COUNT / 2], scales[COUNT / 16], whole[COUNT * 4];
+    uint64_t random = 11;
+    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)rig_random(&random);
+    for (size_t i = 0; i < sizeof scales; i++) scales[i] = (uint8_t)(rig_random(&random) & 0x7B);
+    test_rig rig;
+    EACH_RIG(&rig, 1 << 14) {
+        for (int t = 0; t < target_count; t++) {
+            const size_t size = fst_type_bits(targets[t]) / 8;
+            fst_scaled_args args = {.rows = ROWS,
+                                    .cols = COLS,
+                                    .count = COUNT,
+                                    .src_dtype = FST_T_F4,
+                                    .dst_dtype = targets[t],
+                                    .scale_dtype = FST_T_F8_E4M3,
+                                    .scales_count = COUNT / 16,
+                                    .kind = FST_SCALE_GROUP,
+                                    .block_rows = 1,
+                                    .block_cols = 16,
+                                    .global_scale = &global};
+            memcpy(whole, run_scaled(&rig, args, codes, 0, scales, 0), COUNT * size);
+            for (int k = 0; k < 60; k++) {
+                args.first = rig_below(&random, COUNT / 2) * 2;
+                args.count = rig_below(&random, (COUNT - args.first) / 2 + 1) * 2;
+                const uint8_t *got = run_scaled(&rig, args, codes + args.first / 2, rig_below(&random, 17),
+                                                scales, rig_below(&random, 9) * size);
+                CHECK_BYTES(whole + args.first * size, got, args.count * size);
+            }
+        }
+    }
+}
+
+TEST(kernels_scaled, nvfp4_that_is_wrong) {
+    static const float one = 1;
+    uint8_t codes[32], scales[4], out[256];
+    const fst_scaled_args good = {.src = codes,
+                                  .dst = out,
+                                  .scales = scales,
+                                  .rows = 2,
+                                  .cols = 32,
+                                  .count = 64,
+                                  .src_dtype = FST_T_F4,
+                                  .dst_dtype = FST_T_F32,
+                                  .scale_dtype = FST_T_F8_E4M3,
+                                  .scales_count = 4,
+                                  .kind = FST_SCALE_GROUP,
+                                  .block_rows = 1,
+                                  .block_cols = 16,
+                                  .global_scale = &one};
+    int (*const run)(fst_queue, const fst_scaled_args *) = fst_kernels_cpu()->scaled;
+    memset(codes, 0, sizeof codes);
+    memset(scales, 0, sizeof scales);
+    fst_scaled_args bad = good;
+    CHECK_INT(FST_K_OK, run(NULL, &good));
+#define WRONG(field, value, status) \
+    bad = good, bad.field = value;  \
+    CHECK_INT(status, run(NULL, &bad))
+    WRONG(src_dtype, FST_T_F8_E4M3, FST_K_NO_KERNEL);
+    WRONG(kind, FST_SCALE_ROW, FST_K_NO_KERNEL);
+    WRONG(dst_dtype, FST_T_F64, FST_K_NO_KERNEL);
+    WRONG(scale_dtype, FST_T_F32, FST_K_SCALE);
+    WRONG(block_cols, 0, FST_K_SCALE);
+    WRONG(block_cols, 24, FST_K_SCALE);
+    WRONG(scales_count, 3, FST_K_SCALE);
+    WRONG(first, 1, FST_K_SIZE);
+    WRONG(count, 66, FST_K_SIZE);
+    WRONG(rows, UINT64_MAX, FST_K_SIZE);
+    WRONG(src, NULL, FST_K_NULL);
+    WRONG(scales, NULL, FST_K_NULL);
+    WRONG(dst, out + 1, FST_K_ALIGN);
+    WRONG(global_scale, (const char *)&one + 1, FST_K_ALIGN);
+#undef WRONG
+}
+
 TEST(kernels_scaled, rounds_twice_as_the_references_do) {
     static const uint8_t code = 0x43;
     static const uint32_t scale = 0x3BE68BA3;

@@ -97,6 +97,13 @@ static void load_mixed(int device, fst_dtype cast, size_t padding) {
     fst_model_free(model);
 }
 
+static int count_progress(void *arg, const fst_progress *progress) {
+    fst_progress *last = arg;
+    if (progress->bytes_done < last->bytes_done) return 1;
+    *last = *progress;
+    return 0;
+}
+
 TEST(load, cpu_as_stored) { load_mixed(FST_DEVICE_CPU, FST_NATIVE, 0); }
 TEST(load, cpu_cast) { load_mixed(FST_DEVICE_CPU, FST_BF16, 0); }
 TEST(load, cpu_odd_header) { load_mixed(FST_DEVICE_CPU, FST_BF16, 3); }
@@ -229,6 +236,51 @@ TEST(load, statistics_add_up) {
     fst_model_free(model);
 }
 
+/* Kernels are timed also when they are not done at the time their chunk's copy is waited for. */
+TEST(load, statistics_count_the_kernels_of_all_timed_chunks) {
+    const char *path = test_path("mixed.safetensors");
+    mixed_file(path, 0);
+    for (uint64_t seed = 1; seed < 20; seed++) {
+        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_stats stats = {.size = sizeof stats};
+        fst_model *model;
+        options.cast = FST_BF16;
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
+        CHECK_INT(FST_OK, fst_load(list(path), &options, &model, NULL));
+        CHECK_INT(FST_OK, fst_model_stats(model, &stats));
+        CHECK(stats.copy_seconds > 0);
+        CHECK(stats.convert_seconds == stats.copy_seconds); /* a millisecond each */
+        fst_model_free(model);
+        fake_gpu_end();
+    }
+}
+
+/* More than there is: the host would promise it, and kill somebody later. */
+TEST(load, host_memory_short_is_found_before_anything_is_read) {
+    enum { TIB = 4 };
+    const char *path = test_path("huge.safetensors");
+    char header[128];
+    unsigned char first[8] = {0};
+    uint64_t bytes = (uint64_t)TIB << 40, length;
+    fst_progress last = {.bytes_done = 0};
+    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_model *model;
+    fst_error error;
+    snprintf(header, sizeof header, "{\"a\":{\"dtype\":\"U8\",\"shape\":[%llu],\"data_offsets\":[0,%llu]}}",
+             (unsigned long long)bytes, (unsigned long long)bytes);
+    length = strlen(header);
+    memcpy(first, &length, 8);
+    FILE *file = fopen(path, "w");
+    CHECK(file && fwrite(first, 1, 8, file) == 8 && fwrite(header, 1, length, file) == length);
+    fclose(file);
+    if (truncate(path, (off_t)(8 + length + bytes))) return; /* a file system without such large files */
+    options.progress = count_progress;
+    options.progress_arg = &last;
+    CHECK_INT(FST_E_MEMORY, fst_load(list(path), &options, &model, &error));
+    CHECK(strstr(error.text, "available"));
+    CHECK_INT(0, last.bytes_done);
+}
+
 TEST(load, statistics_of_an_older_caller) {
     const char *path = test_path("mixed.safetensors");
     fst_options options = options_for(FST_DEVICE_CPU);
@@ -315,13 +367,6 @@ TEST(load, an_index_decides_what_counts) {
 }
 
 /* ---- Progress and cancel ---- */
-
-static int count_progress(void *arg, const fst_progress *progress) {
-    fst_progress *last = arg;
-    if (progress->bytes_done < last->bytes_done) return 1;
-    *last = *progress;
-    return 0;
-}
 
 TEST(load, progress_ends_with_all_bytes) {
     const char *path = test_path("mixed.safetensors");

@@ -560,31 +560,39 @@ TEST(stream, data_is_ready_on_the_callers_stream) {
 }
 
 /* Memory that was lent is gone with the next call: work on it has to be done. */
+/* Nobody waits before the next call: memory that is lent goes back behind what was queued. */
 TEST(stream, the_callers_stream_with_a_tensor_that_is_lent) {
+    static fst_tensor tensors[SAMPLE_MAX];
     const char *const *files = two_files(4);
     char reason[256];
-    static unsigned char copy[512 << 10];
     fst_options options = options_for(FST_DEVICE_GPU(0));
     const fst_gpu *gpu;
     fst_queue mine;
     fst_error error;
+    size_t count = 0;
     options.cast = FST_BF16;
     fake_gpu_begin(&(fake_gpu_options){.seed = 4});
     CHECK_INT(FST_OK, fst_gpu_find(FST_DEVICE_GPU(0), &gpu, reason, sizeof reason, &error));
     CHECK_INT(0, gpu->calls->stream_new(gpu, &mine));
     options.stream = mine;
     fst_stream *stream = open_stream(files, &options);
-    for (;;) {
-        fst_tensor tensor;
-        CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
-        if (!tensor.name) break;
-        if (tensor.nbytes) CHECK_INT(0, gpu->calls->to_host(gpu, mine, copy, tensor.data, tensor.nbytes));
-        CHECK_INT(0, gpu->calls->stream_wait(gpu, mine));
-        tensor.data = copy;
-        CHECK_STR(NULL, sample_compare(&tensor, FST_BF16));
+    for (;; count++) {
+        fst_tensor *tensor = &tensors[count];
+        CHECK_INT(FST_OK, fst_stream_next(stream, tensor, NULL, &error));
+        if (!tensor->name) break;
+        void *copy = malloc(tensor->nbytes + 1);
+        CHECK(copy);
+        if (tensor->nbytes) CHECK_INT(0, gpu->calls->to_host(gpu, mine, copy, tensor->data, tensor->nbytes));
+        tensor->data = copy;
     }
-    gpu->calls->stream_free(gpu, mine);
+    CHECK_INT(sample_count(), count);
+    CHECK_INT(0, gpu->calls->stream_wait(gpu, mine));
+    for (size_t i = 0; i < count; i++) {
+        CHECK_STR(NULL, sample_compare(&tensors[i], FST_BF16));
+        free(tensors[i].data);
+    }
     fst_stream_close(stream);
+    gpu->calls->stream_free(gpu, mine);
     fake_gpu_end();
 }
 
@@ -866,6 +874,22 @@ TEST(stream, progress_cancels) {
         CHECK_INT(FST_E_CANCELLED, status);
         CHECK_INT(at, p.calls);
     }
+}
+
+/* Also when the next tensor is there already. */
+TEST(stream, the_flag_cancels_at_the_next_call) {
+    const char *const *files = two_files(9);
+    volatile int cancel = 0;
+    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_error error;
+    fst_tensor tensor;
+    options.cancel = &cancel;
+    fst_stream *stream = open_stream(files, &options);
+    CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
+    usleep(100000);
+    __atomic_store_n(&cancel, 1, __ATOMIC_RELAXED);
+    CHECK_INT(FST_E_CANCELLED, fst_stream_next(stream, &tensor, NULL, &error));
+    fst_stream_close(stream);
 }
 
 TEST(stream, the_flag_cancels) {

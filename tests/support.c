@@ -217,6 +217,15 @@ static void fake_free(const fst_gpu *gpu, void *block, uint64_t size) {
     pthread_mutex_unlock(&fake.lock);
 }
 
+/* In the stream's order: what it was told before happens first. */
+static void fake_free_behind(const fst_gpu *gpu, fst_queue which, void *block, uint64_t size) {
+    stream *s = which;
+    pthread_mutex_lock(&fake.lock);
+    while (s->first) run_one(s);
+    pthread_mutex_unlock(&fake.lock);
+    fake_free(gpu, block, size);
+}
+
 static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
     (void)gpu, (void)memory;
     if (fake.options.refuse_to_pin || (fake.options.pin_at_most && size > fake.options.pin_at_most)) return 1;
@@ -315,9 +324,15 @@ static int fake_follow(const fst_gpu *gpu, fst_queue which, fst_event of) {
     return enqueue(which, &o);
 }
 
+/* A millisecond for everything that is done. */
 static float fake_elapsed(const fst_gpu *gpu, fst_event from, fst_event to) {
-    (void)gpu, (void)from, (void)to;
-    return -1;
+    event *ends[] = {from, to};
+    int done = 1;
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    for (int i = 0; i < 2; i++) done &= ends[i]->stream && ends[i]->stream->run >= ends[i]->at;
+    pthread_mutex_unlock(&fake.lock);
+    return done ? 1 : -1;
 }
 
 static int fake_copy(const fst_gpu *gpu, fst_queue to, void *dst, const void *src, size_t size) {
@@ -349,6 +364,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .memory = fake_memory,
         .alloc_block = fake_alloc,
         .free_block = fake_free,
+        .free_behind = fake_free_behind,
         .pin = fake_pin,
         .unpin = fake_unpin,
         .stream_new = fake_stream_new,

@@ -42,6 +42,7 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
     yyjson_mut_obj_add_uint(doc, root, "pinned_bytes", stats->pinned_bytes);
     yyjson_mut_obj_add_uint(doc, root, "threads", stats->threads);
     json_add_text(doc, root, "reader", stats->reader);
+    yyjson_mut_obj_add_int(doc, root, "numa_node", stats->numa_node);
     const struct {
         const char *key;
         uint64_t value;
@@ -51,14 +52,16 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
                   {"chunks", stats->chunks},
                   {"launches", stats->launches},
                   {"slots", stats->slots},
+                  {"slots_unpinned", stats->slots_unpinned},
                   {"slot_bytes", stats->slot_bytes}};
     const struct {
         const char *key;
         double value;
-    } times[] = {{"open_seconds", stats->open_seconds},       {"allocate_seconds", stats->allocate_seconds},
-                 {"read_seconds", stats->read_seconds},       {"wait_seconds", stats->wait_seconds},
-                 {"copy_seconds", stats->copy_seconds},       {"convert_seconds", stats->convert_seconds},
-                 {"kernel_seconds", stats->kernel_seconds},   {"slots_busy", stats->slots_busy}};
+    } times[] = {{"open_seconds", stats->open_seconds},        {"allocate_seconds", stats->allocate_seconds},
+                 {"read_seconds", stats->read_seconds},        {"wait_seconds", stats->wait_seconds},
+                 {"copy_seconds", stats->copy_seconds},        {"convert_seconds", stats->convert_seconds},
+                 {"kernel_seconds", stats->kernel_seconds},    {"slots_busy", stats->slots_busy},
+                 {"consumer_seconds", stats->consumer_seconds}};
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
         yyjson_mut_obj_add_uint(doc, root, counts[i].key, counts[i].value);
     for (size_t i = 0; i < sizeof times / sizeof *times; i++)
@@ -71,17 +74,20 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
 static void print_stages(const fst_stats *stats, FILE *out) {
     char cached[32], buffered[32], direct[32];
     double all = stats->seconds * stats->threads, share = all > 0 ? 100 / all : 0;
-    fprintf(out, "source   %s cached, %s buffered, %s direct; %s\n", format_bytes(cached, stats->bytes_cached),
-            format_bytes(buffered, stats->bytes_buffered), format_bytes(direct, stats->bytes_direct),
-            stats->reader);
-    fprintf(out, "stages   open %.1f ms, allocate %.1f ms; threads: reading %.0f %%", stats->open_seconds * 1e3,
-            stats->allocate_seconds * 1e3, stats->read_seconds * share);
+    fprintf(out, "source   %s cached, %s buffered, %s direct; %s\n",
+            format_bytes(cached, stats->bytes_cached), format_bytes(buffered, stats->bytes_buffered),
+            format_bytes(direct, stats->bytes_direct), stats->reader);
+    fprintf(out, "stages   open %.1f ms, allocate %.1f ms; threads: reading %.0f %%",
+            stats->open_seconds * 1e3, stats->allocate_seconds * 1e3, stats->read_seconds * share);
     if (stats->kernel_seconds > 0) fprintf(out, ", converting %.0f %%", stats->kernel_seconds * share);
     if (stats->pinned_bytes)
-        fprintf(out, ", waiting for copies %.0f %%; slots busy %.0f %%; copies %.0f %%, kernels %.0f %% of their streams",
-                stats->wait_seconds * share, stats->slots_busy * 100, stats->copy_seconds * share,
-                stats->convert_seconds * share);
+        fprintf(
+            out,
+            ", waiting for copies %.0f %%; slots busy %.0f %%; copies %.0f %%, kernels %.0f %% of their streams",
+            stats->wait_seconds * share, stats->slots_busy * 100, stats->copy_seconds * share,
+            stats->convert_seconds * share);
     fprintf(out, "\n");
+    if (stats->numa_node >= 0) fprintf(out, "node     %d: the ring and its threads\n", stats->numa_node);
     if (stats->slots_unpinned)
         fprintf(out, "note     %u threads got less pinned memory than wanted\n", stats->slots_unpinned);
 }

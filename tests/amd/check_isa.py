@@ -89,6 +89,7 @@ RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
          (re.compile(r"Amax<(\d+), (\d+)>"), stream(8)),
          (re.compile(r"Tile<(\d+), (\d+), \d+u?>"), stream(10)),
          (re.compile(r"Transpose<(\d+), (\d+)>"), tile),
+         (re.compile(r"Nvfp4<(\d+)>"), lambda target: {"store": ALIGNED}),
          (re.compile(r"Fnuz"), lambda: {"load": ANY, "store": ALIGNED}),
          (re.compile(r"Begin|MakeScale<\d+>"), number_alone)]
 BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce|_phases)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
@@ -106,6 +107,7 @@ def required():
         "Rows": casts + [("U8", "U8")],
         "Transpose": casts + [(name, name) for name in ("U8", "U16", "U32", "U64")],
         "Scaled": itertools.product([*floats[4:], "I8", "F4"], plain),
+        "Nvfp4": [(name,) for name in plain],
         "Amax": codes, "Encode": codes, "Tile": codes,
         "MakeScale": sorted({(target,) for _, target in codes}),
         "Begin": [()], "Fnuz": [()],

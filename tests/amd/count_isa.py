@@ -566,18 +566,26 @@ def transpose(src, dst, kernel=None):
 
 
 def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scale="F32"):
-    """One scale for block_rows x block_cols; each is 2. `scale` F8_E4M3 is under another one for all (NVFP4)."""
-    globally = scale == "F8_E4M3"
+    """One scale for block_rows x block_cols; each is 2."""
     one = (block_rows, block_cols) == (rows, cols)
     flat = block_rows == 1 and cols % block_cols == 0
     arguments = (words(SRC, DST, SCALES, 0, rows * cols) + divisor(cols) + divisor(block_rows) + divisor(block_cols) +
                  words(-(-cols // block_cols)) + struct.pack("<i????", number(scale), one, flat, False, True) +
-                 words(SCALES + (1 << 30), 0) + words(0))
+                 words(0))
     a, b = bits_of(src), bits_of(dst)
     source = bytes([1]) if src == "I8" else one_two(src)
     target = codes(dst, (ONE[dst][0] + (1 << ONE[dst][1]))) if src == "I8" else one_two(dst, 2)
     return Case(f"{kind}, {src} x {scale}->{dst}", 128 // b * (a + b) / 8,
-                [Step(f"Scaled<{number(src)}, {number(dst)}, {str(globally).lower()}>", arguments, 1, source, target)])
+                [Step(f"Scaled<{number(src)}, {number(dst)}>", arguments, 1, source, target)])
+
+
+def nvfp4(dst, *, rows=4096, cols=4096, group=16):
+    """Scales of E4M3, each 2, under 1 for all."""
+    arguments = (words(SRC, DST, SCALES, SCALES + (1 << 30), 0, rows * cols) + divisor(group) + struct.pack("<I4x", False) +
+                 words(0))
+    b = bits_of(dst)
+    return Case(f"NVFP4, groups of {group}, F4->{dst}", 128 // b * (4 + b) / 8,
+                [Step(f"Nvfp4<{number(dst)}>", arguments, 1, one_two("F4"), one_two(dst, 2))])
 
 
 # Half the largest code and the largest, and what it stands for.
@@ -627,7 +635,7 @@ def cases():
             yield scaled("scale group of 32", src, dst, 1, 32, scale="F8_E8M0")
             yield scaled("scale block", src, dst, 128, 128)
     yield scaled("scale block, 7168 columns", "F8_E4M3", "BF16", 128, 128, cols=7168)
-    yield scaled("NVFP4, groups of 16", "F4", "BF16", 1, 16, scale="F8_E4M3")
+    yield nvfp4("BF16")
     for src in plain:
         for dst in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"):
             threads = 256 * bits_of(src) // 16
@@ -645,7 +653,9 @@ def buffers(step):
     """The memory that a step sees. Scales are 2, but what Encode finds is that of a largest 2."""
     memory = Memory()
     scale = step.kernel.startswith("Scaled<") and struct.unpack_from("<i", step.arguments, 120)[0]
-    each = {number("F8_E8M0"): b"\x80", number("F8_E4M3"): b"\x40"}.get(scale, struct.pack("<f", 2))
+    each = b"\x80" if scale == number("F8_E8M0") else struct.pack("<f", 2)
+    if step.kernel.startswith("Nvfp4<"):
+        each = b"\x40"
     if step.kernel.startswith("Encode<"):
         target = int(re.search(r", (\d+)>", step.kernel)[1])
         each = struct.pack("<f", 2 / next(m for name, (_, m) in LARGEST.items() if number(name) == target))
