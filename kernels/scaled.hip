@@ -250,7 +250,7 @@ template <int Src, int Dst> struct Scaled {
                            uint64_t split) const {
         Vector<16> out = {};
 #if FST_PACKED
-        if (is_plain<Src>(scale) & is_plain<Src>(scale2)) {
+        if (static_cast<int>(is_plain<Src>(scale)) & static_cast<int>(is_plain<Src>(scale2))) {
             FST_UNROLLED
             for (unsigned i = 0; i < width; i += 4) {
                 const uint32_t by[4] = {i < split ? scale : scale2, i + 1 < split ? scale : scale2,
