@@ -111,9 +111,8 @@ static fst_status make_reader(fst_loading *l) {
             last->nbytes += chunk->nbytes;
         else ranges[count++] = (fst_range){chunk->file, chunk->offset, chunk->nbytes};
     }
-    fst_status status = fst_reader_new(l->fds, l->ids, (const char *const *)l->model->paths.files,
-                                       l->model->paths.count, ranges, count, &options, &l->reader, l->error);
-    return status;
+    return fst_reader_new(l->fds, l->ids, (const char *const *)l->model->paths.files, l->model->paths.count,
+                          ranges, count, &options, &l->reader, l->error);
 }
 
 static fst_status make_job(fst_loading *l) {

@@ -55,7 +55,7 @@ void       fst_loading_close(fst_loading *l);
 
 /* Checks what the caller gave and fills in l->options. */
 fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given);
-/* Finds the device, takes an engine, plans, and makes the job: all but its blocks. `block_bytes` 0: by the budget. */
+/* Finds the device, takes an engine, plans with blocks of about `block_bytes`, and makes the job: all but its blocks. */
 fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes);
 void       fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline);
 /* Gives back everything but the model. */

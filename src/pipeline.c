@@ -81,17 +81,15 @@ void fst_budget_drop(fst_budget *budget) {
 
 /* ---- Failing ----------------------------------------------------------------------------------- */
 
-/* The first failure of a job counts; it stops all the others. Non-zero: `why` is it. */
-static int fail_with(fst_engine *engine, const fst_load_job *job, const fst_error *why) {
+/* The first failure of a job counts; it stops all the others. */
+static void fail_with(fst_engine *engine, const fst_load_job *job, const fst_error *why) {
     pthread_mutex_lock(&engine->lock);
-    int first = engine->first.status == FST_OK;
-    if (first) engine->first = *why;
+    if (engine->first.status == FST_OK) engine->first = *why;
     atomic_store(&engine->stop, 1);
     pthread_cond_broadcast(&engine->done);
     pthread_cond_broadcast(&engine->allocated);
     pthread_mutex_unlock(&engine->lock);
     if (job->budget) fst_budget_stop(job->budget);
-    return first;
 }
 
 static void fail_device(fst_worker *w, const fst_load_job *job, int code, const char *what) {
@@ -324,8 +322,8 @@ typedef struct job_list {
     uint64_t tiles;
 } job_list;
 
-#define MAX_PAIRS \
-    64u /* of dtypes in a chunk that becomes one batch a pair; a chunk with more is launched piece by piece */
+/* Of dtypes, in a chunk that becomes one batch a pair. One with more is launched piece by piece. */
+#define MAX_PAIRS 64u
 
 /* The next of a chunk's CONVERT pieces, UINT32_MAX behind the last. *run and *i start as 0. */
 static uint32_t next_convert_piece(const fst_plan *plan, const fst_plan_chunk *chunk, uint32_t *run,
@@ -404,7 +402,7 @@ static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index, 
     if (!tracking) return;
     atomic_store(&tracking->slots[index], 1 + worker * FST_MAX_SLOTS + slot);
     for (uint32_t i = first; i < end; i++) {
-        uint32_t tensor = job->plan->pieces[i].tensor; /* one piece of a tensor in a chunk */
+        uint32_t tensor = job->plan->pieces[i].tensor;
         if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
         pthread_mutex_lock(&engine->lock);
         tracking->ready[tracking->ready_count++] = tensor;
@@ -532,17 +530,16 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
 
 static unsigned slot_number(const fst_worker *w, const fst_slot *s) { return (unsigned)(s - w->slots); }
 
-static fst_trace_record *trace_record(const fst_worker *w, const fst_slot *s) {
+static fst_trace_record *trace_record(const fst_slot *s) {
     fst_trace *trace = fst_pipeline_trace;
     size_t at = trace && s->trace ? s->trace - 1 : SIZE_MAX;
-    (void)w;
     return trace && at < trace->room ? &trace->records[at] : NULL;
 }
 
 static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32_t nbytes, fst_how how) {
     fst_trace *trace = fst_pipeline_trace;
     s->trace = trace ? atomic_fetch_add(&trace->count, 1) + 1 : 0;
-    fst_trace_record *record = trace_record(w, s);
+    fst_trace_record *record = trace_record(s);
     if (record)
         *record = (fst_trace_record){.worker = (unsigned)(w - w->engine->workers),
                                      .slot = slot_number(w, s),
@@ -554,7 +551,7 @@ static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32
 
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
-    fst_trace_record *record = trace_record(w, s);
+    fst_trace_record *record = trace_record(s);
     if (chunk->batch != FST_NO_BATCH && !chunk->companions)
         companions_were_used(w->engine, job, chunk->batch);
     atomic_fetch_add(&w->engine->bytes_done, job->plan->chunks[s->chunk].nbytes);
@@ -588,7 +585,7 @@ static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
 /* A chunk's bytes are in its slot: on they go. */
 static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
-    fst_trace_record *record = trace_record(w, s);
+    fst_trace_record *record = trace_record(s);
     const char *what = "";
     if (record) record->read_end = fst_os_now();
     s->state = FST_SLOT_FREE;
@@ -605,7 +602,6 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
             fail_device(w, job, code, what);
             return 0;
         }
-        w->stats.bytes_copied += chunk->nbytes;
         if (chunk->companions && !drain_slot(w, job, s)) return 0;
     }
     if (chunk->companions) companions_came(w->engine, job, chunk->batch);
@@ -758,11 +754,13 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
         fail_device(w, job, w->setup_code, w->setup_what);
         return;
     }
-    for (unsigned k = 0; k < w->slots_count; k++) w->slots[k].kernels_untimed = 0; /* of a job that failed */
-    for (unsigned k = 0; k < w->slots_count; k++)
+    for (unsigned k = 0; k < w->slots_count; k++) {
+        fst_slot *s = &w->slots[k];
+        s->kernels_untimed = 0; /* of a job that failed */
         if (engine->staging)
-            w->slots[k].staging =
+            s->staging =
                 (unsigned char *)engine->staging + engine->slot_room * (number * engine->slots_each + k);
+    }
     for (;; turn++) {
         fst_slot *s = &w->slots[turn % w->slots_count];
         if (is_cancelled(job)) cancel(engine, job);
@@ -776,8 +774,8 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
         fst_ring_free(w->ring);
         w->ring = NULL;
         w->ring_is_broken = 0;
-        w->setup_what =
-            "reading through io_uring"; /* the engine is not used again: slots may be written to still */
+        /* Slots may be written to still: the engine is not used again. */
+        w->setup_what = "reading through io_uring";
     }
 }
 
@@ -841,7 +839,6 @@ static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
         out->chunks += s->chunks;
         out->launches += s->launches;
         out->bytes_read += s->bytes_read;
-        out->bytes_copied += s->bytes_copied;
         out->read_seconds += s->read_seconds;
         out->wait_seconds += s->wait_seconds;
         out->kernel_seconds += s->kernel_seconds;

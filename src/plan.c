@@ -106,7 +106,6 @@ static fst_status check_memory(planner *p, const fst_plan_tensor *tensor, const 
 static void close_chunk(planner *p) {
     if (!p->open) return;
     p->open->jobs_bytes = p->open_jobs * (uint32_t)sizeof(fst_batch_job);
-    if (p->open->jobs_bytes > p->plan->max_jobs_bytes) p->plan->max_jobs_bytes = p->open->jobs_bytes;
     p->open = NULL;
     p->open_jobs = 0;
 }
@@ -157,24 +156,40 @@ static void add_gap(planner *p, uint32_t nbytes) {
 
 /* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, with a small gap
  * perhaps, and their block is the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
-static int continues(planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
-    fst_plan_chunk *open = p->open;
+static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
+    const fst_plan_chunk *open = p->open;
     if (!open || open->file != tensor->file || offset < open->offset + open->nbytes) return 0;
     uint64_t gap = offset - open->offset - open->nbytes;
     if (gap && p->plan->batches_count == 0) return 0; /* companions alone are worth it */
-    if (gap > MOST_GAP || open->nbytes + gap >= p->options->chunk_bytes || open->companions != p->companions)
-        return 0;
-    if (open->block == FST_NO_BLOCK) open->block = tensor->block;
-    if (tensor->block != FST_NO_BLOCK && tensor->block != open->block) return 0;
-    if (gap) add_gap(p, (uint32_t)gap);
-    return 1;
+    if (gap > MOST_GAP || open->nbytes + gap >= p->options->chunk_bytes) return 0;
+    return tensor->block == FST_NO_BLOCK || open->block == FST_NO_BLOCK || tensor->block == open->block;
 }
 
-/* How much of `left` bytes goes into the open chunk: all, or what a cut allows, or nothing. */
-static uint64_t fitting(const planner *p, uint64_t left, uint64_t cut) {
-    uint64_t space = p->options->chunk_bytes - p->open->nbytes;
+/* How much of `left` bytes goes into the open chunk, behind a gap: all, or what a cut allows, or nothing. */
+static uint64_t fitting(const planner *p, uint64_t gap, uint64_t left, uint64_t cut) {
+    uint64_t space = p->options->chunk_bytes - p->open->nbytes - gap;
     if (p->open_jobs >= p->options->chunk_bytes / JOBS_SHARE / sizeof(fst_batch_job)) return 0;
     return left <= space ? left : space / cut * cut;
+}
+
+/* Makes the open chunk one that takes bytes of the tensor from `offset` on, and says how many of `left`. */
+static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t left,
+                             uint64_t cut, uint64_t *take) {
+    uint64_t gap = 0;
+    *take = 0;
+    if (continues(p, tensor, offset)) {
+        gap = offset - p->open->offset - p->open->nbytes;
+        *take = fitting(p, gap, left, cut);
+    }
+    if (*take) {
+        if (p->open->block == FST_NO_BLOCK) p->open->block = tensor->block;
+        if (gap) add_gap(p, (uint32_t)gap);
+        return FST_OK;
+    }
+    close_chunk(p);
+    fst_status status = open_chunk(p, tensor->file, offset, tensor->block);
+    if (!status) *take = fitting(p, 0, left, cut);
+    return status;
 }
 
 /* The chunk needs the companions of the batch. */
@@ -195,13 +210,9 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     uint64_t matrix = weight ? weight->rows * weight->cols * bits / 8 : total; /* bytes of one */
     while (done < total) {
         uint64_t in_matrix = weight ? done % matrix : done, left = matrix - in_matrix;
-        uint64_t take = continues(p, tensor, start + done) ? fitting(p, left, cut) : 0;
-        if (take == 0) {
-            close_chunk(p);
-            fst_status status = open_chunk(p, tensor->file, start + done, tensor->block);
-            if (status) return status;
-            take = fitting(p, left, cut);
-        }
+        uint64_t take;
+        fst_status status = make_space(p, tensor, start + done, left, cut, &take);
+        if (status) return status;
         uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
         if (tensor->pieces++ == 0) tensor->first_chunk = chunk;
         tensor->chunks = chunk - tensor->first_chunk + 1;
@@ -217,7 +228,7 @@ static fst_status add_tensor(planner *p, uint32_t index) {
         };
         int kept = !weight && tensor->dtype == entry->dtype;
         fst_run_kind kind = kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT;
-        fst_status status = add_piece(p, kind, &piece);
+        status = add_piece(p, kind, &piece);
         if (status) return status;
         if (kind == FST_RUN_CONVERT && !weight) p->open_jobs++;
         if (weight) need_batch(p);

@@ -98,7 +98,6 @@ typedef struct fst_plan {
     uint64_t bytes_blocks;
     uint64_t ignored;          /* tensors left out */
     fst_plan_batch *batches;
-    uint32_t max_jobs_bytes;
     int      converts;         /* there is a run of kind CONVERT */
 } fst_plan;
 

@@ -40,7 +40,7 @@ typedef struct config {
     char method[48];
     uint64_t block[2]; /* rows, columns; 0: not said */
     unsigned bits;     /* 0: not said, or not the same everywhere */
-    int inverse, gptqmodel, gptq_v2, padded;
+    int inverse, gptqmodel, gptq_v2;
 } config;
 
 static const struct {
@@ -451,7 +451,6 @@ static fst_status find_blocks(finder *f, uint32_t codes, size_t length, const ch
     if (!is_e8m0(entry_of(f, scale)->dtype) || !has_shape(entry_of(f, scale), entry, 3, DIMS(rows, groups)))
         return misfit(f, codes, scale, "U8, one for 16 bytes");
     w->bits = 4, w->block_rows = 1, w->block_cols = 32;
-    w->flags = FST_Q_STACKED_NAME;
     return claim(f, w, FST_COMPANION_SCALE, scale);
 }
 

@@ -56,15 +56,13 @@ typedef enum fst_companion {
 } fst_companion;
 
 enum {
-    FST_Q_DIVIDE = 1u << 0,      /* by the scale (fp8), or by the global one (NVFP4) */
-    FST_Q_ZERO_PLUS_ONE = 1u << 1, /* zero points are stored less one (GPTQ v1) */
-    FST_Q_CARRY = 1u << 2,       /* and one is added to whole words (GPTQModel) */
-    FST_Q_PADDED = 1u << 3,      /* no code straddles two words */
-    FST_Q_OFFSET = 1u << 4,      /* codes are stored plus 2^(bits - 1) */
-    FST_Q_SIGNED = 1u << 5,      /* codes are two's complement */
-    FST_Q_AWQ_ORDER = 1u << 6,   /* of the codes in a word */
-    FST_Q_BYTE_ZEROS = 1u << 7,  /* zero points are bytes, one for each scale */
-    FST_Q_STACKED_NAME = 1u << 8 /* the weight has no ".weight" in its name (experts) */
+    FST_Q_DIVIDE = 1u << 0,         /* by the scale (fp8), or by the global one (NVFP4) */
+    FST_Q_ZERO_PLUS_ONE = 1u << 1,  /* zero points are stored less one (GPTQ v1) */
+    FST_Q_CARRY = 1u << 2,          /* and one is added to whole words (GPTQModel) */
+    FST_Q_OFFSET = 1u << 3,         /* codes are stored plus 2^(bits - 1) */
+    FST_Q_SIGNED = 1u << 4,         /* codes are two's complement */
+    FST_Q_AWQ_ORDER = 1u << 5,      /* of the codes in a word */
+    FST_Q_BYTE_ZEROS = 1u << 6      /* zero points are bytes, one for each scale */
 };
 
 #define FST_NO_TENSOR UINT32_MAX
@@ -94,7 +92,7 @@ typedef enum fst_role {
 typedef struct fst_scheme {
     char           method[48];  /* what the configuration calls it; "" when there is none */
     size_t         count;
-    fst_quantized *weights;     /* in the order of their codes */
+    fst_quantized *weights;
     uint8_t       *roles;       /* fst_role of each tensor */
     uint32_t      *owner;       /* of codes and companions: the weight; FST_NO_TENSOR of others */
     uint64_t       bare;        /* 8-bit float weights without a scale: taken as they are */

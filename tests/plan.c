@@ -118,7 +118,7 @@ TEST(plan, one_large_kept_tensor_goes_straight_to_its_place) {
     CHECK_INT(3, plan.chunks_count);
     CHECK_INT(FST_RUN_PLACE, plan.runs[0].kind);
     CHECK_INT(0, plan.chunks[0].jobs_bytes);
-    CHECK_INT(0, plan.max_jobs_bytes);
+    CHECK_INT(0, plan.converts);
     fst_plan_free(&plan);
     free(m);
 }
@@ -257,6 +257,25 @@ TEST(plan, a_chunk_never_spans_two_files) {
     fst_plan_free(&plan);
     free(m);
     free(n);
+}
+
+/* A stream could wait for a block that nothing in the chunk needs. */
+TEST(plan, a_chunk_has_the_block_of_what_is_in_it) {
+    maker *m = maker_new(8);
+    static unsigned char memory[64 << 10];
+    const fst_choice choices[] = {{.memory = memory, .memory_bytes = sizeof memory}, {.skip = 0}};
+    fst_plan_options options = plain;
+    fst_plan plan;
+    fst_error error;
+    options.chunk_bytes = sizeof memory;
+    add(m, FST_U8, sizeof memory - 512); /* what is left is less than a cut */
+    add(m, FST_U8, 100000);
+    CHECK_INT(FST_OK, fst_plan_make(&m->header, paths, 1, choices, &options, &plan, &error));
+    CHECK_INT(1, plan.blocks_count);
+    CHECK(plan.chunks[0].block == FST_NO_BLOCK);
+    CHECK_INT(0, plan.chunks[1].block);
+    fst_plan_free(&plan);
+    free(m);
 }
 
 TEST(plan, tensors_left_out_are_not_read) {
