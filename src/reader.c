@@ -15,9 +15,6 @@
 #define READAHEAD_STEP ((uint64_t)128 << 10) /* the kernel cuts longer advice to the device's readahead */
 #define MINCORE_PAGES 1024u
 
-enum { READER_AUTO, READER_THREADS, READER_DIRECT, READER_URING };
-enum { CACHE_AUTO, CACHE_KEEP, CACHE_AVOID };
-
 /* How it is found out whether something is in memory, from the best to none. */
 typedef enum method { ALWAYS, CACHESTAT, MINCORE, PROBE, UNKNOWN, METHODS } method;
 
@@ -318,10 +315,10 @@ static int misses_fit(fst_reader *reader) {
 fst_how fst_reader_choose(fst_reader *reader, size_t which, uint64_t offset, size_t nbytes) {
     file *f = &reader->files[which];
     int64_t missing = missing_bytes(reader, f, offset, nbytes);
-    int wanted = reader->options.reader == READER_DIRECT || reader->options.cache == CACHE_AVOID;
+    int wanted = reader->options.reader == FST_READER_DIRECT || reader->options.cache == FST_CACHE_AVOID;
     if (missing == 0) return FST_HOW_CACHED;
     /* A few pages that are missing are no reason to read all the others again. */
-    if (!wanted && (missing < 0 || reader->options.cache == CACHE_KEEP || misses_fit(reader) ||
+    if (!wanted && (missing < 0 || reader->options.cache == FST_CACHE_KEEP || misses_fit(reader) ||
                     (uint64_t)missing < nbytes / 2))
         return FST_HOW_BUFFERED;
     return direct_of(reader, f) >= 0 ? FST_HOW_DIRECT : FST_HOW_BUFFERED;
@@ -338,7 +335,7 @@ static void read_ahead(file *f, uint64_t offset, uint64_t nbytes) {
 
 /* A file system that refused O_DIRECT: what is read buffered then is not to stay, unless it was there before. */
 static int is_to_be_dropped(fst_reader *reader, file *f, fst_how how, uint64_t offset, size_t nbytes) {
-    if (how != FST_HOW_BUFFERED || reader->options.cache != CACHE_AVOID) return 0;
+    if (how != FST_HOW_BUFFERED || reader->options.cache != FST_CACHE_AVOID) return 0;
     int64_t missing = missing_bytes(reader, f, offset, nbytes);
     return missing > 0 &&
            (uint64_t)missing + 2 * reader->page > nbytes; /* chunks share pages with their neighbours */
@@ -346,7 +343,7 @@ static int is_to_be_dropped(fst_reader *reader, file *f, fst_how how, uint64_t o
 
 fst_how fst_reader_ahead(fst_reader *reader, size_t which, uint64_t offset, size_t nbytes) {
     fst_how how = fst_reader_choose(reader, which, offset, nbytes);
-    if (how == FST_HOW_BUFFERED && reader->options.cache != CACHE_AVOID)
+    if (how == FST_HOW_BUFFERED && reader->options.cache != FST_CACHE_AVOID)
         read_ahead(&reader->files[which], offset, nbytes);
     return how;
 }
@@ -511,9 +508,9 @@ static void describe_reader(const fst_reader *reader, char *out, size_t size) {
     const char *ring_why = atomic_load(&reader->ring_why);
     add_text(out, size, "%s%s", atomic_load(&reader->ring_used) ? "io_uring" : "threads",
              direct ? ", O_DIRECT" : "");
-    if (reader->options.reader == READER_DIRECT) add_text(out, size, " as asked");
-    else if (reader->options.cache == CACHE_AVOID) add_text(out, size, " to leave the cache alone");
-    else if (reader->options.cache == CACHE_KEEP) add_text(out, size, " to keep all in the cache");
+    if (reader->options.reader == FST_READER_DIRECT) add_text(out, size, " as asked");
+    else if (reader->options.cache == FST_CACHE_AVOID) add_text(out, size, " to leave the cache alone");
+    else if (reader->options.cache == FST_CACHE_KEEP) add_text(out, size, " to keep all in the cache");
     else if (fits && reader->room == UINT64_MAX) add_text(out, size, "; free memory is not known");
     else if (fits)
         add_text(out, size, ": %s %.1f MB are missing and %s in half of the free memory, %.1f MB",

@@ -16,8 +16,8 @@ typedef enum fst_how {
 } fst_how;
 
 typedef struct fst_reader_options {
-    int      reader;     /* 0 as suits the load, 1 pread, 2 O_DIRECT for whatever is not in memory, 3 io_uring */
-    int      cache;      /* 0 misses are kept in memory when they fit, 1 always kept, 2 never */
+    fst_reader_kind reader;
+    fst_cache       cache;
     uint64_t host_bytes; /* memory that the load itself will take, so that it is no room for files */
 } fst_reader_options;
 

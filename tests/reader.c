@@ -18,8 +18,6 @@
 #define MIB ((size_t)1 << 20)
 #define SLOTS 2u
 
-enum { AUTO, THREADS, DIRECT, URING }; /* fst_reader_options.reader */
-enum { KEEP = 1, AVOID = 2 };          /* .cache */
 
 /* ---- Files that are in memory, or not ---------------------------------------------------------- */
 
@@ -263,14 +261,14 @@ static outcome read_file(rig *r, size_t chunk, size_t from, size_t to) {
 
 TEST(reader, a_file_of_tmpfs_is_in_memory_whatever_is_asked) {
     look_at_machine();
-    for (int cache = 0; cache <= AVOID; cache++) {
+    for (int cache = 0; cache <= FST_CACHE_AVOID; cache++) {
         rig r = {0};
         int fd = memfd_create("fst", MFD_CLOEXEC);
         CHECK(fd >= 0);
         make_file(test_path("content"), MIB);
         CHECK_INT(MIB, write(fd, content, MIB));
         fake_os_begin(&(fake_os_options){.memory = 1});
-        open_fd(&r, fd, "memfd", &(fst_reader_options){.reader = DIRECT, .cache = cache}, NULL, 0);
+        open_fd(&r, fd, "memfd", &(fst_reader_options){.reader = FST_READER_DIRECT, .cache = cache}, NULL, 0);
         make_slots(&r, MIB / 4);
         outcome all = read_plainly(&r, MIB / 4, 0, MIB);
         fst_reader_facts facts = facts_of(&r);
@@ -317,7 +315,7 @@ static void check_residency(const char *want, const fst_reader_facts *facts) {
 static void read_twice(const way *w, int ring, const fst_reader_options *options) {
     const char *path = test_path("file");
     const size_t size = 4 * MIB + 777, chunk = MIB / 2 + 13;
-    int avoid = options->cache == AVOID;
+    int avoid = options->cache == FST_CACHE_AVOID;
     make_file(path, size);
     int cold = make_cold(path, 0, size);
     size_t limits[2][2] = {{size - size / 10, size + size / 50}, {0, size / 100}};
@@ -362,10 +360,10 @@ static void read_twice_in_all_ways(const fst_reader_options *options) {
 
 TEST(reader, what_fits_in_memory_is_read_from_disk_once_and_stays) { read_twice_in_all_ways(&by_default); }
 TEST(reader, cache_keep_is_read_from_disk_once_and_stays) {
-    read_twice_in_all_ways(&(fst_reader_options){.cache = KEEP});
+    read_twice_in_all_ways(&(fst_reader_options){.cache = FST_CACHE_KEEP});
 }
 TEST(reader, cache_avoid_leaves_the_cache_as_it_is) {
-    read_twice_in_all_ways(&(fst_reader_options){.cache = AVOID});
+    read_twice_in_all_ways(&(fst_reader_options){.cache = FST_CACHE_AVOID});
 }
 
 static void read_half_cached(const way *w, int cache) {
@@ -386,19 +384,19 @@ static void read_half_cached(const way *w, int cache) {
     fake_os_end();
     CHECK(!all.error && !all.wrong);
     if (!cold || !strcmp(method_here(w->residency), "unknown")) return;
-    uint64_t missed_bytes = cache == AVOID && machine.direct ? facts.direct : facts.buffered;
+    uint64_t missed_bytes = cache == FST_CACHE_AVOID && machine.direct ? facts.direct : facts.buffered;
     EXPECT(facts.cached == size / 2, w->residency, facts.cached);
     EXPECT(missed_bytes == size / 2, w->residency, missed_bytes);
     if (machine.counted)
         EXPECT(fetched >= size / 2 && fetched <= size / 2 + size / 100, w->residency, fetched);
-    if (cache == AVOID && machine.direct)
+    if (cache == FST_CACHE_AVOID && machine.direct)
         EXPECT(resident(path, 0, size) == size / 2 / PAGE, w->residency, resident(path, 0, size));
 }
 
 TEST(reader, half_of_the_chunks_in_memory) {
     look_at_machine();
     for (size_t i = 0; i < WAYS - 1; i++)
-        for (int cache = 0; cache <= AVOID; cache++) IN_THE_END(read_half_cached(&ways[i], cache));
+        for (int cache = 0; cache <= FST_CACHE_AVOID; cache++) IN_THE_END(read_half_cached(&ways[i], cache));
 }
 
 /* ---- Which method ------------------------------------------------------------------------------ */
@@ -411,7 +409,7 @@ static void ask_method(const char *want, fst_how how, const fake_os_options *fak
     rig r;
     look_at_machine();
     fake_os_begin(fake);
-    open_rig(&r, path, &(fst_reader_options){.cache = AVOID});
+    open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_AVOID});
     fst_how got = fst_reader_choose(r.reader, 0, 0, MIB);
     fst_reader_facts facts = facts_of(&r);
     close_rig(&r);
@@ -583,11 +581,11 @@ TEST(reader, the_loads_own_memory_is_no_room_for_files) {
 }
 
 TEST(reader, options_decide_whatever_the_memory) {
-    check_chosen(FST_HOW_BUFFERED, 1, 0, &(fst_reader_options){.cache = KEEP}, NULL, 0);
-    check_chosen(FST_HOW_DIRECT, 1024 * MIB, 0, &(fst_reader_options){.cache = AVOID}, NULL, 0);
-    check_chosen(FST_HOW_DIRECT, 1024 * MIB, 0, &(fst_reader_options){.reader = DIRECT}, NULL, 0);
-    check_chosen(FST_HOW_BUFFERED, 1024 * MIB, 0, &(fst_reader_options){.reader = URING}, NULL, 0);
-    check_chosen(FST_HOW_DIRECT, 1, 0, &(fst_reader_options){.reader = THREADS}, NULL, 0);
+    check_chosen(FST_HOW_BUFFERED, 1, 0, &(fst_reader_options){.cache = FST_CACHE_KEEP}, NULL, 0);
+    check_chosen(FST_HOW_DIRECT, 1024 * MIB, 0, &(fst_reader_options){.cache = FST_CACHE_AVOID}, NULL, 0);
+    check_chosen(FST_HOW_DIRECT, 1024 * MIB, 0, &(fst_reader_options){.reader = FST_READER_DIRECT}, NULL, 0);
+    check_chosen(FST_HOW_BUFFERED, 1024 * MIB, 0, &(fst_reader_options){.reader = FST_READER_URING}, NULL, 0);
+    check_chosen(FST_HOW_DIRECT, 1, 0, &(fst_reader_options){.reader = FST_READER_THREADS}, NULL, 0);
 }
 
 TEST(reader, memory_that_is_not_known_is_enough) {
@@ -640,7 +638,7 @@ static void choose_ends(void) {
     make_cold(path, 0, MIB + 100);
     make_warm(path, PAGE, 2 * PAGE);
     make_warm(path, MIB, 100);
-    open_rig(&r, path, &(fst_reader_options){.cache = KEEP});
+    open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_KEEP});
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         EXPECT(fst_reader_choose(r.reader, 0, cases[i].offset, cases[i].nbytes) == cases[i].how, "case", i);
     close_rig(&r);
@@ -659,19 +657,20 @@ static void look_ahead(int cache) {
     make_cold(path, 0, 8 * MIB);
     open_rig(&r, path, &(fst_reader_options){.cache = cache});
     fst_how how = fst_reader_ahead(r.reader, 0, 4 * MIB + 5, 4 * MIB - 10);
-    for (int i = 0; cache != AVOID && i < 2000 && resident(path, 4 * MIB, 4 * MIB) < MIB / 1024; i++)
+    for (int i = 0; cache != FST_CACHE_AVOID && i < 2000 && resident(path, 4 * MIB, 4 * MIB) < MIB / 1024;
+         i++)
         usleep(1000);
     close_rig(&r);
     size_t before = resident(path, 0, 4 * MIB), there = resident(path, 4 * MIB, 4 * MIB);
-    EXPECT(how == (cache == AVOID ? missed() : FST_HOW_BUFFERED), "cache", cache);
-    EXPECT(there == (cache == AVOID ? 0 : 4 * MIB / PAGE), "cache", there);
+    EXPECT(how == (cache == FST_CACHE_AVOID ? missed() : FST_HOW_BUFFERED), "cache", cache);
+    EXPECT(there == (cache == FST_CACHE_AVOID ? 0 : 4 * MIB / PAGE), "cache", there);
     EXPECT(before == 0, "what lies before", before);
 }
 
 TEST(reader, ahead_begins_to_read_what_will_be_kept) {
     look_at_machine();
     if (!machine.cold) test_skip(0, "nothing can be driven out of memory here");
-    for (int cache = 0; cache <= AVOID; cache++) IN_THE_END(look_ahead(cache));
+    for (int cache = 0; cache <= FST_CACHE_AVOID; cache++) IN_THE_END(look_ahead(cache));
 }
 
 static void probe_again_and_again(void) {
@@ -754,7 +753,7 @@ TEST(reader, all_borders_of_pages_and_sectors) {
             size_t size = sizes[f];
             rig r;
             make_file(path, size);
-            open_rig(&r, path, &(fst_reader_options){.cache = AVOID});
+            open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_AVOID});
             make_slots(&r, 4 * PAGE);
             if (ring) make_ring(&r);
             for (fst_how how = FST_HOW_CACHED; how <= FST_HOW_DIRECT; how++)
@@ -816,7 +815,7 @@ TEST(reader, a_file_cut_short_ends_where_it_ends) {
         for (fst_how how = FST_HOW_CACHED; how <= FST_HOW_DIRECT; how++) {
             rig r;
             make_file(path, MIB);
-            open_rig(&r, path, &(fst_reader_options){.cache = AVOID});
+            open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_AVOID});
             make_slots(&r, MIB);
             if (ring) make_ring(&r);
             CHECK_INT(0, truncate(path, 10 * PAGE + 77));
@@ -839,7 +838,7 @@ static void try_refused(const fake_os_options *fake, int at_open, int ring) {
     make_file(path, MIB);
     make_cold(path, 0, MIB);
     fake_os_begin(fake);
-    open_rig(&r, path, &(fst_reader_options){.cache = AVOID});
+    open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_AVOID});
     make_slots(&r, MIB);
     if (ring) make_ring(&r);
     for (int turn = 0; turn < 2; turn++) {
@@ -893,7 +892,7 @@ TEST(reader, alignments_that_a_slot_does_not_have) {
 TEST(reader, a_kernel_that_does_not_tell_the_alignment) {
     fst_reader_facts facts;
     const fake_os_options fake = {.refuse = 1u << FAKE_OS_ALIGNMENT, .refusal = ENOSYS};
-    fst_how how = chosen(&fake, &(fst_reader_options){.cache = AVOID}, NULL, 0, &facts);
+    fst_how how = chosen(&fake, &(fst_reader_options){.cache = FST_CACHE_AVOID}, NULL, 0, &facts);
     if (machine.cold) CHECK_INT(missed(), how);
 }
 
@@ -906,7 +905,7 @@ static void read_refused(void) {
     make_cold(path, 0, MIB);
     make_warm(path, 0, MIB / 4 + MIB / 8); /* a chunk, and half of one */
     fake_os_begin(&(fake_os_options){.refuse = 1u << FAKE_OS_OPEN_DIRECT, .refusal = EINVAL});
-    open_rig(&r, path, &(fst_reader_options){.cache = AVOID});
+    open_rig(&r, path, &(fst_reader_options){.cache = FST_CACHE_AVOID});
     make_slots(&r, MIB / 4);
     outcome all = read_plainly(&r, MIB / 4, 0, MIB);
     close_rig(&r);
@@ -928,7 +927,7 @@ TEST(reader, short_and_interrupted_reads_are_continued) {
     const char *path = test_path("file");
     const size_t size = 70000;
     for (int ring = 0; ring < 2; ring++)
-        for (int cache = KEEP; cache <= AVOID; cache++) {
+        for (int cache = FST_CACHE_KEEP; cache <= FST_CACHE_AVOID; cache++) {
             rig r;
             make_file(path, size);
             make_cold(path, 0, size);
@@ -984,8 +983,8 @@ TEST(reader, every_system_call_may_fail) {
     int reached[FAKE_OS_KINDS] = {0};
     for (int kind = 0; kind < FAKE_OS_KINDS; kind++)
         for (int ring = 0; ring < 2; ring++)
-            for (int cache = 0; cache <= AVOID; cache++)
-                for (int i = 0; i < (cache == AVOID ? 4 : 1); i++)
+            for (int cache = 0; cache <= FST_CACHE_AVOID; cache++)
+                for (int i = 0; i < (cache == FST_CACHE_AVOID ? 4 : 1); i++)
                     for (int stranger = 0; stranger < 2; stranger++)
                         fail_each((fake_os_kind)kind, codes[i], ring, stranger,
                                   &(fst_reader_options){.cache = cache}, &reached[kind]);
@@ -1034,7 +1033,7 @@ TEST(reader, a_ring_that_is_not_there_is_said) {
     const char *path = test_path("file");
     rig r;
     make_file(path, MIB);
-    open_rig(&r, path, &(fst_reader_options){.reader = URING});
+    open_rig(&r, path, &(fst_reader_options){.reader = FST_READER_URING});
     fst_reader_note_ring(r.reader, "io_uring is not permitted (EPERM)");
     CHECK_STR("threads; io_uring is not permitted (EPERM)", facts_of(&r).reader);
     close_rig(&r);
@@ -1094,7 +1093,7 @@ static void *read_part(void *arg) {
 TEST(reader, many_threads_share_one) {
     const char *path = test_path("file");
     for (size_t i = 0; i < WAYS; i++)
-        for (int cache = 0; cache <= AVOID; cache += AVOID) {
+        for (int cache = 0; cache <= FST_CACHE_AVOID; cache += FST_CACHE_AVOID) {
             part parts[4];
             pthread_t threads[4];
             rig r;
@@ -1150,10 +1149,10 @@ TEST(reader, facts_say_why) {
     chosen(&(fake_os_options){.memory = 1000000}, &by_default, NULL, 0, &facts);
     CHECK_STR("threads: at least 1.0 MB are missing and do not fit in half of the free memory, 0.5 MB",
               facts.reader);
-    chosen(&(fake_os_options){0}, &(fst_reader_options){.reader = DIRECT}, NULL, 0, &facts);
+    chosen(&(fake_os_options){0}, &(fst_reader_options){.reader = FST_READER_DIRECT}, NULL, 0, &facts);
     CHECK_STR("threads as asked", facts.reader);
-    chosen(&(fake_os_options){0}, &(fst_reader_options){.cache = AVOID}, NULL, 0, &facts);
+    chosen(&(fake_os_options){0}, &(fst_reader_options){.cache = FST_CACHE_AVOID}, NULL, 0, &facts);
     CHECK_STR("threads to leave the cache alone", facts.reader);
-    chosen(&(fake_os_options){0}, &(fst_reader_options){.cache = KEEP}, NULL, 0, &facts);
+    chosen(&(fake_os_options){0}, &(fst_reader_options){.cache = FST_CACHE_KEEP}, NULL, 0, &facts);
     CHECK_STR("threads to keep all in the cache", facts.reader);
 }
