@@ -62,4 +62,15 @@ template <class Body> int launch_phases(fst_queue stream, const Body &body, uint
 
 } // namespace
 #endif
+
+namespace {
+
+// Whether bodies take whole ranges by element (the CPU), or vectors (a GPU, and its shape in tests).
+#ifdef FST_BY_ELEMENT
+constexpr bool by_element = true;
+#else
+constexpr bool by_element = false;
+#endif
+
+} // namespace
 #endif

@@ -3,34 +3,9 @@
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
 #include "pack.h"
+#include "product.h"
 
 namespace {
-
-#ifdef FST_BY_ELEMENT
-constexpr bool by_element = true;
-#else
-constexpr bool by_element = false;
-#endif
-
-// A NaN is the one code, with the sign that the result has: the same on every device.
-FST_FN uint32_t one_nan(float x, uint32_t a, uint32_t b) {
-    const uint32_t bits = fst_bits_of_float32(x);
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
-}
-FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
-    return one_nan(fst_float_of_bits32(a) * fst_float_of_bits32(b), a, b);
-}
-FST_FN uint32_t divide(uint32_t a, uint32_t b) {
-    return one_nan(fst_float_of_bits32(a) / fst_float_of_bits32(b), a, b);
-}
-
-template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
-    if constexpr (Dst == FST_T_F32) return bits;
-    else {
-        const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), fst_float_of(Dst), 0));
-        return fst_encode32(bits, fst_float_of(Dst), limit);
-    }
-}
 
 template <int Dst> struct Nvfp4 {
     static constexpr unsigned threads = by_element ? 1 : 256;

@@ -6,12 +6,6 @@
 
 namespace {
 
-#ifdef FST_BY_ELEMENT
-constexpr bool by_element = true;
-#else
-constexpr bool by_element = false;
-#endif
-
 template <int Type>
 constexpr unsigned size_of = Type == FST_T_F32                         ? 4
                              : Type == FST_T_F16 || Type == FST_T_BF16 ? 2

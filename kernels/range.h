@@ -6,12 +6,6 @@
 
 namespace {
 
-#ifdef FST_BY_ELEMENT
-constexpr bool by_element = true;
-#else
-constexpr bool by_element = false;
-#endif
-
 constexpr int bytes_type = FST_T_U8; // stands for both types of a copy
 
 // Bits of an element.

@@ -2,34 +2,14 @@
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
 #include "nvidia.h"
+#include "product.h"
 
 namespace {
-
-#ifdef FST_BY_ELEMENT
-constexpr bool by_element = true;
-#else
-constexpr bool by_element = false;
-#endif
 
 // Codes of 8 and 4 bits -> F32 bits, exactly.
 template <int Src> FST_FN uint32_t decode(uint32_t code) {
     if constexpr (Src == FST_T_I8) return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
     else return fst_decode32(code, fst_float_of(Src));
-}
-
-// The product of two F32. A NaN is the one code, with the sign that the product has: the same on every
-// device.
-FST_FN uint32_t multiply(uint32_t a, uint32_t b) {
-    const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) * fst_float_of_bits32(b));
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
-}
-
-template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
-    if constexpr (Dst == FST_T_F32) return bits;
-    else {
-        const int32_t limit = static_cast<int32_t>(fst_limit(fst_float_of(FST_T_F32), fst_float_of(Dst), 0));
-        return fst_encode32(bits, fst_float_of(Dst), limit);
-    }
 }
 
 // Two choices: of more, NVIDIA's compiler makes a table of jumps.
