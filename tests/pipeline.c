@@ -22,21 +22,6 @@
 #define KIB ((uint64_t)1 << 10)
 #define MIB ((uint64_t)1 << 20)
 
-static const char *one_file[2];
-
-static const char *const *list(const char *path) {
-    one_file[0] = path;
-    return one_file;
-}
-
-static fst_options options_for(int device) {
-    fst_options options = FST_OPTIONS_INIT;
-    options.device = device;
-    options.threads = 3;
-    options.slot_bytes = 64 << 10;
-    return options;
-}
-
 /* Five tensors that a cast changes or keeps, some 600 KB. */
 static const char *const *few(void) {
     sample_begin(1);
@@ -46,7 +31,7 @@ static const char *const *few(void) {
     sample_add(FST_F32, 0);
     sample_add(FST_BF16, 70000);
     sample_write(test_path("few.safetensors"), 0, 5, 1);
-    return list(test_path("few.safetensors"));
+    return support_list(test_path("few.safetensors"));
 }
 
 static fst_model *load(const char *const *files, const fst_options *options) {
@@ -89,7 +74,7 @@ static int by_list(void *arg, const fst_tensor *tensor, fst_rule *rule) {
 }
 
 static fst_status load_by(rules *r, int device, fst_model **model, fst_error *error) {
-    fst_options options = options_for(device);
+    fst_options options = support_options(device);
     options.cast = FST_BF16;
     options.rule = by_list;
     options.rule_arg = r;
@@ -220,7 +205,7 @@ static int skip_in_second(void *arg, const fst_tensor *tensor, fst_rule *rule) {
 TEST(pipeline, a_rule_leaves_out_one_of_two_of_a_name) {
     const char *files[] = {test_path("a.safetensors"), test_path("b.safetensors"), NULL};
     support_tensor both[] = {{"same", "U8", "[3]", "def", 3}, {"other", "U8", "[2]", "gh", 2}};
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_tensor tensor;
     fst_model *model;
     support_checkpoint(files[0], NULL, &(support_tensor){"same", "U8", "[3]", "abc", 3}, 1, 0);
@@ -246,7 +231,7 @@ static int skip_x(void *arg, const fst_tensor *tensor, fst_rule *rule) {
 TEST(pipeline, an_index_and_a_rule) {
     support_tensor first[] = {{"x", "U8", "[1]", "x", 1}, {"stray", "U8", "[1]", "s", 1}};
     static const char index[] = "{\"weight_map\":{\"x\":\"1.safetensors\",\"y\":\"2.safetensors\"}}";
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_stats stats = {.size = sizeof stats};
     fst_model *model;
     int calls = 0;
@@ -255,14 +240,15 @@ TEST(pipeline, an_index_and_a_rule) {
     support_write(test_path("model.safetensors.index.json"), index, strlen(index));
     options.rule = skip_x;
     options.rule_arg = &calls;
-    model = load(list(test_directory()), &options);
+    model = load(support_list(test_directory()), &options);
     CHECK_INT(2, calls);
     CHECK_INT(1, fst_model_count(model));
     CHECK_INT(0, fst_model_index(model, "y"));
     CHECK_INT(FST_OK, fst_model_stats(model, &stats));
     CHECK_INT(2, stats.tensors_ignored);
     fst_model_free(model);
-    CHECK_INT(FST_OK, fst_open(list(test_directory()), &options, &model, NULL)); /* headers as they are */
+    CHECK_INT(FST_OK,
+              fst_open(support_list(test_directory()), &options, &model, NULL)); /* headers as they are */
     CHECK_INT(2, fst_model_count(model));
     fst_model_free(model);
 }
@@ -308,7 +294,7 @@ TEST(pipeline, blocks_come_from_the_allocator_and_go_back_with_the_last_tensor) 
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
         arena a = arena_for(device);
         fst_allocator allocator = {arena_allocate, arena_release, &a};
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         DLManagedTensorVersioned *handles[2];
         fst_model *model;
         options.allocator = &allocator;
@@ -342,7 +328,7 @@ static void fail_allocations(int streams) {
         for (int way = 0; way < 6; way++) {
             arena a = arena_for(device);
             fst_allocator allocator = {arena_allocate, arena_release, &a};
-            fst_options options = options_for(device);
+            fst_options options = support_options(device);
             fst_model *model = NULL;
             fst_stream *stream = NULL;
             fst_error error;
@@ -377,7 +363,7 @@ TEST(pipeline, a_stream_takes_its_blocks_from_the_allocator) {
         arena a = arena_for(device);
         fst_allocator allocator = {arena_allocate, arena_release, &a};
         DLManagedTensorVersioned *handles[5];
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         fst_stream *stream;
         options.allocator = &allocator;
         options.cast = FST_BF16;
@@ -400,7 +386,7 @@ TEST(pipeline, a_stream_takes_its_blocks_from_the_allocator) {
 TEST(pipeline, half_an_allocator_is_refused) {
     const fst_allocator halves[] = {{arena_allocate, NULL, NULL}, {NULL, arena_release, NULL}, {0}};
     for (int i = 0; i < 3; i++) {
-        fst_options options = options_for(FST_DEVICE_CPU);
+        fst_options options = support_options(FST_DEVICE_CPU);
         fst_model *model;
         options.allocator = &halves[i];
         CHECK_INT(FST_E_ARG, fst_load(few(), &options, &model, NULL));
@@ -411,7 +397,7 @@ TEST(pipeline, half_an_allocator_is_refused) {
 
 TEST(pipeline, contexts_share_nothing_and_keep_what_they_have) {
     fst_context *a = fst_context_new(), *b = fst_context_new();
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     CHECK(a && b);
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     unsigned threads = support_threads();
@@ -448,7 +434,7 @@ TEST(pipeline, contexts_share_nothing_and_keep_what_they_have) {
 
 TEST(pipeline, a_model_outlives_its_context) {
     fst_context *context = fst_context_new();
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     options.context = context;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     fst_model *model = load(few(), &options);
@@ -461,7 +447,7 @@ TEST(pipeline, a_model_outlives_its_context) {
 /* Another number of threads, or slots of another size, are another engine; two are kept. */
 TEST(pipeline, a_context_keeps_two_shapes) {
     fst_context *context = fst_context_new();
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     options.context = context;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     const char *const *files = few();
@@ -508,7 +494,7 @@ static void load_from_eight(int device, int release) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     unsigned before = support_threads();
     for (int i = 0; i < 8; i++) {
-        loaders[i] = (loader){files, options_for(device), 5, NULL};
+        loaders[i] = (loader){files, support_options(device), 5, NULL};
         loaders[i].options.context = context;
         loaders[i].options.cast = i % 2 ? FST_BF16 : FST_NATIVE;
         CHECK_INT(0, pthread_create(&threads[i], NULL, load_again_and_again, &loaders[i]));
@@ -539,7 +525,7 @@ TEST(pipeline, a_context_is_released_while_loads_run) {
 /* ---- Pinned memory ----------------------------------------------------------------------------------------- */
 
 TEST(pipeline, memory_that_cannot_be_pinned_is_told_and_is_no_failure) {
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_stats stats = {.size = sizeof stats};
     options.cast = FST_BF16;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1, .refuse_to_pin = 1});
@@ -555,7 +541,7 @@ TEST(pipeline, memory_that_cannot_be_pinned_is_told_and_is_no_failure) {
 }
 
 TEST(pipeline, half_of_the_slots_where_no_more_can_be_pinned) {
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_stats stats = {.size = sizeof stats};
     options.cast = FST_BF16;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1, .pin_at_most = 130 << 10});
@@ -619,7 +605,7 @@ static const char *big_file(void) {
 TEST(pipeline, every_way_of_reading_gives_the_same_bytes_and_is_told) {
     for (int way = 0; way < 48; way++) {
         const char *path = big_file();
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         fst_stats stats = {.size = sizeof stats};
         char reader[512]; /* the model's text does not outlive it */
         options.reader = (fst_reader_kind)(way / 2 % 4);
@@ -627,7 +613,7 @@ TEST(pipeline, every_way_of_reading_gives_the_same_bytes_and_is_told) {
         options.cast = way / 24 ? FST_BF16 : FST_NATIVE;
         int cold = make_cold(path);
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
-        fst_model *model = load(list(path), &options);
+        fst_model *model = load(support_list(path), &options);
         sample_check(model, options.cast);
         CHECK_INT(FST_OK, fst_model_stats(model, &stats));
         snprintf(reader, sizeof reader, "%s", stats.reader);
@@ -666,7 +652,7 @@ TEST(pipeline, a_ring_that_is_refused_is_told_and_no_failure) {
                     {FAKE_OS_URING_READ, EAGAIN, ""}};
     for (int way = 0; way < 16; way++) {
         const char *path = big_file();
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         fst_stats stats = {.size = sizeof stats};
         char reader[512]; /* the model's text does not outlive it */
         options.reader = FST_READER_URING;
@@ -675,7 +661,7 @@ TEST(pipeline, a_ring_that_is_refused_is_told_and_no_failure) {
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
         fake_os_begin(
             &(fake_os_options){.refuse = 1u << refusals[way / 2].kind, .refusal = refusals[way / 2].error});
-        fst_model *model = load(list(path), &options);
+        fst_model *model = load(support_list(path), &options);
         sample_check(model, FST_BF16);
         CHECK_INT(FST_OK, fst_model_stats(model, &stats));
         snprintf(reader, sizeof reader, "%s", stats.reader);
@@ -734,7 +720,7 @@ static void make_trial(uint64_t seed, trial *t) {
     static char names[3][40];
     uint64_t random = seed * 0x9E3779B97F4A7C15u + 1;
     size_t files = 1 + next_random(&random) % 3, first = 0;
-    *t = (trial){.options = options_for(next_random(&random) % 3 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU)};
+    *t = (trial){.options = support_options(next_random(&random) % 3 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU)};
     t->options.cast = casts[next_random(&random) % 5];
     t->options.threads = 1 + (unsigned)(next_random(&random) % 5);
     t->options.slot_bytes = (64 << 10) + next_random(&random) % 3 * 20000;
@@ -930,7 +916,7 @@ static void cancel_from_another_thread(int device, fst_reader_kind reader) {
     double took[TIMES];
     unsigned descriptors = support_open_descriptors();
     for (int i = 0; i < TIMES; i++) {
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         pthread_t thread;
         fst_model *model;
         fst_error error;
@@ -942,7 +928,7 @@ static void cancel_from_another_thread(int device, fst_reader_kind reader) {
         fake_gpu_begin(&(fake_gpu_options){.seed = (uint64_t)i});
         fake_os_begin(&(fake_os_options){0});
         CHECK_INT(0, pthread_create(&thread, NULL, cancel_later, NULL));
-        fst_status status = fst_load(list(path), &options, &model, &error);
+        fst_status status = fst_load(support_list(path), &options, &model, &error);
         double now = fst_os_now();
         pthread_join(thread, NULL);
         CHECK_INT(FST_E_CANCELLED, status);

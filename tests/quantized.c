@@ -9,18 +9,9 @@
 #include "pipeline.h"
 #include "support.h"
 
-static const char *files_[2];
-static const char *const *list(const char *path) {
-    files_[0] = path;
-    return files_;
-}
-
 static fst_options options_for(int device, fst_dtype cast) {
-    fst_options options = FST_OPTIONS_INIT;
-    options.device = device;
+    fst_options options = support_options(device);
     options.cast = cast;
-    options.threads = 2;
-    options.slot_bytes = 64 << 10;
     return options;
 }
 
@@ -68,7 +59,8 @@ static void check_vector(const vector *v) {
         fst_tensor tensor;
         if (!wanted[i % 3]) continue;
         if (i >= 3) fake_gpu_begin(&(fake_gpu_options){.seed = (uint64_t)i});
-        if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        if (fst_load(support_list(path), &options, &model, &error))
+            test_fail(__FILE__, __LINE__, "%s", error.text);
         CHECK_INT(1, fst_model_count(model));
         CHECK_INT(FST_OK, fst_model_find(model, v->name, &tensor));
         size_t count = parse(wanted[i % 3], size_of(targets[i % 3]), want);
@@ -153,7 +145,8 @@ TEST(quantized, nvfp4_in_both_conventions) {
         fst_error error;
         support_checkpoint(path, NULL, tensors, 3, 0);
         fake_gpu_begin(&(fake_gpu_options){.seed = 2});
-        if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        if (fst_load(support_list(path), &options, &model, &error))
+            test_fail(__FILE__, __LINE__, "%s", error.text);
         CHECK_INT(1, fst_model_count(model));
         CHECK_INT(FST_OK, fst_model_find(model, "m.weight", &tensor));
         for (int i = 0; i < 16; i++) {
@@ -219,7 +212,8 @@ static void load_large(int device, const char *companion_first) {
     fst_options options = options_for(device, FST_BF16);
     fst_model *model;
     fst_error error;
-    if (fst_load(list(path), &options, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+    if (fst_load(support_list(path), &options, &model, &error))
+        test_fail(__FILE__, __LINE__, "%s", error.text);
     CHECK_INT(3, fst_model_count(model));
     fst_tensor tensor;
     CHECK_INT(FST_OK, fst_model_find(model, "a.weight", &tensor));
@@ -411,6 +405,6 @@ TEST(quantized, a_weight_that_takes_the_name_of_another_tensor) {
     fst_model *model;
     fst_error error;
     support_checkpoint(path, NULL, tensors, 3, 0);
-    CHECK_INT(FST_E_DUPLICATE, fst_load(list(path), &options, &model, &error));
+    CHECK_INT(FST_E_DUPLICATE, fst_load(support_list(path), &options, &model, &error));
     CHECK(strstr(error.text, "m.weight"));
 }

@@ -16,21 +16,6 @@
 
 #define KIB ((uint64_t)1 << 10)
 
-static const char *one_file[2];
-
-static const char *const *list(const char *path) {
-    one_file[0] = path;
-    return one_file;
-}
-
-static fst_options options_for(int device) {
-    fst_options options = FST_OPTIONS_INIT;
-    options.device = device;
-    options.threads = 3;
-    options.slot_bytes = 64 << 10;
-    return options;
-}
-
 /* Large and small, kept and cast, empty ones, in two files; about 1.5 MB. */
 static const char *const *two_files(uint64_t seed) {
     static const char *files[3];
@@ -57,7 +42,7 @@ static const char *const *equal_tensors(size_t count, uint64_t nbytes) {
     for (size_t i = 0; i < count; i++) sample_add(FST_U8, nbytes);
     const char *path = test_path("equal.safetensors");
     sample_write(path, 0, count, 0);
-    return list(path);
+    return support_list(path);
 }
 
 static fst_stream *open_stream(const char *const *files, const fst_options *options) {
@@ -134,7 +119,7 @@ static void each_once(int device, uint64_t seeds) {
     for (uint64_t seed = 1; seed <= seeds; seed++) {
         const char *const *files = two_files(seed);
         for (int way = 0; way < 8; way++) {
-            fst_options options = options_for(device);
+            fst_options options = support_options(device);
             options.cast = way & 1 ? FST_BF16 : FST_NATIVE;
             options.flags = way & 2 ? FST_AS_READY : 0;
             fake_gpu_begin(&(fake_gpu_options){.seed = seed * 8 + (uint64_t)way});
@@ -149,22 +134,22 @@ TEST(stream, each_tensor_once_on_the_cpu) { each_once(FST_DEVICE_CPU, 3); }
 TEST(stream, each_tensor_once_on_a_gpu_that_is_late) { each_once(FST_DEVICE_GPU(0), 6); }
 
 TEST(stream, a_file_without_tensors_is_at_its_end) {
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     sample_begin(1);
     sample_write(test_path("none.safetensors"), 0, 0, 0);
-    walk(list(test_path("none.safetensors")), &options);
+    walk(support_list(test_path("none.safetensors")), &options);
 }
 
 TEST(stream, of_empty_tensors_alone) {
     for (unsigned flags = 0; flags <= FST_AS_READY; flags += FST_AS_READY) {
-        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_options options = support_options(FST_DEVICE_GPU(0));
         options.flags = flags;
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
         sample_begin(1);
         for (int i = 0; i < 5; i++) sample_add(FST_F32, 0);
         sample_write(test_path("empty.safetensors"), 0, 5, 0);
-        walk(list(test_path("empty.safetensors")), &options);
-        walk_and_keep(list(test_path("empty.safetensors")), &options);
+        walk(support_list(test_path("empty.safetensors")), &options);
+        walk_and_keep(support_list(test_path("empty.safetensors")), &options);
         fake_gpu_end();
     }
 }
@@ -175,7 +160,7 @@ TEST(stream, never_holds_more_than_its_bound) {
     for (uint64_t seed = 1; seed <= 8; seed++) {
         const char *const *files = two_files(seed);
         fst_stats stats = {.size = sizeof stats};
-        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_options options = support_options(FST_DEVICE_GPU(0));
         options.cast = seed % 2 ? FST_BF16 : FST_NATIVE;
         options.flags = seed % 3 ? FST_AS_READY : 0;
         options.memory_bytes = seed % 2 ? 320000 : 400000; /* the largest tensor's size; more */
@@ -211,7 +196,7 @@ static void count_reads(int begin) {
 
 TEST(stream, a_tensor_larger_than_the_bound_is_refused_before_anything_is_read) {
     const char *const *files = two_files(1);
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_stream *stream = (fst_stream *)(void *)&options;
     fst_error error;
     options.memory_bytes = 190 * KIB; /* less than the first, of 200,000 bytes */
@@ -228,7 +213,7 @@ TEST(stream, a_tensor_larger_than_the_bound_is_refused_before_anything_is_read) 
 }
 
 TEST(stream, an_unset_bound_gives_way_to_a_larger_tensor) {
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     options.memory_bytes = 0;
     walk(two_files(2), &options);
 }
@@ -237,7 +222,7 @@ TEST(stream, an_unset_bound_gives_way_to_a_larger_tensor) {
 TEST(stream, a_slow_consumer_pushes_back_on_the_readers) {
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
         const char *const *files = equal_tensors(64, 64 * KIB);
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         options.memory_bytes = 512 * KIB;
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
         count_reads(1);
@@ -265,7 +250,7 @@ TEST(stream, a_consumer_that_keeps_everything_is_told_and_goes_on_when_it_releas
     for (int way = 0; way < 4; way++) {
         DLManagedTensorVersioned *handles[64] = {NULL};
         const char *const *files = equal_tensors(64, 64 * KIB);
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         size_t taken = 0, released = 0, again = 0;
         options.flags = way & 2 ? FST_AS_READY : 0;
         options.memory_bytes = 512 * KIB;
@@ -311,7 +296,7 @@ TEST(stream, again_is_never_said_to_one_who_holds_nothing) {
     atomic_store(&spinning, 1);
     for (int i = 0; i < SPINNERS; i++) CHECK_INT(0, pthread_create(&spinners[i], NULL, spin, NULL));
     for (unsigned threads = 1; threads <= 6 && !status; threads++) {
-        fst_options options = options_for(FST_DEVICE_CPU);
+        fst_options options = support_options(FST_DEVICE_CPU);
         fst_tensor tensor;
         options.memory_bytes =
             threads == 1 ? 1 * KIB : 4 * KIB; /* of one tensor; of four, in blocks of one */
@@ -349,7 +334,7 @@ TEST(stream, memory_that_was_given_back_is_not_waited_for) {
 /* Blocks that only empty tensors lie in would hold memory that nobody can release. */
 TEST(stream, empty_tensors_between_tensors_as_large_as_the_bound) {
     for (int way = 0; way < 8; way++) {
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         options.flags = way & 2 ? FST_AS_READY : 0;
         options.memory_bytes = 256 * KIB;
         sample_begin(3);
@@ -360,7 +345,7 @@ TEST(stream, empty_tensors_between_tensors_as_large_as_the_bound) {
         }
         sample_write(test_path("x.safetensors"), 0, sample_count(), 0);
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
-        walk(list(test_path("x.safetensors")), &options);
+        walk(support_list(test_path("x.safetensors")), &options);
         fake_gpu_end();
     }
 }
@@ -370,7 +355,7 @@ TEST(stream, empty_tensors_between_tensors_as_large_as_the_bound) {
 TEST(stream, memory_goes_back_block_by_block) {
     DLManagedTensorVersioned *handles[12];
     const char *const *files = equal_tensors(12, 64 * KIB);
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     options.memory_bytes = 1024 * KIB; /* blocks of a quarter: four tensors each */
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     fst_stream *stream = open_stream(files, &options);
@@ -394,7 +379,7 @@ TEST(stream, memory_goes_back_block_by_block) {
 /* Without handles a block is gone with the call behind its last tensor. */
 TEST(stream, a_tensor_without_a_handle_is_there_until_the_next_call) {
     const char *const *files = equal_tensors(3, 1024 * KIB);
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     options.memory_bytes = 3 * 1024 * KIB;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     fst_stream *stream = open_stream(files, &options);
@@ -436,7 +421,7 @@ TEST(stream, several_threads_release) {
         fst_status status = FST_OK;
         fst_error error = {.status = FST_OK};
         const char *wrong = NULL;
-        fst_options options = options_for(seed % 2 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(seed % 2 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         options.cast = FST_BF16;
         options.memory_bytes = 320000;
         options.flags = seed % 3 ? FST_AS_READY : 0;
@@ -491,7 +476,7 @@ TEST(stream, tensors_in_memory_of_the_caller) {
     places p = {malloc(4 << 20), 1, 0};
     CHECK(p.memory);
     for (int way = 0; way < 16; way++) {
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         options.flags = way & 2 ? FST_AS_READY : 0;
         options.cast = way & 4 ? FST_BF16 : FST_NATIVE;
         options.rule = place;
@@ -523,7 +508,7 @@ TEST(stream, data_is_ready_on_the_callers_stream) {
         fst_error error;
         const fst_gpu *gpu;
         fst_queue mine;
-        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_options options = support_options(FST_DEVICE_GPU(0));
         options.cast = seed % 2 ? FST_BF16 : FST_NATIVE;
         options.flags = seed % 3 ? FST_AS_READY : 0;
         fake_gpu_begin(&(fake_gpu_options){.seed = seed});
@@ -565,7 +550,7 @@ TEST(stream, the_callers_stream_with_a_tensor_that_is_lent) {
     static fst_tensor tensors[SAMPLE_MAX];
     const char *const *files = two_files(4);
     char reason[256];
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     const fst_gpu *gpu;
     fst_queue mine;
     fst_error error;
@@ -602,7 +587,7 @@ TEST(stream, the_callers_stream_with_a_tensor_that_is_lent) {
 static void close_after(size_t count, int device, uint64_t memory) {
     DLManagedTensorVersioned *handles[SAMPLE_MAX];
     const char *const *files = two_files(count);
-    fst_options options = options_for(device);
+    fst_options options = support_options(device);
     unsigned descriptors = support_open_descriptors();
     options.cast = FST_BF16;
     options.memory_bytes = memory;
@@ -684,7 +669,7 @@ TEST(stream, every_device_call_may_fail) {
     unsigned descriptors = support_open_descriptors();
     for (unsigned flags = 0; flags <= FST_AS_READY; flags += FST_AS_READY)
         for (int at = 1;; at += at < 60 ? 1 : 3) {
-            fst_options options = options_for(FST_DEVICE_GPU(0));
+            fst_options options = support_options(FST_DEVICE_GPU(0));
             fst_status status;
             fst_error error;
             options.cast = FST_BF16;
@@ -709,7 +694,7 @@ TEST(stream, every_system_call_may_fail) {
     const char *const *files = two_files(6);
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++)
         for (int at = 1;; at++) {
-            fst_options options = options_for(device);
+            fst_options options = support_options(device);
             fst_status status;
             fst_error error;
             options.cast = FST_BF16;
@@ -729,7 +714,7 @@ TEST(stream, every_system_call_may_fail) {
 }
 
 TEST(stream, device_memory_runs_out) {
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_status status;
     fst_error error;
     fake_gpu_begin(&(fake_gpu_options){.seed = 1, .memory = 900 << 10});
@@ -752,7 +737,7 @@ static void write_into(void) {
 TEST(stream, a_file_cut_short_in_the_middle) {
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
         const char *const *files = two_files(7);
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         fst_status status;
         fst_error error;
         hook_path = files[1];
@@ -773,7 +758,7 @@ TEST(stream, a_file_cut_short_in_the_middle) {
 TEST(stream, a_file_that_changed_is_told_before_the_last_tensor) {
     for (int way = 0; way < 4; way++) {
         const char *const *files = two_files(8);
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         fst_error error;
         options.flags = way & 2 ? FST_AS_READY : 0;
         hook_path = files[0];
@@ -794,19 +779,19 @@ TEST(stream, a_file_that_changed_is_told_before_the_last_tensor) {
 }
 
 TEST(stream, headers_that_are_wrong_are_refused_at_the_opening) {
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_status status;
     fst_error error;
     support_write(test_path("bad.safetensors"), "\2\0\0\0\0\0\0\0[]", 10);
-    CHECK_INT(0, run(list(test_path("bad.safetensors")), &options, &status, &error));
+    CHECK_INT(0, run(support_list(test_path("bad.safetensors")), &options, &status, &error));
     CHECK(status != FST_OK && error.file == 0);
-    CHECK_INT(0, run(list(test_path("none.safetensors")), &options, &status, &error));
+    CHECK_INT(0, run(support_list(test_path("none.safetensors")), &options, &status, &error));
     CHECK_INT(FST_E_IO, status);
 }
 
 TEST(stream, arguments_that_are_wrong) {
     static const char *const none[] = {NULL};
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_stream *stream = (fst_stream *)(void *)&options;
     fst_error error;
     CHECK_INT(FST_E_ARG, fst_stream_open(NULL, &options, &stream, &error));
@@ -816,7 +801,7 @@ TEST(stream, arguments_that_are_wrong) {
     options.size = 1;
     CHECK_INT(FST_E_ARG, fst_stream_open(two_files(1), &options, &stream, &error));
     CHECK_INT(FST_E_ARG, error.status);
-    options = options_for(FST_DEVICE_CPU);
+    options = support_options(FST_DEVICE_CPU);
     stream = open_stream(two_files(1), &options);
     CHECK_INT(FST_E_ARG, fst_stream_next(stream, NULL, NULL, &error));
     CHECK_INT(0, take(stream, &options, NULL)); /* as if nothing had been */
@@ -841,7 +826,7 @@ TEST(stream, progress_is_told_while_the_consumer_waits_and_at_the_end) {
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
         const char *const *files = two_files(3);
         progress p = {.calls = 0};
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         options.progress = note_progress;
         options.progress_arg = &p;
         options.memory_bytes = 320000;
@@ -863,7 +848,7 @@ TEST(stream, progress_is_told_while_the_consumer_waits_and_at_the_end) {
 TEST(stream, progress_cancels) {
     for (int at = 1; at <= 2; at++) {
         progress p = {.cancel_at = at};
-        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_options options = support_options(FST_DEVICE_GPU(0));
         fst_status status;
         fst_error error;
         options.progress = note_progress;
@@ -880,7 +865,7 @@ TEST(stream, progress_cancels) {
 TEST(stream, the_flag_cancels_at_the_next_call) {
     const char *const *files = two_files(9);
     volatile int cancel = 0;
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_error error;
     fst_tensor tensor;
     options.cancel = &cancel;
@@ -896,7 +881,7 @@ TEST(stream, the_flag_cancels) {
     for (int way = 0; way < 4; way++) {
         const char *const *files = equal_tensors(64, 64 * KIB);
         volatile int cancel = way & 2;
-        fst_options options = options_for(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        fst_options options = support_options(way & 1 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
         fst_tensor tensor;
         fst_error error;
         fst_status status = FST_OK;
@@ -921,7 +906,7 @@ TEST(stream, the_flag_cancels) {
 
 TEST(stream, a_tensor_that_dlpack_refuses_does_not_end_it) {
     for (unsigned flags = 0; flags <= FST_AS_READY; flags += FST_AS_READY) {
-        fst_options options = options_for(FST_DEVICE_GPU(0));
+        fst_options options = support_options(FST_DEVICE_GPU(0));
         options.flags = flags;
         options.memory_bytes = 64 * KIB;
         sample_begin(5);
@@ -931,7 +916,7 @@ TEST(stream, a_tensor_that_dlpack_refuses_does_not_end_it) {
         }
         sample_write(test_path("f4.safetensors"), 0, 12, 0);
         fake_gpu_begin(&(fake_gpu_options){.seed = 1});
-        fst_stream *stream = open_stream(list(test_path("f4.safetensors")), &options);
+        fst_stream *stream = open_stream(support_list(test_path("f4.safetensors")), &options);
         unsigned refused = 0, taken = 0;
         while (taken < 12) {
             DLManagedTensorVersioned *handle;
@@ -962,7 +947,7 @@ TEST(stream, statistics_are_complete_after_the_last_tensor) {
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
         const char *const *files = two_files(3);
         fst_stats stats = {.size = sizeof stats};
-        fst_options options = options_for(device);
+        fst_options options = support_options(device);
         uint64_t out = 0, stored = 0;
         options.cast = FST_BF16;
         options.memory_bytes = 320000;
@@ -993,7 +978,7 @@ TEST(stream, statistics_are_complete_after_the_last_tensor) {
 
 TEST(stream, a_slow_consumer_is_what_limits) {
     fst_stats stats = {.size = sizeof stats};
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     options.memory_bytes = 256 * KIB;
     fst_stream *stream = open_stream(equal_tensors(16, 64 * KIB), &options);
     while (take(stream, &options, NULL) != SAMPLE_MAX) usleep(20000);
@@ -1006,7 +991,7 @@ TEST(stream, a_slow_consumer_is_what_limits) {
 
 TEST(stream, its_model_has_names_and_no_data) {
     DLManagedTensorVersioned *handle;
-    fst_options options = options_for(FST_DEVICE_CPU);
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_tensor tensor;
     fst_error error;
     fst_stream *stream = open_stream(two_files(2), &options);
@@ -1023,7 +1008,7 @@ TEST(stream, its_model_has_names_and_no_data) {
 
 /* Two at once, through one context, and loads between. */
 TEST(stream, two_at_once) {
-    fst_options options = options_for(FST_DEVICE_GPU(0));
+    fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_context *context = fst_context_new();
     fst_model *model;
     CHECK(context);

@@ -61,6 +61,22 @@ void support_random(void *data, size_t count, uint64_t seed) {
     for (size_t i = 0; i < count; i++) bytes[i] = (unsigned char)next_random(&seed);
 }
 
+/* ---- Loads ---- */
+
+const char *const *support_list(const char *path) {
+    static const char *files[2];
+    files[0] = path;
+    return files;
+}
+
+fst_options support_options(int device) {
+    fst_options options = FST_OPTIONS_INIT;
+    options.device = device;
+    options.threads = 3;
+    options.slot_bytes = 64 << 10;
+    return options;
+}
+
 /* ---- What is held ---- */
 
 static unsigned count_entries(const char *path) {

@@ -2,6 +2,7 @@
 #ifndef FST_TESTS_SUPPORT_H
 #define FST_TESTS_SUPPORT_H
 
+#include "fst.h"
 #include "gpu.h"
 #include "os.h"
 
@@ -22,6 +23,14 @@ size_t support_checkpoint(const char *path, const char *metadata, const support_
 
 /* `count` bytes that look random, by seed. */
 void support_random(void *data, size_t count, uint64_t seed);
+
+/* ---- Loads ---- */
+
+/* A file list of one, valid until the next call. */
+const char *const *support_list(const char *path);
+
+/* Some threads with small slots, so that small files are many chunks. */
+fst_options support_options(int device);
 
 /* ---- What is held ---- */
 
