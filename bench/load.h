@@ -2,6 +2,7 @@
 #ifndef FST_BENCH_LOAD_H
 #define FST_BENCH_LOAD_H
 
+#include "bench.h"
 #include "fst.h"
 #include "gpu.h"
 #include "pipeline.h"
@@ -14,7 +15,7 @@ enum { LOAD_MAX_RUNS = 64, LOAD_MAX_CASTS = 8, LOAD_MAX_CASES = 160, LOAD_MAX_DO
 typedef struct load_options {
     const char **paths;
     int device, verify, cold, advise, stream, tune; /* advise: cold by fadvise alone */
-    unsigned threads, slots_each, runs, cold_runs, first;
+    unsigned threads, slots, runs, cold_runs, first;
     size_t slot_bytes;
     double seconds; /* for all of it; 0: as long as it takes */
     fst_dtype casts[LOAD_MAX_CASTS];
@@ -82,7 +83,7 @@ typedef struct load_case {
     fst_reader_kind reader;
     fst_cache cache;
     int stream, is_tuning;
-    unsigned threads, slots_each; /* 0: the library's choice */
+    unsigned threads, slots; /* 0: the library's choice */
     size_t slot_bytes;
     load_sample *samples;
     unsigned count;
@@ -115,7 +116,7 @@ typedef struct load_bench {
     double started;
     uint64_t available; /* device memory before the first load */
     load_files given, tmpfs;
-    unsigned threads, slots_each; /* that the library uses, and the ceilings so too */
+    unsigned threads, slots; /* that the library uses, and the ceilings so too */
     size_t slot_bytes;
     load_case cases[LOAD_MAX_CASES];
     size_t count;
@@ -131,6 +132,10 @@ uint64_t load_available(const fst_gpu *gpu);
 void load_prepare(load_bench *b, const load_case *c);
 void load_set_options(const load_case *c, int device, fst_options *options);
 /* One load, as the case's next sample; `trace` may be NULL. */
+/* GB/s of reading files, as a load of them does. */
+#define LOAD_STRIP ((size_t)512 << 10)
+double load_read_rate(const load_bench *b, const load_files *files, bench_read where);
+
 void load_measure(load_bench *b, load_case *c, fst_trace *trace);
 /* Where the library's word and the system's differ by over 2 %, it becomes a doubt. */
 void load_check(load_bench *b, const load_case *c, const load_sample *s);

@@ -23,7 +23,7 @@ static load_case *add_case(load_bench *b, const char *name, const load_case *lik
     snprintf(c->name, sizeof c->name, "%s", name);
     if (!c->files) c->files = &b->given;
     if (!c->threads) c->threads = b->o.threads;
-    if (!c->slots_each) c->slots_each = b->o.slots_each;
+    if (!c->slots) c->slots = b->o.slots;
     if (!c->slot_bytes) c->slot_bytes = b->o.slot_bytes;
     c->samples = calloc(LOAD_MAX_RUNS, sizeof *c->samples);
     if (!c->samples) bench_die("out of memory");
@@ -52,22 +52,22 @@ static void add_cold(load_bench *b) {
 
 /* Rings between what keeps a link busy and what a last-level cache holds. */
 static void add_tuning(load_bench *b) {
-    static const unsigned all[] = {8, 10, 12, 14, 15, 16};
+    static const unsigned all[] = {8, 10, 12, 14, 16}, slots[] = {3, 4, 5, 6, 8};
     unsigned cpus = fst_os_cpus(), few[] = {(cpus + 1) / 2, cpus};
     const unsigned *threads = cpus < 8 ? few : all;
     size_t count = cpus < 8 ? 2 : sizeof all / sizeof *all;
     for (size_t i = 0; i < count && threads[i] <= cpus; i++)
-        for (size_t slot = MIB; slot <= 8 * MIB; slot *= 2)
-            for (unsigned each = 2; each <= 4; each++) {
+        for (size_t slot = 4 * MIB; slot <= 16 * MIB; slot *= 2)
+            for (size_t k = 0; k < sizeof slots / sizeof *slots; k++) {
                 char name[64];
-                size_t ring = slot * each * threads[i];
-                if (ring < 24 * MIB || ring > 128 * MIB || (i && threads[i] == threads[i - 1])) continue;
-                snprintf(name, sizeof name, "%u x %u x %zu MiB", threads[i], each, slot / MIB);
+                size_t ring = slot * slots[k];
+                if (ring < 24 * MIB || ring > 96 * MIB || (i && threads[i] == threads[i - 1])) continue;
+                snprintf(name, sizeof name, "%u threads, %u x %zu MiB", threads[i], slots[k], slot / MIB);
                 add_case(b, name,
                          &(load_case){.state = LOAD_WARM,
                                       .is_tuning = 1,
                                       .threads = threads[i],
-                                      .slots_each = each,
+                                      .slots = slots[k],
                                       .slot_bytes = slot});
             }
 }
@@ -98,9 +98,7 @@ static void add_rate(load_bench *b, load_ceiling which, double rate) {
 }
 
 static void measure_reading(load_bench *b, const load_files *files, load_ceiling which, bench_read where) {
-    add_rate(
-        b, which,
-        bench_read_rate((const char *const *)files->paths, b->threads, b->slots_each, b->slot_bytes, where));
+    add_rate(b, which, load_read_rate(b, files, where));
 }
 
 static void measure_ceilings(load_bench *b, int is_cold) {
@@ -207,7 +205,7 @@ static void measure_first(load_bench *b) {
     load_measure(b, c, NULL);
     const fst_stats *s = &c->samples[c->count - 1].stats;
     b->threads = s->threads;
-    b->slots_each = s->slots / s->threads ? s->slots / s->threads : 1;
+    b->slots = s->slots;
     b->slot_bytes = s->slot_bytes;
 }
 
@@ -219,7 +217,7 @@ static void draw(load_bench *b) {
     for (size_t i = b->count; i-- && b->o.tune;) /* the fastest: they are sorted */
         if (b->cases[i].is_tuning && b->cases[i].count) c = &b->cases[i];
     if (!c) return;
-    size_t room = c->samples[0].stats.chunks * 2 + 1024;
+    size_t room = c->samples[0].stats.chunks * 64 + 1024; /* strips and copies */
     fst_trace trace = {.records = calloc(room, sizeof *trace.records), .room = room};
     if (!trace.records) bench_die("out of memory");
     load_case one = *c;
@@ -228,9 +226,9 @@ static void draw(load_bench *b) {
     one.count = 0;
     if (c->state == LOAD_FIRST) fst_release_cached();
     load_measure(b, &one, &trace);
-    snprintf(title, sizeof title, "%s: %.2f GB in %.1f ms on %s (%s), %u threads x %u slots of %zu KiB",
+    snprintf(title, sizeof title, "%s: %.2f GB in %.1f ms on %s (%s), %u threads, %u slots of %zu KiB",
              c->name, (double)one.samples->stats.bytes_read / 1e9, one.samples->seconds * 1e3, b->gpu->name,
-             b->gpu->label, one.samples->stats.threads, one.samples->stats.slots / one.samples->stats.threads,
+             b->gpu->label, one.samples->stats.threads, one.samples->stats.slots,
              one.samples->stats.slot_bytes / 1024);
     load_timeline(b->o.timeline, title, one.samples, &trace,
                   b->gpu->host_access ? 0 : load_rate(b, LOAD_COPY));

@@ -100,12 +100,19 @@ static uint64_t reset_most_resident(void) {
 
 /* ---- Loads ---- */
 
+/* By as many threads as the library has, as much at a time, and into as large a ring. */
+double load_read_rate(const load_bench *b, const load_files *files, bench_read where) {
+    size_t piece = b->gpu->host_access || b->slot_bytes < LOAD_STRIP ? b->slot_bytes : LOAD_STRIP;
+    size_t each = b->slots * b->slot_bytes / piece / b->threads;
+    return bench_read_rate((const char *const *)files->paths, b->threads, (unsigned)(each ? each : 1), piece,
+                           where);
+}
+
 void load_prepare(load_bench *b, const load_case *c) {
     switch (c->state) {
     case LOAD_COLD: b->cold_by = load_drop(c->files, b->o.advise); break;
     case LOAD_HALF:
-        bench_read_rate((const char *const *)c->files->paths, b->threads, b->slots_each, b->slot_bytes,
-                        BENCH_INTO_RING);
+        load_read_rate(b, c->files, BENCH_INTO_RING);
         load_drop_half(c->files);
         break;
     default: break;
@@ -120,7 +127,7 @@ void load_set_options(const load_case *c, int device, fst_options *options) {
     options->slot_bytes = c->slot_bytes;
     options->reader = c->reader;
     options->cache = c->cache;
-    fst_pipeline_tuning.slots_each = c->slots_each;
+    fst_pipeline_tuning.slots = c->slots;
 }
 
 static void take_stats(load_sample *s, const fst_model *model) {

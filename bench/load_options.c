@@ -9,7 +9,7 @@
 static const char usage[] =
     "usage: bench_load [options] PATH...\n"
     "       bench_load [options] --generate DIR BYTES [--dtype DTYPE] [--files N] [--small N]\n"
-    "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots-each N\n"
+    "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots N\n"
     "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE...  --stream  --tmpfs DIR\n"
     "                    --cold  --cold-runs N (5)  --advise  --tune  --seconds N  --no-verify\n"
     "  what comes out:   --json FILE  --timeline FILE.svg  --timeline-of CASE\n";
@@ -85,7 +85,7 @@ static int parse_value(load_options *o, const char *name, const char *value) {
     if (strcmp(name, "--cold-runs") == 0) return parse_count(value, LOAD_MAX_RUNS, &o->cold_runs);
     if (strcmp(name, "--first") == 0) return parse_count(value, LOAD_MAX_RUNS, &o->first);
     if (strcmp(name, "--threads") == 0) return parse_count(value, 64, &o->threads);
-    if (strcmp(name, "--slots-each") == 0) return parse_count(value, 8, &o->slots_each);
+    if (strcmp(name, "--slots") == 0) return parse_count(value, 256, &o->slots);
     if (strcmp(name, "--slot") == 0) return parse_slot(value, &o->slot_bytes);
     if (strcmp(name, "--seconds") == 0) return parse_seconds(value, &o->seconds);
     if (strcmp(name, "--cast") == 0) return parse_cast(value, o);
@@ -117,7 +117,7 @@ static int check(const load_options *o, size_t paths) {
     if (o->generate && !o->generate_bytes && !o->small)
         return complain("--generate: 0 bytes and no --small", "");
     if (o->tune &&
-        (o->cold || o->stream || o->tmpfs || o->casts_count || o->threads || o->slot_bytes || o->slots_each))
+        (o->cold || o->stream || o->tmpfs || o->casts_count || o->threads || o->slot_bytes || o->slots))
         return complain("--tune goes with --runs, --seconds and outputs alone", "");
     return 1;
 }

@@ -148,8 +148,8 @@ static void print_readers(const load_bench *b) {
 
 void load_print(load_bench *b) {
     if (b->o.tune) qsort(b->cases, b->count, sizeof *b->cases, compare_cases);
-    printf("%s (%s), %s: %u threads x %u slots of %zu KiB; %zu files, %.3f GB\n", b->gpu->label, b->gpu->name,
-           b->reason, b->threads, b->slots_each, b->slot_bytes / 1024, b->given.count,
+    printf("%s (%s), %s: %u threads, %u slots of %zu KiB; %zu files, %.3f GB\n", b->gpu->label, b->gpu->name,
+           b->reason, b->threads, b->slots, b->slot_bytes / 1024, b->given.count,
            (double)b->given.bytes / 1e9);
     printf("ceilings:");
     for (unsigned i = 0; i < LOAD_CEILINGS; i++)

@@ -22,13 +22,13 @@ enum {
 typedef enum state { IDLE, COPYING, MEMORY, READING, STORAGE, STATES } state;
 static const char *const colours[STATES] = {"#eee", "#f2a33c", "#d64550", "#4c78a8", "#1d3557"};
 static const char *const labels[STATES] = {
-    "nothing to do, queueing, starting", "copy queued or under way (thread: waits for it)",
+    "nothing to do, queueing, starting", "copy queued or under way (thread: waits for a slot)",
     "waits for device memory", "reads from the page cache", "reads from storage"};
 #define LINK "#5a9367"
 #define OPENING "#c9b8d8"
 
 typedef struct bar {
-    unsigned line; /* worker x slots + slot */
+    unsigned line; /* a thread's; behind the threads', a slot's */
     state state;
     double begin, end;
 } bar;
@@ -46,8 +46,8 @@ typedef struct picture {
 
 /* ---- What happened ------------------------------------------------------------------------------------ */
 
-static int by_queued(const void *x, const void *y) {
-    double a = ((const fst_trace_record *)x)->queued, b = ((const fst_trace_record *)y)->queued;
+static int by_begin(const void *x, const void *y) {
+    double a = ((const fst_trace_record *)x)->begin, b = ((const fst_trace_record *)y)->begin;
     return (a > b) - (a < b);
 }
 
@@ -61,15 +61,14 @@ static void add_bar(picture *p, unsigned line, state s, double begin, double end
     if (end > begin) p->bars[p->count++] = (bar){line, s, begin, end};
 }
 
-/* A chunk that was read into place on the CPU device has no read_end. */
 static void add_record(picture *p, const fst_trace_record *r, double start) {
-    unsigned line = r->worker * p->slots + r->slot;
-    double begin = r->read_begin - start, end = r->done - start;
-    double read_end = r->read_end > 0 ? r->read_end - start : end;
-    double queued = r->queued > 0 ? r->queued - start : end;
-    add_bar(p, line, r->how == FST_HOW_CACHED ? READING : STORAGE, begin, read_end);
-    if (queued - read_end > 20e-6) add_bar(p, line, MEMORY, read_end, queued);
-    add_bar(p, line, COPYING, queued, end);
+    double begin = r->begin - start, end = r->end - start, full = r->full - start;
+    if (r->kind == FST_TRACE_READ) {
+        add_bar(p, r->worker, r->how == FST_HOW_CACHED ? READING : STORAGE, begin, end);
+        return;
+    }
+    if (begin - full > 20e-6) add_bar(p, r->worker, MEMORY, full, begin);
+    add_bar(p, p->workers + r->slot, COPYING, begin, end);
 }
 
 static void simulate_link(picture *p, const fst_trace_record *records, size_t count, double start,
@@ -78,8 +77,8 @@ static void simulate_link(picture *p, const fst_trace_record *records, size_t co
     p->link = calloc(2 * count + 1, sizeof *p->link);
     if (!p->link) bench_die("out of memory");
     for (size_t i = 0; i < count && rate > 0; i++) {
-        if (records[i].queued <= 0) continue;
-        double queued = records[i].queued - start, begin = queued > until ? queued : until;
+        if (records[i].kind != FST_TRACE_COPY) continue;
+        double queued = records[i].begin - start, begin = queued > until ? queued : until;
         until = begin + records[i].nbytes / (rate * 1e9);
         p->link[p->link_count++] = begin;
         p->link[p->link_count++] = until;
@@ -92,15 +91,19 @@ static size_t tick_of(const picture *p, double time) {
     return at <= 0 ? 0 : at >= TICKS ? TICKS : (size_t)at;
 }
 
-/* A thread reads if it reads into any slot; otherwise it waits for what its slots are about. */
+/* A thread that does nothing else, between what it did first and last, waits for a slot. */
 static void paint_threads(picture *p) {
     p->threads = calloc(p->workers, TICKS);
     if (!p->threads) bench_die("out of memory");
-    for (size_t i = 0; i < p->count; i++) {
+    size_t until = 0;
+    for (size_t i = 0; i < p->count && p->bars[i].line < p->workers; i++) {
         const bar *b = &p->bars[i];
-        unsigned char *ticks = p->threads + (size_t)(b->line / p->slots) * TICKS;
-        for (size_t t = tick_of(p, b->begin), end = tick_of(p, b->end); t < end; t++)
-            if (ticks[t] < b->state) ticks[t] = (unsigned char)b->state;
+        unsigned char *ticks = p->threads + (size_t)b->line * TICKS;
+        size_t begin = tick_of(p, b->begin), end = tick_of(p, b->end);
+        if (i && b->line == p->bars[i - 1].line)
+            for (; until < begin; until++) ticks[until] = COPYING;
+        for (size_t t = begin; t < end; t++) ticks[t] = (unsigned char)b->state;
+        until = end;
     }
 }
 
@@ -200,17 +203,17 @@ static void put_link_shares(picture *p, double bottom, double height) {
 }
 
 static double line_height(const picture *p) {
-    double height = 420.0 / (p->workers * p->slots);
+    double height = 420.0 / (p->workers + p->slots);
     return height > 14 ? 14 : height < 2 ? 2 : height;
 }
 
 static double lines_height(const picture *p) {
-    return line_height(p) * p->workers * (p->slots + 1.0 / 3) + 24;
+    return line_height(p) * (p->workers + p->slots + 2.0 / 3) + 24;
 }
 
-/* One line a thread and slot. */
+/* One line a thread, then one a slot. */
 static void put_lines(picture *p, double top, double seconds, double open_seconds) {
-    unsigned lines = p->workers * p->slots;
+    unsigned lines = p->workers + p->slots;
     double height = line_height(p), gap = height / 3, bottom = top + lines_height(p), y = top;
     size_t i = 0;
     put_open(p, top, bottom - top, open_seconds, seconds);
@@ -218,10 +221,11 @@ static void put_lines(picture *p, double top, double seconds, double open_second
     for (unsigned line = 0; line < lines; line++, y += height) {
         char label[32];
         size_t from = i;
-        if (line % p->slots == 0) {
-            snprintf(label, sizeof label, "thread %u", line / p->slots);
-            y += gap;
-            put_text(p, LEFT - 6, y + height * p->slots / 2 + 4, "end", label);
+        unsigned in_group = line < p->workers ? line : line - p->workers;
+        if (in_group == 0) y += gap;
+        if (height > 10 || in_group % 4 == 0) {
+            snprintf(label, sizeof label, "%s %u", line < p->workers ? "thread" : "slot", in_group);
+            put_text(p, LEFT - 6, y + height / 2 + 4, "end", label);
         }
         while (i < p->count && p->bars[i].line == line) i++;
         for (state s = COPYING; s < STATES; s++) {
@@ -325,7 +329,7 @@ void load_timeline(const char *path, const char *title, const load_sample *sampl
     if (!p.bars) bench_die("out of memory");
     count_lines(&p, trace->records, count);
     for (size_t i = 0; i < count; i++) add_record(&p, &trace->records[i], sample->started);
-    qsort(trace->records, count, sizeof *trace->records, by_queued);
+    qsort(trace->records, count, sizeof *trace->records, by_begin);
     simulate_link(&p, trace->records, count, sample->started, copy_rate);
     qsort(p.bars, p.count, sizeof *p.bars, by_line);
     paint_threads(&p);
@@ -341,7 +345,8 @@ void load_timeline(const char *path, const char *title, const load_sample *sampl
     snprintf(heading, sizeof heading, "All %.1f ms: what part of the threads does what", p.seconds * 1e3);
     put_text(&p, LEFT, SHARES_TOP - 6, "start", heading);
     put_shares(&p, SHARES_TOP, sample->stats.open_seconds);
-    snprintf(heading, sizeof heading, "The first %.1f ms: one line a thread and slot", detail * 1e3);
+    snprintf(heading, sizeof heading, "The first %.1f ms: a line for each thread, and for each slot",
+             detail * 1e3);
     put_text(&p, LEFT, DETAIL_TOP - 6, "start", heading);
     put_lines(&p, DETAIL_TOP, detail, sample->stats.open_seconds);
     fputs("</svg>\n", p.file);

@@ -7,6 +7,7 @@ wrong: on the CPU device, and on a GPU that is made of host memory (FAKE).
 import argparse
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -153,7 +154,7 @@ class Load(unittest.TestCase):
     def test_gpu(self):
         """The same program with copies, pinned memory and the driver's word on device memory."""
         out, _ = self.measure(args.fake, "--device", 0, "--cast", "F16", "--stream", "--threads", 2, "--slot", "256K",
-                              "--slots-each", 3, "--timeline", self.svg, checkpoint, FST_TEST_DEVICE="0")
+                              "--slots", 6, "--timeline", self.svg, checkpoint, FST_TEST_DEVICE="0")
         runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm stream"])
         self.assertEqual("fake:0", out["device"])
         for r in runs.values():
@@ -167,6 +168,8 @@ class Load(unittest.TestCase):
         root = xml.etree.ElementTree.parse(self.svg).getroot()
         words = ["".join(node.itertext()) for node in root.iter(SVG + "text")]
         self.assertEqual(["thread 0", "thread 1"], [w for w in words if w.startswith("thread")])
+        if r["pinned_bytes"]:
+            self.assertEqual(["slot %d" % i for i in range(6)], [w for w in words if re.match(r"slot \d", w)])
         self.assertTrue(any("warm as is" in w for w in words), words)
         self.assertTrue(any("Limit" in w for w in words), words)
         bars = [path.get("d") for path in root.iter(SVG + "path") if "scale" in (path.get("transform") or "")]
@@ -185,10 +188,10 @@ class Load(unittest.TestCase):
         rates = [r["gb_per_s"] for r in out["runs"]]
         self.assertEqual(sorted(rates, reverse=True), rates)
         for r in runs:
-            threads, each, slot = r["case"].replace(" MiB", "").split(" x ")
-            self.assertEqual((int(threads), int(threads) * int(each), int(slot) * MIB),
+            threads, slots, slot = map(int, re.fullmatch(r"(\d+) threads, (\d+) x (\d+) MiB", r["case"]).groups())
+            self.assertEqual((threads, 2 * threads, slot * MIB),  # on a GPU as many slots as asked for
                              (r["threads"], r["slots"], r["slot_bytes"]))
-            self.assertTrue(24 * MIB <= r["slots"] * r["slot_bytes"] <= 128 * MIB)
+            self.assertTrue(24 * MIB <= slots * slot * MIB <= 96 * MIB)
             self.assertGreaterEqual(r["measured"], 2)
 
     def test_wrong_results_are_found(self):
@@ -261,7 +264,7 @@ class Load(unittest.TestCase):
     def test_bad_arguments(self):
         path = checkpoint
         for bad in ([], ["--runs", "0", path], ["--runs", "65", path], ["--runs"], ["--device", "gpu", path],
-                    ["--cast", "F17", path], ["--slot", "1K", path], ["--slots-each", "9", path], ["--what", "1", path],
+                    ["--cast", "F17", path], ["--slot", "1K", path], ["--slots", "257", path], ["--what", "1", path],
                     ["--seconds", "soon", path], ["--generate", self.directory], ["--generate", self.directory, "0"],
                     ["--generate", self.directory, "1M", path], ["--small", "3", path], ["--tune", "--cold", path],
                     ["--timeline", self.svg, "--timeline-of", "lukewarm", path], ["--json", "", path]):

@@ -364,7 +364,7 @@ typedef struct fst_stats {
     uint64_t    peak_device_bytes; /* final blocks and staging ring at their most */
     uint64_t    pinned_bytes;      /* of the bounce ring; 0 on the CPU */
     unsigned    threads;
-    unsigned    slots;             /* bounce slots, of all threads */
+    unsigned    slots;             /* bounce slots */
     size_t      slot_bytes;
     uint64_t    chunks;            /* pieces that the files were read in */
     uint64_t    launches;          /* of kernels */
@@ -378,11 +378,11 @@ typedef struct fst_stats {
     uint64_t    bytes_buffered;    /* read from storage into the page cache, or not known to be there */
     uint64_t    bytes_direct;      /* read past the page cache (O_DIRECT) */
     const char *reader;            /* how they were read, and how it was known what is cached */
-    double      copy_seconds;      /* summed over streams: copies to the device, as the device measured a sample */
+    double      copy_seconds;      /* summed over streams: copies to the device, as it measured them */
     double      convert_seconds;   /* the same for kernels */
     double      consumer_seconds;  /* summed over threads: waited for memory, that a stream's consumer held */
     double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
-    unsigned    slots_unpinned;    /* threads that got less pinned memory than wanted */
+    unsigned    slots_unpinned;    /* bounce slots that could not be pinned: left out, if there are others */
     int         numa_node;         /* of the ring and its threads; -1: any */
 } fst_stats;
 

@@ -13,16 +13,18 @@
 #define MAX_THREADS 64u
 #define MAX_IDLE 2u                  /* engines that a context keeps for the next load */
 #define MAX_RING ((size_t)256 << 20) /* bytes of slots, unless more is asked for in so many words */
-#define MIN_SLOT ((size_t)64 << 10)
-#define NAP_SLACK 2000ul /* nanoseconds that a reader's short sleeps may be late */
+#define NAP_SLACK 2000ul             /* nanoseconds that a reader's short sleeps may be late */
 
-/* Measured on an H100 with 16 cores: 12 threads with two slots of 4 MiB reach the link's limit, and the ring stays in
- * the last-level cache; 8 MiB slots lose a third (docs/measuring.md). */
-#define GPU_THREADS 12u
-#define GPU_SLOT ((size_t)4 << 20)
-#define GPU_RING ((size_t)96 << 20)
+/* Measured on an H100 with 16 cores (docs/measuring.md): copies of 8 MiB take 2 % longer a byte than the longest, those
+ * of 4 MiB 4 %; and a ring of 40 MiB stays in the last-level cache, one of 96 MiB and more not always. All threads fill one
+ * slot after the other, so that few are enough. */
+#define GPU_THREADS 16u
+#define GPU_SLOT ((size_t)8 << 20)
+#define GPU_SLOTS 5u
+#define GPU_STRIP ((size_t)512 << 10)
+#define MAX_SLOTS 256u
 #define CPU_SLOT ((size_t)512 << 10) /* what is read is still in the core's cache when it is converted */
-#define SLOTS_EACH 2u
+#define CPU_SLOTS_EACH 2u
 
 fst_tuning fst_pipeline_tuning;
 
@@ -35,66 +37,65 @@ static struct fst_context process_context = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- What a worker needs, made in its own thread -------------------------------------------------- */
 
-static fst_slot *slot_at(fst_worker *w, unsigned k) { return &w->slots[k]; }
-
 /* Pages are given out at the first touch, from the node that is asked for. */
-static void touch_slots(fst_worker *w, unsigned char *mine) {
-    volatile unsigned char *memory = mine;
-    const fst_engine *engine = w->engine;
-    if (engine->node >= 0) fst_os_calls.bind_memory(mine, engine->worker_room, engine->node);
-    for (size_t i = 0; i < engine->worker_room; i += PAGE) memory[i] = 0;
+static void touch(const fst_engine *engine, unsigned char *memory, size_t size) {
+    volatile unsigned char *page = memory;
+    if (engine->node >= 0) fst_os_calls.bind_memory(memory, size, engine->node);
+    for (size_t i = 0; i < size; i += PAGE) page[i] = 0;
 }
 
-/* Memory on huge pages that was touched and is then registered takes a quarter of the time of a pinned allocation. When
- * the system refuses, half as much may do; without any, copies from pageable memory are slower but right. */
-static void pin_slots(fst_worker *w, unsigned char *mine) {
-    fst_engine *engine = w->engine;
+static int make_stream(const fst_gpu *gpu, fst_slot *s) {
+    int code = gpu->calls->stream_new(gpu, &s->stream);
+    if (!code) code = gpu->calls->event_new(gpu, 1, &s->started);
+    if (!code) code = gpu->calls->event_new(gpu, 1, &s->copied);
+    if (!code) code = gpu->calls->event_new(gpu, 1, &s->converted);
+    return code;
+}
+
+/* Memory on huge pages that was touched and is then registered takes a quarter of the time of a pinned allocation. A slot
+ * that the system does not let us pin is left out, as long as there are others. */
+static int make_slot(fst_engine *engine, fst_slot *s) {
     const fst_gpu *gpu = engine->gpu;
-    size_t size = engine->worker_room;
-    unsigned slots = engine->slots_each;
-    while (gpu->calls->pin(gpu, mine, size) != 0) {
-        slots /= 2;
-        size = slots * engine->slot_room;
-        if (slots == 0) break;
-    }
+    touch(engine, s->bounce, engine->slot_room);
+    int code = make_stream(gpu, s);
+    if (code || gpu->host_access) return code;
+    s->pinned = gpu->calls->pin(gpu, s->bounce, engine->slot_room) == 0;
     pthread_mutex_lock(&engine->lock);
-    engine->facts.unpinned += slots < engine->slots_each;
-    if (slots) {
-        w->pinned = mine;
-        w->slots_count = slots;
-        engine->facts.pinned_bytes += size;
-        engine->facts.slots -= engine->slots_each - slots;
+    if (s->pinned) {
+        engine->facts.pinned_bytes += engine->slot_room;
+        atomic_store(&s->state, FST_SLOT_FREE);
+        pthread_cond_broadcast(&engine->moved);
+    } else {
+        engine->facts.unpinned++;
     }
     pthread_mutex_unlock(&engine->lock);
-}
-
-static int make_stream(fst_worker *w) {
-    const fst_gpu *gpu = w->engine->gpu;
-    int code = gpu->calls->stream_new(gpu, &w->stream);
-    for (unsigned k = 0; k < w->slots_count && !code; k++) {
-        int timed = k == 0; /* one slot of each thread is a fair sample */
-        if (timed) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->started);
-        if (!code) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->copied);
-        if (!code) code = gpu->calls->event_new(gpu, timed, &slot_at(w, k)->converted);
-    }
-    return code;
+    return 0;
 }
 
 static void set_up(fst_worker *w) {
     fst_engine *engine = w->engine;
-    unsigned char *mine = engine->ring + engine->worker_room * (size_t)(w - engine->workers);
+    unsigned number = (unsigned)(w - engine->workers);
     int saved;
     if (engine->node >= 0) fst_os_calls.run_on_node(engine->node);
     prctl(PR_SET_TIMERSLACK, NAP_SLACK);
-    for (unsigned k = 0; k < engine->slots_each; k++) slot_at(w, k)->bounce = mine + engine->slot_room * k;
-    w->slots_count = engine->slots_each;
     w->setup_code = engine->gpu->calls->enter(engine->gpu, &saved);
     w->setup_what = w->setup_code ? "choosing the device" : NULL;
-    touch_slots(w, mine);
-    if (w->setup_code) return;
-    if (!engine->gpu->host_access) pin_slots(w, mine);
-    w->setup_code = make_stream(w);
-    if (w->setup_code) w->setup_what = "making streams and events";
+    for (unsigned i = number; i < engine->slots_count && !w->setup_code; i += engine->facts.threads) {
+        w->setup_code = make_slot(engine, &engine->slots[i]);
+        if (w->setup_code) w->setup_what = "making streams and events";
+    }
+}
+
+/* All workers have what they need. Without any slot that is pinned, copies from pageable memory are slower but right.
+ * The lock is held. */
+static void settle_slots(fst_engine *engine) {
+    int any = engine->facts.pinned_bytes > 0;
+    for (unsigned i = 0; i < engine->slots_count; i++) {
+        if (engine->slots[i].pinned) continue; /* in use since then */
+        if (any) engine->facts.slots--;
+        else atomic_store(&engine->slots[i].state, FST_SLOT_FREE);
+    }
+    pthread_cond_broadcast(&engine->moved);
 }
 
 static void *worker_main(void *arg) {
@@ -103,7 +104,7 @@ static void *worker_main(void *arg) {
     unsigned seen = 0;
     set_up(w);
     pthread_mutex_lock(&engine->lock);
-    engine->settled++;
+    if (++engine->settled == engine->facts.threads && !engine->gpu->host_access) settle_slots(engine);
     pthread_cond_broadcast(&engine->done);
     for (;;) {
         while (!engine->quit && engine->generation == seen) pthread_cond_wait(&engine->wake, &engine->lock);
@@ -122,16 +123,12 @@ static void *worker_main(void *arg) {
 
 /* ---- Engines ------------------------------------------------------------------------------------- */
 
-static void free_worker(const fst_gpu *gpu, fst_worker *w) {
-    for (unsigned k = 0; k < FST_MAX_SLOTS; k++) {
-        fst_slot *s = slot_at(w, k);
-        if (s->started) gpu->calls->event_free(gpu, s->started);
-        if (s->copied) gpu->calls->event_free(gpu, s->copied);
-        if (s->converted) gpu->calls->event_free(gpu, s->converted);
-    }
-    if (w->stream) gpu->calls->stream_free(gpu, w->stream);
-    if (w->pinned) gpu->calls->unpin(gpu, w->pinned);
-    fst_ring_free(w->ring);
+static void free_slot(const fst_gpu *gpu, fst_slot *s) {
+    if (s->started) gpu->calls->event_free(gpu, s->started);
+    if (s->copied) gpu->calls->event_free(gpu, s->copied);
+    if (s->converted) gpu->calls->event_free(gpu, s->converted);
+    if (s->stream) gpu->calls->stream_free(gpu, s->stream);
+    if (s->pinned) gpu->calls->unpin(gpu, s->bounce);
 }
 
 static void engine_free(fst_engine *engine) {
@@ -142,15 +139,18 @@ static void engine_free(fst_engine *engine) {
     pthread_cond_broadcast(&engine->wake);
     pthread_mutex_unlock(&engine->lock);
     for (unsigned i = 0; i < engine->threads_count; i++) pthread_join(engine->workers[i].thread, NULL);
-    for (unsigned i = 0; i < engine->threads_count; i++) free_worker(gpu, &engine->workers[i]);
+    for (unsigned i = 0; i < engine->threads_count; i++) fst_ring_free(engine->workers[i].ring);
+    for (unsigned i = 0; engine->slots && i < engine->slots_count; i++) free_slot(gpu, &engine->slots[i]);
     if (engine->staging) gpu->calls->free_block(gpu, engine->staging, engine->facts.staging_bytes);
     if (engine->ring) fst_os_calls.unmap(engine->ring, engine->ring_bytes);
     if (entered) gpu->calls->leave(gpu, saved);
     free(engine->workers);
+    free(engine->slots);
     pthread_mutex_destroy(&engine->lock);
     pthread_cond_destroy(&engine->wake);
     pthread_cond_destroy(&engine->done);
     pthread_cond_destroy(&engine->allocated);
+    pthread_cond_destroy(&engine->moved);
     free(engine);
 }
 
@@ -175,8 +175,8 @@ static size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / un
 
 /* What an engine for this device should be like. */
 typedef struct shape {
-    unsigned threads, slots_each;
-    size_t slot_bytes;
+    unsigned threads, slots;
+    size_t slot_bytes, strip_bytes;
 } shape;
 
 /* For waits that end by the clock: one that nobody sets. */
@@ -195,27 +195,33 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     pthread_mutex_init(&engine->lock, NULL);
     init_clocked(&engine->done);
     pthread_cond_init(&engine->allocated, NULL);
+    init_clocked(&engine->moved);
     pthread_cond_init(&engine->wake, NULL);
     engine->gpu = gpu;
     engine->process = getpid();
     engine->node = gpu->pci[0] ? fst_os_calls.pci_node(gpu->pci) : -1;
-    engine->slots_each = wanted->slots_each;
+    engine->slots_count = wanted->slots;
+    engine->strip_bytes = wanted->strip_bytes;
     engine->facts = (fst_engine_facts){.threads = wanted->threads,
-                                       .slots = wanted->threads * wanted->slots_each,
+                                       .slots = wanted->slots,
                                        .slot_bytes = wanted->slot_bytes,
                                        .node = engine->node};
     /* A page before and behind the chunk, because it keeps the file's alignment, and its jobs. */
     engine->slot_room = round_up(wanted->slot_bytes + wanted->slot_bytes / 8 + 2 * PAGE, PAGE);
-    engine->worker_room = engine->slot_room * wanted->slots_each;
-    if (engine->worker_room > HUGE_PAGE) engine->worker_room = round_up(engine->worker_room, HUGE_PAGE);
-    engine->ring_bytes = engine->worker_room * wanted->threads;
+    if (engine->slot_room > HUGE_PAGE) engine->slot_room = round_up(engine->slot_room, HUGE_PAGE);
+    engine->ring_bytes = engine->slot_room * wanted->slots;
     engine->workers = calloc(wanted->threads, sizeof *engine->workers);
+    engine->slots = calloc(wanted->slots, sizeof *engine->slots);
     engine->ring = fst_os_calls.map(engine->ring_bytes);
     if (engine->ring) fst_os_calls.keep_from_children(engine->ring, engine->ring_bytes);
     fst_status status = FST_OK;
-    if (!engine->workers || !engine->ring)
+    if (!engine->workers || !engine->slots || !engine->ring)
         status = fst_fail(error, FST_E_MEMORY, 0, NULL, "no memory for a bounce ring of %zu bytes",
                           engine->ring_bytes);
+    for (unsigned i = 0; !status && i < wanted->slots; i++) {
+        engine->slots[i].bounce = engine->ring + engine->slot_room * i;
+        if (gpu->host_access) atomic_init(&engine->slots[i].state, FST_SLOT_FREE);
+    }
     if (!status) status = start_threads(engine, error);
     if (status) {
         engine_free(engine);
@@ -225,28 +231,39 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     return FST_OK;
 }
 
-/* The ring should stay in the last-level cache, where the device reads what was just written. A processor of several such
- * caches has them small: below a certain size the slots would be too small to be worth their events. */
-static size_t ring_bytes(void) {
-    size_t cache = fst_os_calls.cache_bytes(), ring = fst_pipeline_tuning.ring_bytes;
-    if (ring) return ring;
-    ring = cache / 4 * 3;
-    if (cache == 0 || ring > GPU_RING) return GPU_RING;
-    return ring < GPU_RING / 2 ? GPU_RING / 2 : ring;
+/* The ring should stay in the last-level cache, where the device reads what was just written; a processor of several such
+ * caches has them small. */
+static size_t gpu_slot_bytes(void) {
+    size_t cache = fst_os_calls.cache_bytes() / 4 * 3, size = GPU_SLOT;
+    while (cache && size > GPU_SLOT / 4 && GPU_SLOTS * size > cache) size /= 2;
+    return size;
+}
+
+/* Room for all threads to read while others' strips are copied, in not too large a ring. */
+static unsigned gpu_slots(const shape *s) {
+    size_t reading = s->threads * (s->strip_bytes < s->slot_bytes ? s->strip_bytes : s->slot_bytes);
+    size_t slots = reading * 5 / 2 / s->slot_bytes + 1, most = MAX_RING / s->slot_bytes;
+    if (slots < GPU_SLOTS) slots = GPU_SLOTS;
+    if (slots > most) slots = most;
+    if (fst_pipeline_tuning.slots) slots = fst_pipeline_tuning.slots;
+    return (unsigned)(slots < 2 ? 2 : slots > MAX_SLOTS ? MAX_SLOTS : slots);
 }
 
 static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {
-    unsigned cpus = fst_os_cpus(), tuned = fst_pipeline_tuning.slots_each;
-    shape s = {config->threads, tuned && tuned <= FST_MAX_SLOTS ? tuned : SLOTS_EACH, config->slot_bytes};
+    unsigned cpus = fst_os_cpus();
+    shape s = {config->threads, 0, config->slot_bytes, fst_pipeline_tuning.strip_bytes};
     if (s.threads == 0) s.threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
     if (s.threads > MAX_THREADS) s.threads = MAX_THREADS;
-    if (s.slot_bytes == 0) {
-        size_t most = (gpu->host_access ? MAX_RING : ring_bytes()) / s.slots_each / s.threads;
-        s.slot_bytes = gpu->host_access ? CPU_SLOT : GPU_SLOT;
-        if (s.slot_bytes > most) s.slot_bytes = most > MIN_SLOT ? most : MIN_SLOT;
-    }
+    if (s.slot_bytes == 0) s.slot_bytes = gpu->host_access ? CPU_SLOT : gpu_slot_bytes();
     s.slot_bytes = round_up(s.slot_bytes, PAGE);
+    if (s.strip_bytes == 0) s.strip_bytes = GPU_STRIP;
+    if (gpu->host_access) s.strip_bytes = s.slot_bytes + PAGE; /* a chunk is one, wherever it begins */
+    s.slots = gpu->host_access ? CPU_SLOTS_EACH * s.threads : gpu_slots(&s);
     return s;
+}
+
+size_t fst_engine_strips(const fst_engine *engine) {
+    return (engine->facts.slot_bytes + PAGE + engine->strip_bytes - 1) / engine->strip_bytes;
 }
 
 /* ---- Contexts -------------------------------------------------------------------------------------- */
@@ -260,7 +277,8 @@ static fst_engine *take_idle(fst_context *context, const fst_gpu *gpu, const sha
     for (fst_engine **at = &context->idle; *at && !found;) {
         fst_engine *engine = *at;
         int fits = engine->gpu == gpu && engine->facts.threads == wanted->threads &&
-                   engine->slots_each == wanted->slots_each && engine->facts.slot_bytes == wanted->slot_bytes;
+                   engine->slots_count == wanted->slots && engine->strip_bytes == wanted->strip_bytes &&
+                   engine->facts.slot_bytes == wanted->slot_bytes;
         if (engine->process == getpid() && fits) found = engine;
         if (engine->process != getpid() || fits) *at = engine->next;
         else at = &engine->next;

@@ -123,7 +123,8 @@ static fst_status make_job(fst_loading *l) {
         .paths = (const char *const *)model->paths.files,
         .reader = l->reader,
         .use_ring = l->options.reader == FST_READER_URING,
-        .hows = calloc(l->plan.chunks_count + 1, sizeof *l->job.hows),
+        .hows = calloc(l->plan.chunks_count * fst_engine_strips(l->engine) + 1, sizeof *l->job.hows),
+        .slots = calloc(l->plan.chunks_count + 1, sizeof *l->job.slots),
         .blocks = calloc(l->plan.blocks_count + 1, sizeof *l->job.blocks),
         .batches = calloc(l->plan.batches_count + 1, sizeof *l->job.batches),
         .allocate = allocate_block,
@@ -137,7 +138,9 @@ static fst_status make_job(fst_loading *l) {
         .bytes_total = l->plan.bytes_read,
     };
     model->blocks = calloc(l->plan.blocks_count + 1, sizeof *model->blocks);
-    return l->job.hows && l->job.blocks && l->job.batches && model->blocks ? FST_OK : fst_no_memory(l->error);
+    return l->job.hows && l->job.slots && l->job.blocks && l->job.batches && model->blocks
+               ? FST_OK
+               : fst_no_memory(l->error);
 }
 
 /* The weight that codes become has a name and a shape of its own. */
@@ -207,6 +210,7 @@ void fst_loading_end(fst_loading *l) {
     fst_plan_free(&l->plan);
     fst_budget_drop(l->budget);
     free((void *)l->job.hows);
+    free((void *)l->job.slots);
     free((void *)l->job.blocks);
     free(l->job.batches);
     l->engine = NULL;
@@ -242,7 +246,6 @@ static void describe_reading(fst_loading *l) {
 void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) {
     const fst_gpu *gpu = l->model->gpu;
     fst_stats *stats = &l->model->stats;
-    double timed = pipeline->timed ? (double)pipeline->chunks / (double)pipeline->timed : 0;
     fst_engine_describe(l->engine, &l->facts);
     stats->bytes_read = l->header_bytes + pipeline->bytes_read;
     stats->bytes_out = l->plan.bytes_out;
@@ -262,8 +265,8 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     stats->read_seconds = pipeline->read_seconds;
     stats->wait_seconds = pipeline->wait_seconds;
     stats->kernel_seconds = pipeline->kernel_seconds;
-    stats->copy_seconds = pipeline->copy_ms * 1e-3 * timed;
-    stats->convert_seconds = pipeline->launch_ms * 1e-3 * timed;
+    stats->copy_seconds = pipeline->copy_ms * 1e-3;
+    stats->convert_seconds = pipeline->launch_ms * 1e-3;
     stats->consumer_seconds = l->budget ? pipeline->held_seconds : 0;
     stats->allocate_seconds = l->allocate_seconds;
     stats->seconds = fst_os_now() - l->started;

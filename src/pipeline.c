@@ -12,6 +12,9 @@
 #define PAGE 4096u
 #define PROGRESS_SECONDS 0.05
 #define CANCEL_SECONDS 0.01
+#define SLOT_SECONDS 0.005 /* a worker that waits for a slot looks so often, */
+#define SLOT_LOOKS 100u    /* after so many looks with short sleeps between */
+#define RING_SLOTS 64u     /* that are registered with an io_uring */
 #define NEXT_SECONDS 0.002 /* a consumer looks so often whether all the others wait for it */
 #define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
 #define AHEAD_BYTES ((uint64_t)64 << 20) /* of files, that the kernel is asked to read before they are read */
@@ -88,6 +91,7 @@ static void fail_with(fst_engine *engine, const fst_load_job *job, const fst_err
     atomic_store(&engine->stop, 1);
     pthread_cond_broadcast(&engine->done);
     pthread_cond_broadcast(&engine->allocated);
+    pthread_cond_broadcast(&engine->moved);
     pthread_mutex_unlock(&engine->lock);
     if (job->budget) fst_budget_stop(job->budget);
 }
@@ -122,6 +126,17 @@ static int check_read(fst_worker *w, const fst_load_job *job, const fst_plan_chu
     }
     fail_with(w->engine, job, &error);
     return 0;
+}
+
+/* ---- Waiting ----------------------------------------------------------------------------------- */
+
+/* Waits on a condition, but not for long. The lock is held. */
+static void wait_for(fst_engine *engine, pthread_cond_t *condition, double seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += (long)(seconds * 1e9);
+    if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
+    pthread_cond_timedwait(condition, &engine->lock, &until);
 }
 
 /* ---- Blocks ------------------------------------------------------------------------------------ */
@@ -231,6 +246,16 @@ static int wait_for_companions(fst_worker *w, const fst_load_job *job, uint32_t 
     w->needs_batch = 0;
     pthread_mutex_unlock(&engine->lock);
     return !atomic_load(&engine->stop);
+}
+
+/* Whether nothing of that has to be waited for, or allocated. */
+static int memory_is_there(fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    if (chunk->block != FST_NO_BLOCK && !atomic_load(&job->blocks[chunk->block])) return 0;
+    if (chunk->batch == FST_NO_BATCH || chunk->companions) return 1;
+    pthread_mutex_lock(&engine->lock);
+    int there = !lacks_companions(job, chunk->batch);
+    pthread_mutex_unlock(&engine->lock);
+    return there;
 }
 
 /* All memory that the chunk's results and conversions need. 0 when the job was stopped. */
@@ -392,15 +417,13 @@ static int convert_batched(fst_worker *w, const fst_load_job *job, const job_lis
 /* ---- Tensors that are complete ------------------------------------------------------------------ */
 
 /* The work of a chunk was queued in a slot, or, on the CPU device, is done. */
-static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index, unsigned slot) {
-    fst_engine *engine = w->engine;
+static void track_chunk(fst_engine *engine, const fst_load_job *job, uint32_t index) {
     fst_tracking *tracking = job->tracking;
     const fst_plan_chunk *chunk = &job->plan->chunks[index];
     const fst_plan_run *last = &job->plan->runs[chunk->first_run + chunk->runs - 1];
     uint32_t first = job->plan->runs[chunk->first_run].first_piece, end = last->first_piece + last->pieces;
-    unsigned worker = (unsigned)(w - engine->workers), completed = 0;
+    unsigned completed = 0;
     if (!tracking) return;
-    atomic_store(&tracking->slots[index], 1 + worker * FST_MAX_SLOTS + slot);
     for (uint32_t i = first; i < end; i++) {
         uint32_t tensor = job->plan->pieces[i].tensor;
         if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
@@ -441,7 +464,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     job_list lists[MAX_PAIRS];
     size_t jobs_bytes = 0;
     int code = time_kernels(w, s);
-    if (!code && s->started) code = gpu->calls->event_record(gpu, s->started, w->stream);
+    if (!code) code = gpu->calls->event_record(gpu, s->started, w->stream);
     *what = "a copy to the device";
     if (convert_pieces > DIRECT_LAUNCHES) {
         lists_count = make_jobs(job, chunk, staged, (fst_batch_job *)(void *)(bounce + jobs_at), lists);
@@ -526,58 +549,76 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
     return 1;
 }
 
-/* ---- Slots --------------------------------------------------------------------------------------- */
+/* ---- Traces ---------------------------------------------------------------------------------------- */
 
-static unsigned slot_number(const fst_worker *w, const fst_slot *s) { return (unsigned)(s - w->slots); }
-
-static fst_trace_record *trace_record(const fst_slot *s) {
-    fst_trace *trace = fst_pipeline_trace;
-    size_t at = trace && s->trace ? s->trace - 1 : SIZE_MAX;
-    return trace && at < trace->room ? &trace->records[at] : NULL;
+static void trace(const fst_trace_record *record) {
+    fst_trace *all = fst_pipeline_trace;
+    size_t at = all ? atomic_fetch_add(&all->count, 1) : 0;
+    if (all && at < all->room) all->records[at] = *record;
 }
 
-static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32_t nbytes, fst_how how) {
-    fst_trace *trace = fst_pipeline_trace;
-    s->trace = trace ? atomic_fetch_add(&trace->count, 1) + 1 : 0;
-    fst_trace_record *record = trace_record(s);
-    if (record)
-        *record = (fst_trace_record){.worker = (unsigned)(w - w->engine->workers),
-                                     .slot = slot_number(w, s),
-                                     .chunk = chunk,
-                                     .nbytes = nbytes,
-                                     .how = how,
-                                     .read_begin = fst_os_now()};
+static unsigned worker_number(const fst_worker *w) { return (unsigned)(w - w->engine->workers); }
+
+static void trace_read(const fst_worker *w, const fst_strip *strip, fst_how how, double begin) {
+    if (!fst_pipeline_trace) return;
+    trace(&(fst_trace_record){.kind = FST_TRACE_READ,
+                              .worker = worker_number(w),
+                              .chunk = strip->chunk,
+                              .nbytes = strip->nbytes,
+                              .how = how,
+                              .begin = begin,
+                              .end = fst_os_now()});
+}
+
+static void trace_copy(const fst_worker *w, const fst_load_job *job, const fst_slot *s, double end) {
+    if (!fst_pipeline_trace) return;
+    trace(&(fst_trace_record){.kind = FST_TRACE_COPY,
+                              .worker = worker_number(w),
+                              .slot = (unsigned)(s - w->engine->slots),
+                              .chunk = s->chunk,
+                              .nbytes = job->plan->chunks[s->chunk].nbytes,
+                              .full = s->full,
+                              .begin = s->queued,
+                              .end = end});
+}
+
+/* ---- Slots --------------------------------------------------------------------------------------- */
+
+static void set_state(fst_engine *engine, fst_slot *s, fst_slot_state state) {
+    atomic_store(&s->state, state);
+    if (engine->gpu->host_access) return; /* nobody waits for another's slot */
+    pthread_mutex_lock(&engine->lock);
+    pthread_cond_broadcast(&engine->moved);
+    pthread_mutex_unlock(&engine->lock);
 }
 
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
-    fst_trace_record *record = trace_record(s);
     if (chunk->batch != FST_NO_BATCH && !chunk->companions)
         companions_were_used(w->engine, job, chunk->batch);
-    atomic_fetch_add(&w->engine->bytes_done, job->plan->chunks[s->chunk].nbytes);
-    if (record) record->done = fst_os_now();
-    s->state = FST_SLOT_FREE;
+    atomic_fetch_add(&w->engine->bytes_done, chunk->nbytes);
+    set_state(w->engine, s, FST_SLOT_FREE);
 }
 
 /* Waits until the copies out of a slot are done. */
-static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+static int finish_copies(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
-    if (s->state != FST_SLOT_COPYING) return 1;
     double start = fst_os_now();
     /* What is converted with companions needs them until then. */
-    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH, timed = s->started != NULL;
+    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH;
     int code = gpu->calls->event_wait(gpu, uses ? s->converted : s->copied);
     double now = fst_os_now();
     w->stats.wait_seconds += now - start;
     w->stats.slot_seconds += now - s->queued;
     if (code) {
-        s->state = FST_SLOT_FREE;
+        atomic_store(&s->state, FST_SLOT_FREE);
         fail_device(w, job, code, "waiting for a copy");
         return 0;
     }
-    float copy = timed ? gpu->calls->event_elapsed(gpu, s->started, s->copied) : -1;
-    if (copy >= 0) w->stats.timed++, w->stats.copy_ms += (double)copy;
+    float copy = gpu->calls->event_elapsed(gpu, s->started, s->copied);
+    if (copy >= 0) w->stats.copy_ms += (double)copy;
     s->kernels_untimed = copy >= 0;
+    trace_copy(w, job, s, now);
     chunk_is_done(w, job, s);
     return 1;
 }
@@ -585,138 +626,322 @@ static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
 /* A chunk's bytes are in its slot: on they go. */
 static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
-    fst_trace_record *record = trace_record(s);
+    uint32_t index = s->chunk; /* once it is being copied, the slot may become another's */
     const char *what = "";
-    if (record) record->read_end = fst_os_now();
-    s->state = FST_SLOT_FREE;
+    w->stats.chunks++;
     if (!prepare_memory(w, job, chunk)) return 0;
     if (w->engine->gpu->host_access) {
         if (!place_chunk_on_host(w, job, chunk, s)) return 0;
         chunk_is_done(w, job, s);
     } else {
-        s->state = FST_SLOT_COPYING; /* also when only a part of it gets queued */
         s->queued = fst_os_now();
-        if (record) record->queued = s->queued;
+        w->stream = s->stream;
         int code = queue_chunk(w, job, chunk, s, &what);
-        if (code) {
+        if (code) { /* a part of it may be under way: the end of the job waits for all streams */
             fail_device(w, job, code, what);
             return 0;
         }
-        if (chunk->companions && !drain_slot(w, job, s)) return 0;
+        /* Companions are there when this worker says so. Other chunks are waited for by who needs their slot. */
+        if (!chunk->companions) set_state(w->engine, s, FST_SLOT_COPYING);
+        else if (!finish_copies(w, job, s)) return 0;
     }
     if (chunk->companions) companions_came(w->engine, job, chunk->batch);
-    track_chunk(w, job, s->chunk, slot_number(w, s));
+    track_chunk(w->engine, job, index);
+    return 1;
+}
+
+/* ---- Who gets a slot ------------------------------------------------------------------------------- */
+
+/* Waits for something to become of a slot, so that the chunk may get one: at first a moment, then until somebody says so,
+ * or for a while. */
+static void await_slots(fst_worker *w, const fst_load_job *job, const fst_strip *strip, unsigned look) {
+    const struct timespec nap = {0, 20000};
+    fst_engine *engine = w->engine;
+    double start = fst_os_now();
+    int takes = strip->index == 0 && atomic_load(&engine->next_slot) == strip->chunk;
+    atomic_store(&w->needs_slot, takes ? FST_NEEDS_ANY_SLOT : FST_NEEDS_SLOT);
+    if (look < SLOT_LOOKS) {
+        nanosleep(&nap, NULL);
+    } else {
+        pthread_mutex_lock(&engine->lock);
+        if (!atomic_load(&job->slots[strip->chunk]) && !atomic_load(&engine->stop))
+            wait_for(engine, &engine->moved, SLOT_SECONDS);
+        pthread_mutex_unlock(&engine->lock);
+    }
+    atomic_store(&w->needs_slot, 0);
+    w->stats.wait_seconds += fst_os_now() - start;
+}
+
+/* The slot that was first to be copied of those that are. */
+static fst_slot *oldest_copying(fst_engine *engine) {
+    fst_slot *oldest = NULL;
+    for (unsigned i = 0; i < engine->slots_count; i++) {
+        fst_slot *s = &engine->slots[i];
+        if (atomic_load(&s->state) == FST_SLOT_COPYING && (!oldest || s->chunk < oldest->chunk)) oldest = s;
+    }
+    return oldest;
+}
+
+/* Gives the chunk a slot if there is one: if not a free one, then the one that will be free next. Chunks get theirs in
+ * order, so that none waits for a later one, whatever that waits for. 0: not yet, or the job was stopped. */
+static int open_slot(fst_worker *w, const fst_load_job *job, uint32_t chunk, unsigned strips) {
+    fst_engine *engine = w->engine;
+    fst_slot *found = NULL;
+    if (atomic_load(&engine->next_slot) != chunk) return 0;
+    for (unsigned i = 0; i < engine->slots_count && !found; i++)
+        if (atomic_load(&engine->slots[i].state) == FST_SLOT_FREE) found = &engine->slots[i];
+    if (!found) {
+        found = oldest_copying(engine);
+        if (!found || !finish_copies(w, job, found)) return 0;
+    }
+    found->chunk = chunk;
+    atomic_store(&found->left, strips);
+    atomic_store(&found->state, FST_SLOT_FILLING);
+    atomic_store(&job->slots[chunk], (unsigned short)(1 + (found - engine->slots)));
+    atomic_store(&engine->next_slot, chunk + 1);
+    set_state(engine, found, FST_SLOT_FILLING);
+    return 1;
+}
+
+static int finish_read(fst_worker *w, const fst_load_job *job);
+
+static int send_full(fst_worker *w, const fst_load_job *job);
+
+/* Others may wait for what this worker reads. */
+static int finish_one(fst_worker *w, const fst_load_job *job) {
+    return finish_read(w, job) && send_full(w, job);
+}
+
+/* The slot that a strip is to be read into; the first strip's reader takes one for the chunk. NULL: the job was stopped. */
+static fst_slot *shared_slot(fst_worker *w, const fst_load_job *job, const fst_strip *strip,
+                             unsigned strips) {
+    fst_engine *engine = w->engine;
+    for (unsigned look = 0; !atomic_load(&engine->stop); look++) {
+        unsigned number = atomic_load(&job->slots[strip->chunk]);
+        if (number) return &engine->slots[number - 1];
+        if (strip->index == 0 && open_slot(w, job, strip->chunk, strips)) continue;
+        if (w->reads_count) {
+            if (!finish_one(w, job)) return NULL;
+        } else {
+            await_slots(w, job, strip, look);
+        }
+    }
+    return NULL;
+}
+
+/* On the CPU device: the worker's own next one. */
+static fst_slot *own_slot(fst_worker *w, const fst_load_job *job, const fst_strip *strip) {
+    fst_engine *engine = w->engine;
+    unsigned each = engine->slots_count / engine->facts.threads;
+    fst_slot *s = &engine->slots[worker_number(w) + w->turn++ % each * engine->facts.threads];
+    while (atomic_load(&s->state) != FST_SLOT_FREE)
+        if (!finish_one(w, job)) return NULL;
+    s->chunk = strip->chunk;
+    atomic_store(&s->left, 1);
+    atomic_store(&s->state, FST_SLOT_FILLING);
+    return s;
+}
+
+/* ---- Strips ------------------------------------------------------------------------------------------ */
+
+/* Strips are cut at whole pages, so that each can be read with O_DIRECT: neighbours share none. */
+static unsigned strips_of(const fst_engine *engine, const fst_plan_chunk *chunk) {
+    return (unsigned)((chunk->offset % PAGE + chunk->nbytes + engine->strip_bytes - 1) / engine->strip_bytes);
+}
+
+static fst_strip strip_at(const fst_engine *engine, const fst_load_job *job, uint32_t index, unsigned k) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    uint64_t base = chunk->offset - chunk->offset % PAGE, end = chunk->offset + chunk->nbytes;
+    uint64_t from = base + k * (uint64_t)engine->strip_bytes, to = from + engine->strip_bytes;
+    if (k == 0) from = chunk->offset;
+    if (to > end) to = end;
+    return (fst_strip){index, k, from, (uint32_t)(to - from)};
+}
+
+/* The next that nobody reads yet, all over the load in order. 0: there is none. */
+static int take_strip(fst_engine *engine, const fst_load_job *job, fst_strip *out) {
+    uint64_t at = atomic_load(&engine->next_strip), next;
+    uint32_t chunk, k;
+    do {
+        chunk = (uint32_t)(at >> 32);
+        k = (uint32_t)at;
+        if (chunk >= job->plan->chunks_count) return 0;
+        int last = k + 1 == strips_of(engine, &job->plan->chunks[chunk]);
+        next = last ? (uint64_t)(chunk + 1) << 32 : at + 1;
+    } while (!atomic_compare_exchange_weak(&engine->next_strip, &at, next));
+    *out = strip_at(engine, job, chunk, k);
+    return 1;
+}
+
+/* How a strip will be read: 1 + its fst_how once somebody decided, be it for later; DECIDING in between. */
+#define DECIDING 255u
+
+static atomic_uchar *how_of(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
+    return &job->hows[strip->chunk * fst_engine_strips(engine) + strip->index];
+}
+
+static fst_how choose(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
+    atomic_uchar *known = how_of(engine, job, strip);
+    uint32_t file = job->plan->chunks[strip->chunk].file;
+    unsigned char decided = atomic_load(known);
+    if (decided && decided != DECIDING) return (fst_how)(decided - 1);
+    fst_how how = fst_reader_choose(job->reader, file, strip->offset, strip->nbytes);
+    atomic_store(known, (unsigned char)(1 + how));
+    return how;
+}
+
+/* Decides about the strip that comes so many bytes later, and has it read in the background. */
+static void read_ahead(const fst_engine *engine, const fst_load_job *job, const fst_strip *from) {
+    const fst_plan *plan = job->plan;
+    uint32_t chunk = from->chunk;
+    uint64_t left = AHEAD_BYTES + (from->offset - plan->chunks[chunk].offset);
+    unsigned char undecided = 0;
+    while (chunk < plan->chunks_count && left >= plan->chunks[chunk].nbytes)
+        left -= plan->chunks[chunk++].nbytes;
+    if (chunk == plan->chunks_count) return;
+    fst_strip ahead = strip_at(engine, job, chunk, (unsigned)(left / engine->strip_bytes));
+    if (!atomic_compare_exchange_strong(how_of(engine, job, &ahead), &undecided, DECIDING)) return;
+    fst_how how = fst_reader_ahead(job->reader, plan->chunks[chunk].file, ahead.offset, ahead.nbytes);
+    atomic_store(how_of(engine, job, &ahead), (unsigned char)(1 + how));
+}
+
+/* The piece that a strip begins in: failures name its tensor. */
+static uint32_t piece_at(const fst_load_job *job, const fst_strip *strip) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
+    const fst_plan_run *first = &job->plan->runs[chunk->first_run], *last = first + chunk->runs - 1;
+    uint32_t low = first->first_piece, end = last->first_piece + last->pieces;
+    while (end - low > 1) {
+        uint32_t middle = low + (end - low) / 2;
+        if (chunk->offset + job->plan->pieces[middle].chunk_offset <= strip->offset) low = middle;
+        else end = middle;
+    }
+    return low;
+}
+
+/* Sends on what is full: first what need not wait for memory, which others may wait for; and before this worker waits,
+ * it finishes what it reads. */
+static int send_full(fst_worker *w, const fst_load_job *job) {
+    while (w->full_count) {
+        unsigned best = 0;
+        int ready = 0;
+        for (unsigned i = 0; i < w->full_count; i++) {
+            int there = memory_is_there(w->engine, job, &job->plan->chunks[w->full[i]->chunk]);
+            if (there > ready || (there == ready && w->full[i]->chunk < w->full[best]->chunk))
+                best = i, ready = there;
+        }
+        if (!ready && w->reads_count) {
+            if (!finish_read(w, job)) return 0;
+            continue;
+        }
+        fst_slot *s = w->full[best];
+        w->full[best] = w->full[--w->full_count];
+        if (!send_chunk(w, job, s)) return 0;
+    }
+    return 1;
+}
+
+/* A strip was read. Who reads a chunk's last one sends it on. */
+static int strip_came(fst_worker *w, const fst_load_job *job, fst_slot *s, const fst_strip *strip,
+                      ssize_t got) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
+    if (!check_read(w, job, chunk, piece_at(job, strip), strip->offset, strip->nbytes, got)) return 0;
+    if (atomic_fetch_sub(&s->left, 1) != 1) return 1;
+    s->full = fst_os_now();
+    w->full[w->full_count++] = s;
     return 1;
 }
 
 /* A ring that broke may write to its slots for ever: what it had is lost, and so is the load. */
-static void lose_ring(fst_worker *w, int code) {
-    for (unsigned k = 0; k < w->slots_count; k++)
-        if (w->slots[k].state == FST_SLOT_READING && !w->slots[k].finished)
-            w->slots[k].finished = 1, w->slots[k].got = code;
+static void lose_ring(fst_worker *w, const fst_load_job *job, int code) {
+    for (unsigned i = 0; i < FST_MAX_READS; i++) {
+        if (!w->reads[i].slot) continue;
+        strip_came(w, job, w->reads[i].slot, &w->reads[i].strip, code);
+        w->reads[i].slot = NULL;
+    }
+    w->reads_count = 0;
     w->ring_is_broken = 1;
 }
 
-/* Waits until the io_uring has read a slot's chunk, and sends it on. */
-static int finish_reading(fst_worker *w, const fst_load_job *job, fst_slot *s) {
-    const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
+/* Waits until the io_uring has read another strip. 0 after a failure, of anybody. */
+static int finish_read(fst_worker *w, const fst_load_job *job) {
     double start = fst_os_now();
-    if (s->state != FST_SLOT_READING) return 1;
-    while (!s->finished) {
-        uint64_t tag = 0;
-        ssize_t got = 0;
-        fst_how how;
-        int code = fst_reader_wait(job->reader, w->ring, &tag, &got, &how);
-        if (code < 0) lose_ring(w, code);
-        else w->slots[tag].finished = 1, w->slots[tag].got = got;
-    }
+    uint64_t tag = 0;
+    ssize_t got = 0;
+    fst_how how;
+    int code = fst_reader_wait(job->reader, w->ring, &tag, &got, &how);
     w->stats.read_seconds += fst_os_now() - start;
-    s->state = FST_SLOT_FREE;
-    if (atomic_load(&w->engine->stop)) return 0;
-    if (!check_read(w, job, chunk, job->plan->runs[chunk->first_run].first_piece, chunk->offset,
-                    chunk->nbytes, s->got))
+    if (code < 0) {
+        lose_ring(w, job, code);
         return 0;
-    return send_chunk(w, job, s);
+    }
+    fst_slot *s = w->reads[tag].slot;
+    fst_strip strip = w->reads[tag].strip;
+    w->reads[tag].slot = NULL;
+    w->reads_count--;
+    trace_read(w, &strip, how, w->reads[tag].begun);
+    if (atomic_load(&w->engine->stop)) return 0;
+    return strip_came(w, job, s, &strip, got);
 }
 
-/* Those that come before the `turn`-th in the order of the file, so that nothing that waits for memory holds back a
- * chunk that needs none. */
-static int finish_older(fst_worker *w, const fst_load_job *job, unsigned turn) {
-    for (unsigned i = 1; i < w->slots_count; i++)
-        if (!finish_reading(w, job, &w->slots[(turn + i) % w->slots_count])) return 0;
-    return 1;
-}
-
-/* How a chunk will be read: 1 + its fst_how once somebody decided, be it for later; DECIDING in between. */
-#define DECIDING 255u
-
-static fst_how choose(const fst_load_job *job, size_t index) {
-    const fst_plan_chunk *chunk = &job->plan->chunks[index];
-    unsigned char decided = atomic_load(&job->hows[index]);
-    if (decided && decided != DECIDING) return (fst_how)(decided - 1);
-    fst_how how = fst_reader_choose(job->reader, chunk->file, chunk->offset, chunk->nbytes);
-    atomic_store(&job->hows[index], (unsigned char)(1 + how));
-    return how;
-}
-
-static void read_ahead(const fst_load_job *job, size_t index) {
-    const fst_plan *plan = job->plan;
-    const fst_plan_chunk *from = &plan->chunks[index];
-    size_t ahead = index + 1;
-    unsigned char undecided = 0;
-    while (ahead < plan->chunks_count && plan->chunks[ahead].file == from->file &&
-           plan->chunks[ahead].offset - from->offset < AHEAD_BYTES)
-        ahead++;
-    if (ahead == plan->chunks_count ||
-        !atomic_compare_exchange_strong(&job->hows[ahead], &undecided, DECIDING))
-        return;
-    const fst_plan_chunk *chunk = &plan->chunks[ahead];
-    fst_how how = fst_reader_ahead(job->reader, chunk->file, chunk->offset, chunk->nbytes);
-    atomic_store(&job->hows[ahead], (unsigned char)(1 + how));
-}
-
-/* The ring of a worker, made by the first chunk that wants one. */
+/* The ring of a worker, made by the first strip that wants one. */
 static int prepare_ring(fst_worker *w, const fst_load_job *job) {
-    struct iovec slots[FST_MAX_SLOTS];
+    fst_engine *engine = w->engine;
+    struct iovec slots[RING_SLOTS];
+    unsigned count = 0, own = engine->gpu->host_access ? engine->facts.threads : 1;
     if (!job->use_ring) return 0;
     if (w->ring_why) fst_reader_note_ring(job->reader, w->ring_why); /* of an earlier load, too */
     if (w->ring || w->ring_is_refused) return !w->ring_is_refused;
-    for (unsigned k = 0; k < w->slots_count; k++)
-        slots[k] = (struct iovec){w->slots[k].bounce, w->engine->slot_room};
-    w->ring_is_refused = fst_ring_new(w->slots_count, slots, w->slots_count, &w->ring, &w->ring_why) != 0;
+    for (unsigned i = own > 1 ? worker_number(w) : 0; i < engine->slots_count && count < RING_SLOTS; i += own)
+        slots[count++] = (struct iovec){engine->slots[i].bounce, engine->slot_room};
+    w->ring_is_refused = fst_ring_new(FST_MAX_READS, slots, count, &w->ring, &w->ring_why) != 0;
     if (w->ring_why) fst_reader_note_ring(job->reader, w->ring_why);
     return !w->ring_is_refused;
 }
 
-/* Reads a chunk into a free slot, or begins to. */
-static int begin_chunk(fst_worker *w, const fst_load_job *job, unsigned turn, size_t index) {
-    const fst_plan_chunk *chunk = &job->plan->chunks[index];
-    fst_slot *s = &w->slots[turn % w->slots_count];
-    fst_how how = choose(job, index);
-    uint32_t first = job->plan->runs[chunk->first_run].first_piece;
-    s->chunk = (uint32_t)index;
-    w->stats.chunks++;
-    trace_begin(w, s, s->chunk, chunk->nbytes, how);
-    if (how == FST_HOW_BUFFERED) read_ahead(job, index);
-    if (how != FST_HOW_CACHED && prepare_ring(w, job) &&
-        fst_reader_submit(job->reader, w->ring, slot_number(w, s), how, chunk->file, s->bounce, chunk->offset,
-                          chunk->nbytes) == 0) {
-        s->finished = 0;
-        s->state = FST_SLOT_READING;
-        return 1;
-    }
-    if (!finish_older(w, job, turn)) return 0;
-    if (w->engine->gpu->host_access && how != FST_HOW_DIRECT) {
-        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
-        chunk_is_done(w, job, s);
-        if (chunk->companions) companions_came(w->engine, job, chunk->batch);
-        track_chunk(w, job, s->chunk, slot_number(w, s));
-        return 1;
-    }
+/* A strip's place in its slot: as fst_reader_read wants it. */
+static unsigned char *place_in_slot(const fst_load_job *job, const fst_slot *s, const fst_strip *strip) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
+    return s->bounce + (strip->offset / PAGE - chunk->offset / PAGE) * PAGE;
+}
+
+static int submit_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, const fst_strip *strip,
+                        fst_how how) {
+    unsigned tag = 0;
+    while (w->reads[tag].slot) tag++;
+    if (fst_reader_submit(job->reader, w->ring, tag, how, job->plan->chunks[strip->chunk].file,
+                          place_in_slot(job, s, strip), strip->offset, strip->nbytes))
+        return 0;
+    w->reads[tag].slot = s;
+    w->reads[tag].strip = *strip;
+    w->reads[tag].begun = fst_os_now();
+    w->reads_count++;
+    return 1;
+}
+
+/* Reads a strip into its slot, or begins to. */
+static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, const fst_strip *strip) {
+    fst_engine *engine = w->engine;
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
+    fst_how how = choose(engine, job, strip);
     double start = fst_os_now();
-    ssize_t got = fst_reader_read(job->reader, &how, chunk->file, s->bounce, chunk->offset, chunk->nbytes);
+    if (how == FST_HOW_BUFFERED) read_ahead(engine, job, strip);
+    if (how != FST_HOW_CACHED && prepare_ring(w, job) && submit_strip(w, job, s, strip, how)) return 1;
+    if (engine->gpu->host_access && how != FST_HOW_DIRECT) {
+        while (w->reads_count) /* what is earlier in the file may be waited for by what this one waits for */
+            if (!finish_one(w, job)) return 0;
+        w->stats.chunks++;
+        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
+        trace_read(w, strip, how, start);
+        chunk_is_done(w, job, s);
+        if (chunk->companions) companions_came(engine, job, chunk->batch);
+        track_chunk(engine, job, strip->chunk);
+        return 1;
+    }
+    ssize_t got = fst_reader_read(job->reader, &how, chunk->file, place_in_slot(job, s, strip), strip->offset,
+                                  strip->nbytes);
     w->stats.read_seconds += fst_os_now() - start;
-    return check_read(w, job, chunk, first, chunk->offset, chunk->nbytes, got) && send_chunk(w, job, s);
+    trace_read(w, strip, how, start);
+    return strip_came(w, job, s, strip, got);
 }
 
 /* ---- A worker ------------------------------------------------------------------------------------ */
@@ -731,44 +956,50 @@ static void cancel(fst_engine *engine, const fst_load_job *job) {
     fail_with(engine, job, &error);
 }
 
-/* Also after a failure: nothing may be under way when the blocks are freed. */
-static void settle(fst_worker *w, const fst_load_job *job, unsigned turn) {
-    const fst_gpu *gpu = w->engine->gpu;
-    for (unsigned i = 0; i < w->slots_count; i++)
-        finish_reading(w, job, &w->slots[(turn + i) % w->slots_count]);
-    for (unsigned i = 0; i < w->slots_count; i++) drain_slot(w, job, &w->slots[(turn + i) % w->slots_count]);
-    if (gpu->host_access) return;
-    double start = fst_os_now();
-    int code = gpu->calls->stream_wait(gpu, w->stream);
-    w->stats.wait_seconds += fst_os_now() - start;
-    for (unsigned i = 0; i < w->slots_count && !code; i++) code = time_kernels(w, &w->slots[i]);
-    if (code) fail_device(w, job, code, "waiting for the device");
+/* One strip more. 0: there is none, or the job was stopped. */
+static int work_on(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    fst_strip strip;
+    if (is_cancelled(job)) cancel(engine, job);
+    if (atomic_load(&engine->stop)) return 0;
+    if (w->reads_count == FST_MAX_READS && !finish_read(w, job)) return 0;
+    if (!send_full(w, job) || !take_strip(engine, job, &strip)) return 0;
+    fst_slot *s = engine->gpu->host_access
+                      ? own_slot(w, job, &strip)
+                      : shared_slot(w, job, &strip, strips_of(engine, &job->plan->chunks[strip.chunk]));
+    return s && begin_strip(w, job, s, &strip) && send_full(w, job);
+}
+
+/* Also after a failure: nothing may be under way when the blocks are freed. The last worker does it. */
+static void settle(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    fst_slot *next;
+    while ((next = oldest_copying(engine))) finish_copies(w, job, next);
+    for (unsigned i = 0; i < engine->slots_count; i++) {
+        fst_slot *s = &engine->slots[i];
+        if (atomic_load(&s->state) == FST_SLOT_FILLING)
+            atomic_store(&s->state, FST_SLOT_FREE); /* of a job that failed */
+        if (gpu->host_access || !s->stream) continue;
+        double start = fst_os_now();
+        w->stream = s->stream;
+        int code = gpu->calls->stream_wait(gpu, s->stream);
+        w->stats.wait_seconds += fst_os_now() - start;
+        if (!code) code = time_kernels(w, s);
+        s->kernels_untimed = 0;
+        if (code) fail_device(w, job, code, "waiting for the device");
+    }
 }
 
 void fst_engine_work(fst_worker *w, const fst_load_job *job) {
     fst_engine *engine = w->engine;
-    size_t number = (size_t)(w - engine->workers);
-    unsigned turn = 0;
     memset(&w->stats, 0, sizeof w->stats);
-    if (w->setup_what) {
-        fail_device(w, job, w->setup_code, w->setup_what);
-        return;
-    }
-    for (unsigned k = 0; k < w->slots_count; k++) {
-        fst_slot *s = &w->slots[k];
-        s->kernels_untimed = 0; /* of a job that failed */
-        if (engine->staging)
-            s->staging =
-                (unsigned char *)engine->staging + engine->slot_room * (number * engine->slots_each + k);
-    }
-    for (;; turn++) {
-        fst_slot *s = &w->slots[turn % w->slots_count];
-        if (is_cancelled(job)) cancel(engine, job);
-        if (atomic_load(&engine->stop) || !finish_reading(w, job, s) || !drain_slot(w, job, s)) break;
-        size_t i = atomic_fetch_add(&engine->next_chunk, 1);
-        if (i >= job->plan->chunks_count || !begin_chunk(w, job, turn, i)) break;
-    }
-    settle(w, job, turn);
+    w->turn = w->full_count = 0;
+    if (w->setup_what) fail_device(w, job, w->setup_code, w->setup_what);
+    else
+        while (work_on(w, job)) continue;
+    while (w->reads_count) finish_one(w, job); /* after the last strip, or a failure */
+    if (atomic_fetch_sub(&engine->inside, 1) == 1) settle(w, job);
     if (w->ring) fst_ring_forget(w->ring);
     if (w->ring_is_broken) {
         fst_ring_free(w->ring);
@@ -785,29 +1016,18 @@ void fst_engine_work(fst_worker *w, const fst_load_job *job) {
 static fst_status make_staging(fst_engine *engine, const fst_plan *plan, fst_error *error) {
     const fst_gpu *gpu = engine->gpu;
     if (gpu->host_access || engine->staging || !plan->converts) return FST_OK;
-    uint64_t size = (uint64_t)engine->slot_room * engine->slots_each * engine->threads_count;
+    uint64_t size = (uint64_t)engine->slot_room * engine->slots_count;
     int code = gpu->calls->alloc_block(gpu, size, &engine->staging);
     if (code) {
         engine->staging = NULL;
         return fst_gpu_fail(error, gpu, code, "allocating the staging ring");
     }
+    for (unsigned i = 0; i < engine->slots_count; i++)
+        engine->slots[i].staging = (unsigned char *)engine->staging + engine->slot_room * i;
     pthread_mutex_lock(&engine->lock);
     engine->facts.staging_bytes = size;
     pthread_mutex_unlock(&engine->lock);
     return FST_OK;
-}
-
-static void add_seconds(struct timespec *time, double seconds) {
-    time->tv_nsec += (long)(seconds * 1e9);
-    if (time->tv_nsec >= 1000000000) time->tv_sec++, time->tv_nsec -= 1000000000;
-}
-
-/* Waits on `done`, but not for long. The lock is held. */
-static void wait_a_bit(fst_engine *engine, double seconds) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    add_seconds(&until, seconds);
-    pthread_cond_timedwait(&engine->done, &engine->lock, &until);
 }
 
 static void report_progress(fst_engine *engine, const fst_load_job *job) {
@@ -823,7 +1043,7 @@ static void attend(fst_engine *engine, const fst_load_job *job) {
     int finished = 0;
     while (!finished) {
         pthread_mutex_lock(&engine->lock);
-        if (engine->running) wait_a_bit(engine, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
+        if (engine->running) wait_for(engine, &engine->done, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
         finished = engine->running == 0;
         pthread_mutex_unlock(&engine->lock);
         if (is_cancelled(job)) cancel(engine, job);
@@ -846,14 +1066,15 @@ static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
         out->slot_seconds += s->slot_seconds;
         out->copy_ms += s->copy_ms;
         out->launch_ms += s->launch_ms;
-        out->timed += s->timed;
     }
 }
 
 fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_error *error) {
     fst_status status = make_staging(engine, job->plan, error);
     if (status) return status;
-    atomic_store(&engine->next_chunk, 0);
+    atomic_store(&engine->next_strip, 0);
+    atomic_store(&engine->next_slot, 0);
+    atomic_store(&engine->inside, engine->threads_count);
     atomic_store(&engine->stop, 0);
     atomic_store(&engine->bytes_done, 0);
     engine->reported = 0;
@@ -895,16 +1116,30 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
 
 /* ---- Tensor by tensor ---------------------------------------------------------------------------- */
 
+/* Whether workers that wait for slots will get some: one that was used will be free, and whose turn it is waits for it. */
+static int slots_move(fst_engine *engine) {
+    int taker = 0, slot = 0;
+    for (unsigned i = 0; i < engine->threads_count; i++)
+        taker |= atomic_load(&engine->workers[i].needs_slot) == FST_NEEDS_ANY_SLOT;
+    for (unsigned i = 0; i < engine->slots_count; i++) {
+        int state = atomic_load(&engine->slots[i].state);
+        slot |= state == FST_SLOT_COPYING || state == FST_SLOT_FREE;
+    }
+    return taker && slot;
+}
+
 /* Whether nobody goes on before the consumer gives memory back. Who has not woken up yet, but has a block by now, will.
  * The lock is held. */
 static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
     unsigned held_up = 0;
     if (!job->budget || !engine->running) return 0;
+    int moves = slots_move(engine);
     for (unsigned i = 0; i < engine->threads_count; i++) {
         const fst_worker *w = &engine->workers[i];
         uint32_t needs = atomic_load(&w->needs);
-        /* Companions that do not come lie in a slot of a worker that waits for a block. */
+        /* Companions that do not come lie in a slot whose worker waits for a block. */
         held_up += (needs && !atomic_load(&job->blocks[needs - 1])) ||
+                   (atomic_load(&w->needs_slot) && !moves) ||
                    (w->needs_batch && lacks_companions(job, w->needs_batch - 1));
     }
     return held_up == engine->running && fst_budget_is_waited_for(job->budget);
@@ -921,8 +1156,8 @@ static int await_tensor(fst_engine *engine, const fst_load_job *job, uint32_t in
     int code = 0;
     if (gpu->host_access) return 0;
     for (uint32_t i = 0; i < tensor->chunks && !code; i++) {
-        unsigned number = atomic_load(&job->tracking->slots[tensor->first_chunk + i]) - 1;
-        fst_slot *s = &engine->workers[number / FST_MAX_SLOTS].slots[number % FST_MAX_SLOTS];
+        unsigned number = atomic_load(&job->slots[tensor->first_chunk + i]) - 1u;
+        fst_slot *s = &engine->slots[number];
         /* The slot may hold a later chunk by now: on the same stream, and so its event comes later still. */
         code = stream ? gpu->calls->stream_follow(gpu, stream, s->converted)
                       : gpu->calls->event_wait(gpu, s->converted);
@@ -958,7 +1193,7 @@ fst_status fst_pipeline_next(fst_engine *engine, const fst_load_job *job, size_t
                               "all of the stream's memory is held by tensors that were taken: release some");
             break;
         }
-        wait_a_bit(engine, NEXT_SECONDS);
+        wait_for(engine, &engine->done, NEXT_SECONDS);
     }
     if (!status && any) *which = tracking->ready[seen];
     pthread_mutex_unlock(&engine->lock);

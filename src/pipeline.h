@@ -1,5 +1,5 @@
-/* Runs a plan: reader threads fill bounce slots, each with its own stream on which the copy and the kernels of a chunk
- * follow one another, so that reads, copies and kernels overlap. engine.c has the threads and what they need, pipeline.c
+/* Runs a plan: reader threads together fill one bounce slot after the other, each with its own stream on which the copy and
+ * the kernels of a chunk follow one another, so that reads, copies and kernels overlap. engine.c has the threads and what they need, pipeline.c
  * what they do. */
 #ifndef FST_PIPELINE_H
 #define FST_PIPELINE_H
@@ -22,7 +22,7 @@ typedef struct fst_engine_facts {
     unsigned threads, slots;
     size_t   slot_bytes;
     uint64_t pinned_bytes, staging_bytes;
-    unsigned unpinned; /* threads with less pinned memory than they should have */
+    unsigned unpinned; /* slots that could not be pinned */
     int      node;     /* of the ring's memory and the threads; -1: any */
 } fst_engine_facts;
 
@@ -32,6 +32,8 @@ fst_status fst_engine_take(fst_context *context, const fst_gpu *gpu, const fst_e
                            fst_engine **out, fst_engine_facts *facts, fst_error *error);
 void       fst_engine_put(fst_context *context, fst_engine *engine);
 void       fst_engine_describe(const fst_engine *engine, fst_engine_facts *facts); /* as it is now */
+/* The most strips that a chunk has. */
+size_t     fst_engine_strips(const fst_engine *engine);
 
 /* ---- Memory that the consumer holds ----------------------------------------------------------- */
 
@@ -60,7 +62,6 @@ void fst_budget_drop(fst_budget *budget);
 /* Which tensors are complete, for a consumer that takes them one by one. */
 typedef struct fst_tracking {
     atomic_uint *left;    /* of each tensor: chunks whose work is not queued yet */
-    atomic_uint *slots;   /* of each chunk: 1 + the slot whose event `converted` comes behind it; 0: not queued */
     uint32_t    *ready;   /* tensors in the order in which they became complete; under the engine's lock */
     size_t       ready_count;
 } fst_tracking;
@@ -78,7 +79,8 @@ typedef struct fst_load_job {
     const char *const *paths;
     fst_reader        *reader;
     int                use_ring;   /* io_uring for what is not cached */
-    atomic_uchar      *hows;       /* of each chunk, at first 0: the pipeline's */
+    atomic_uchar      *hows;       /* of each strip (fst_engine_strips), at first 0: the pipeline's */
+    atomic_ushort     *slots;      /* of each chunk, at first 0: likewise */
     _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */
     fst_batch_state   *batches;    /* of the plan's; all zero at first */
     /* Allocates block i and returns its memory. One call at a time, in order, from any thread; it may wait. */
@@ -100,8 +102,7 @@ typedef struct fst_pipeline_stats {
     uint64_t companion_bytes;      /* device memory of companions at its most */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
-    double   copy_ms, launch_ms;   /* on the device, of the chunks that were timed */
-    uint64_t timed;                /* so many */
+    double   copy_ms, launch_ms;   /* on the device */
 } fst_pipeline_stats;
 
 /* Returns when all is in place, or after the first failure, with every thread idle and every stream empty. The blocks
@@ -125,17 +126,21 @@ fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int aba
 
 /* What suits the machine; 0: the default. */
 typedef struct fst_tuning {
-    unsigned slots_each; /* slots of a thread, at most 8 */
-    size_t   ring_bytes; /* of all slots of a GPU's engine */
+    unsigned slots;       /* of a GPU's engine */
+    size_t   strip_bytes; /* that a thread reads in one go, on a GPU; a multiple of 4,096 */
 } fst_tuning;
 extern fst_tuning fst_pipeline_tuning;
 
-/* When not NULL, each chunk leaves a record: seconds of fst_os_now. */
+/* When not NULL, each read and each copy leaves a record: seconds of fst_os_now. */
+typedef enum fst_trace_kind { FST_TRACE_READ, FST_TRACE_COPY } fst_trace_kind;
 typedef struct fst_trace_record {
-    unsigned worker, slot;
+    fst_trace_kind kind;
+    unsigned worker, slot; /* COPY: the one that sent it */
     uint32_t chunk, nbytes;
-    fst_how  how;
-    double   read_begin, read_end, queued, done;
+    fst_how  how;          /* READ */
+    double   full;         /* COPY: since when all of the chunk was read */
+    double   begin, end;   /* READ: on the CPU device conversions included. COPY: since it was queued, until that was
+                              known to be done */
 } fst_trace_record;
 typedef struct fst_trace {
     fst_trace_record *records;

@@ -395,6 +395,8 @@ TEST(pipeline, half_an_allocator_is_refused) {
 
 /* ---- Contexts -------------------------------------------------------------------------------------------- */
 
+enum { SLOTS = 8 }; /* of an engine with support_options */
+
 TEST(pipeline, contexts_share_nothing_and_keep_what_they_have) {
     fst_context *a = fst_context_new(), *b = fst_context_new();
     fst_options options = support_options(FST_DEVICE_GPU(0));
@@ -405,25 +407,25 @@ TEST(pipeline, contexts_share_nothing_and_keep_what_they_have) {
     for (int i = 0; i < 3; i++) { /* the second and third load find what the first made */
         options.context = a;
         load_and_check(files, &options);
-        CHECK_INT(3, fake_gpu_pins());
+        CHECK_INT(SLOTS, fake_gpu_pins());
         CHECK_INT(threads + 3, support_threads());
     }
     fst_release_cached(); /* is about the process's own */
-    CHECK_INT(3, fake_gpu_pins());
+    CHECK_INT(SLOTS, fake_gpu_pins());
     options.context = b;
     load_and_check(files, &options);
-    CHECK_INT(6, fake_gpu_pins());
+    CHECK_INT(2 * SLOTS, fake_gpu_pins());
     options.context = NULL;
     load_and_check(files, &options);
-    CHECK_INT(9, fake_gpu_pins());
+    CHECK_INT(3 * SLOTS, fake_gpu_pins());
     CHECK_INT(threads + 9, support_threads());
     fst_context_release(a);
-    CHECK_INT(6, fake_gpu_pins());
+    CHECK_INT(2 * SLOTS, fake_gpu_pins());
     options.context = a; /* it can be used again */
     load_and_check(files, &options);
-    CHECK_INT(9, fake_gpu_pins());
+    CHECK_INT(3 * SLOTS, fake_gpu_pins());
     fst_context_free(a);
-    CHECK_INT(6, fake_gpu_pins());
+    CHECK_INT(2 * SLOTS, fake_gpu_pins());
     fst_context_free(b);
     fst_context_free(NULL);
     fst_context_release(NULL);
@@ -455,7 +457,7 @@ TEST(pipeline, a_context_keeps_two_shapes) {
         options.threads = 1 + i % 3;
         load_and_check(files, &options);
     }
-    CHECK_INT(2 + 3, fake_gpu_pins());
+    CHECK_INT(6 + SLOTS, fake_gpu_pins()); /* of two threads, and of three */
     fst_context_free(context);
     fake_gpu_end();
 }
@@ -506,7 +508,7 @@ static void load_from_eight(int device, int release) {
     for (int i = 0; i < 8; i++) pthread_join(threads[i], NULL);
     for (int i = 0; i < 8; i++) CHECK_STR(NULL, loaders[i].wrong);
     CHECK(support_threads() <= before + 2 * 3);
-    CHECK(fake_gpu_pins() <= 2 * 3);
+    CHECK(fake_gpu_pins() <= 2 * SLOTS);
     fst_context_free(context);
     CHECK_INT(before, support_threads());
     fake_gpu_end();
@@ -532,34 +534,34 @@ TEST(pipeline, memory_that_cannot_be_pinned_is_told_and_is_no_failure) {
     fst_model *model = load(few(), &options);
     sample_check(model, FST_BF16);
     CHECK_INT(FST_OK, fst_model_stats(model, &stats));
-    CHECK_INT(3, stats.slots_unpinned);
+    CHECK_INT(SLOTS, stats.slots_unpinned);
     CHECK_INT(0, stats.pinned_bytes);
-    CHECK_INT(6, stats.slots);
+    CHECK_INT(SLOTS, stats.slots);
     CHECK_INT(0, fake_gpu_pins());
     fst_model_free(model);
     fake_gpu_end();
 }
 
-TEST(pipeline, half_of_the_slots_where_no_more_can_be_pinned) {
+TEST(pipeline, slots_that_cannot_be_pinned_are_left_out) {
     fst_options options = support_options(FST_DEVICE_GPU(0));
     fst_stats stats = {.size = sizeof stats};
     options.cast = FST_BF16;
-    fake_gpu_begin(&(fake_gpu_options){.seed = 1, .pin_at_most = 130 << 10});
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1, .pins_at_most = 3});
     fst_model *model = load(few(), &options);
     sample_check(model, FST_BF16);
     CHECK_INT(FST_OK, fst_model_stats(model, &stats));
-    CHECK_INT(3, stats.slots_unpinned);
+    CHECK_INT(SLOTS - 3, stats.slots_unpinned);
     CHECK_INT(3, stats.slots);
     CHECK_INT(3, fake_gpu_pins());
-    CHECK(stats.pinned_bytes >= 3 * 64 * KIB && stats.pinned_bytes <= 3 * 130 * KIB);
+    CHECK_INT(3 * 80 * KIB, stats.pinned_bytes);
     fst_model_free(model);
     fake_gpu_end();
     fake_gpu_begin(&(fake_gpu_options){.seed = 1}); /* as it should be */
     model = load(few(), &options);
     CHECK_INT(FST_OK, fst_model_stats(model, &stats));
     CHECK_INT(0, stats.slots_unpinned);
-    CHECK_INT(6, stats.slots);
-    CHECK(stats.pinned_bytes >= 6 * 64 * KIB);
+    CHECK_INT(SLOTS, stats.slots);
+    CHECK_INT(SLOTS * 80 * KIB, stats.pinned_bytes);
     fst_model_free(model);
     fake_gpu_end();
 }
@@ -697,6 +699,7 @@ typedef struct trial {
     const char *files[4];
     fst_options options;
     int streams, handles, short_reads, delayed, refuse_to_pin;
+    fst_tuning tuning;
 } trial;
 
 static arena trial_arena;
@@ -732,6 +735,8 @@ static void make_trial(uint64_t seed, trial *t) {
     t->short_reads = next_random(&random) % 3 == 1;
     t->delayed = next_random(&random) % 3 == 1;
     t->refuse_to_pin = next_random(&random) % 8 == 1;
+    if (next_random(&random) % 4) t->tuning.strip_bytes = (size_t)4096 << next_random(&random) % 5;
+    if (next_random(&random) % 3 == 0) t->tuning.slots = 2 + (unsigned)(next_random(&random) % 4);
     if (next_random(&random) % 4 == 1) t->options.allocator = &trial_allocator;
     trial_arena = arena_for(t->options.device);
     if (next_random(&random) % 3) t->options.memory_bytes = (1 + next_random(&random) % 3) * 1300000;
@@ -798,10 +803,12 @@ static void begin_trial(const trial *t, uint64_t seed, int fail_call, fake_os_ki
     fake_os_begin(
         &(fake_os_options){.short_reads = t->short_reads, .fail_at = fail_at, .kind = kind, .error = EIO});
     prompt_pread = fst_os_calls.pread;
+    fst_pipeline_tuning = t->tuning;
     if (t->delayed) fst_os_calls.pread = delayed_pread;
 }
 
 static void end_trial(void) {
+    fst_pipeline_tuning = (fst_tuning){0};
     fake_os_end();
     fake_gpu_end();
     CHECK_INT(0, atomic_load(&trial_arena.live));

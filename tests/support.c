@@ -243,12 +243,13 @@ static void fake_free_behind(const fst_gpu *gpu, fst_queue which, void *block, u
 }
 
 static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
-    (void)gpu, (void)memory;
-    if (fake.options.refuse_to_pin || (fake.options.pin_at_most && size > fake.options.pin_at_most)) return 1;
+    (void)gpu, (void)memory, (void)size;
     pthread_mutex_lock(&fake.lock);
-    fake.pins++;
+    int refused = fake.options.refuse_to_pin ||
+                  (fake.options.pins_at_most && fake.pins >= fake.options.pins_at_most);
+    fake.pins += !refused;
     pthread_mutex_unlock(&fake.lock);
-    return 0;
+    return refused;
 }
 
 static void fake_unpin(const fst_gpu *gpu, void *memory) {

@@ -46,7 +46,7 @@ typedef struct fake_gpu_options {
     uint64_t seed;
     int      fail_at;       /* the so-manieth call that can fail does, from 1; 0: none */
     int      refuse_to_pin;
-    size_t   pin_at_most;   /* larger pieces of memory cannot be pinned; 0: any can */
+    int      pins_at_most; /* more are refused; 0: none are */
     uint64_t memory;        /* device memory in all; 0: no limit */
 } fake_gpu_options;
 

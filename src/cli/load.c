@@ -89,7 +89,7 @@ static void print_stages(const fst_stats *stats, FILE *out) {
     fprintf(out, "\n");
     if (stats->numa_node >= 0) fprintf(out, "node     %d: the ring and its threads\n", stats->numa_node);
     if (stats->slots_unpinned)
-        fprintf(out, "note     %u threads got less pinned memory than wanted\n", stats->slots_unpinned);
+        fprintf(out, "note     %u bounce slots could not be pinned\n", stats->slots_unpinned);
 }
 
 static void print_lines(const arguments *args, const fst_model *model, const fst_stats *stats,
