@@ -18,7 +18,7 @@
 /* Measured on an H100 with 16 cores (docs/measuring.md): copies of 8 MiB take 2 % longer a byte than the longest, those
  * of 4 MiB 4 %; and a ring of 40 MiB stays in the last-level cache, one of 96 MiB and more not always. All threads fill one
  * slot after the other, so that few are enough. */
-#define GPU_THREADS 16u
+#define GPU_THREADS 12u
 #define GPU_SLOT ((size_t)8 << 20)
 #define GPU_SLOTS 5u
 #define GPU_STRIP ((size_t)512 << 10)
@@ -93,7 +93,8 @@ static void settle_slots(fst_engine *engine) {
     for (unsigned i = 0; i < engine->slots_count; i++) {
         if (engine->slots[i].pinned) continue; /* in use since then */
         if (any) engine->facts.slots--;
-        else atomic_store(&engine->slots[i].state, FST_SLOT_FREE);
+        else if (engine->slots[i].converted)
+            atomic_store(&engine->slots[i].state, FST_SLOT_FREE); /* made whole */
     }
     pthread_cond_broadcast(&engine->moved);
 }
@@ -198,6 +199,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     init_clocked(&engine->moved);
     pthread_cond_init(&engine->wake, NULL);
     engine->gpu = gpu;
+    atomic_flag_clear(&engine->giving);
     engine->process = getpid();
     engine->node = gpu->pci[0] ? fst_os_calls.pci_node(gpu->pci) : -1;
     engine->slots_count = wanted->slots;

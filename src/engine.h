@@ -36,8 +36,6 @@ typedef struct fst_slot {
     int pinned;
 } fst_slot;
 
-enum { FST_NEEDS_SLOT = 1, FST_NEEDS_ANY_SLOT };
-
 /* Of a chunk, that one thread reads in one go. */
 typedef struct fst_strip {
     uint32_t chunk, index; /* the index-th of its chunk */
@@ -52,7 +50,7 @@ typedef struct fst_worker {
     unsigned turn;                /* counts chunks: on the CPU device they take its slots by turns */
     _Atomic uint32_t needs;       /* 1 + the block that it waits for, or allocates; 0: none */
     uint32_t needs_batch;         /* 1 + the batch whose companions it waits for; 0: none; under the lock */
-    atomic_int needs_slot;        /* FST_NEEDS_SLOT: it waits for its chunk's; FST_NEEDS_ANY_SLOT: for one for it */
+    atomic_int needs_slot;        /* it waits for one */
     fst_ring *ring;               /* io_uring; NULL: none yet */
     int ring_is_refused, ring_is_broken;
     const char *ring_why;         /* what the system refused of it; static text, or NULL */
@@ -102,6 +100,7 @@ struct fst_engine {
     uint64_t companion_bytes, companion_peak; /* memory of batches */
     atomic_uint_fast64_t next_strip; /* its chunk x 2^32 + which of that one's it is */
     atomic_uint next_slot;           /* the chunk that gets the next slot */
+    atomic_flag giving;              /* somebody gives it one */
     atomic_uint inside;              /* workers that may still queue something */
     atomic_int stop; /* nothing new is begun */
     atomic_uint_fast64_t bytes_done;

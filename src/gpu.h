@@ -12,6 +12,8 @@
 #define FST_GPU_ABI 4
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
+#define FST_GPU_NOT_READY (-1)
+
 typedef struct fst_gpu fst_gpu;
 typedef void *fst_event;
 
@@ -39,6 +41,7 @@ typedef struct fst_gpu_calls {
     void (*event_free)(const fst_gpu *, fst_event);
     int (*event_record)(const fst_gpu *, fst_event, fst_queue);
     int (*event_wait)(const fst_gpu *, fst_event); /* the host waits; at once when never recorded */
+    int (*event_query)(const fst_gpu *, fst_event); /* 0: it would not wait; FST_GPU_NOT_READY; or a code */
     /* Work that is queued on the stream from now on, the caller's, waits for what the event was last recorded behind. */
     int (*stream_follow)(const fst_gpu *, fst_queue stream, fst_event);
     /* Milliseconds from one recorded event to another, both timed and done; < 0 when not known. */

@@ -118,6 +118,7 @@ static const fst_gpu_calls calls = {
     .event_free = handle_free,
     .event_record = event_record,
     .event_wait = wait,
+    .event_query = wait,
     .stream_follow = stream_follow,
     .event_elapsed = event_elapsed,
     .to_device = copy,

@@ -158,6 +158,14 @@ static int event_wait(const fst_gpu *gpu, fst_event event) {
     return code;
 }
 
+static int event_query(const fst_gpu *gpu, fst_event event) {
+    (void)gpu;
+    int code = hipEventQuery((hipEvent_t)event);
+    if (code != hipErrorNotReady) return code;
+    (void)hipGetLastError();
+    return FST_GPU_NOT_READY;
+}
+
 static int stream_follow(const fst_gpu *gpu, fst_queue stream, fst_event event) {
     (void)gpu;
     return hipStreamWaitEvent((hipStream_t)stream, (hipEvent_t)event, 0);
@@ -203,6 +211,7 @@ static const fst_gpu_calls calls = {
     .event_free = event_free,
     .event_record = event_record,
     .event_wait = event_wait,
+    .event_query = event_query,
     .stream_follow = stream_follow,
     .event_elapsed = event_elapsed,
     .to_device = to_device,

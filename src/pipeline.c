@@ -13,7 +13,8 @@
 #define PROGRESS_SECONDS 0.05
 #define CANCEL_SECONDS 0.01
 #define SLOT_SECONDS 0.005 /* a worker that waits for a slot looks so often, */
-#define SLOT_LOOKS 100u    /* after so many looks with short sleeps between */
+#define SLOT_SPINS 20u     /* after so many looks without a pause, */
+#define SLOT_NAPS 100u     /* and so many in all */
 #define RING_SLOTS 64u     /* that are registered with an io_uring */
 #define NEXT_SECONDS 0.002 /* a consumer looks so often whether all the others wait for it */
 #define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
@@ -603,12 +604,10 @@ static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
 /* Waits until the copies out of a slot are done. */
 static int finish_copies(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
-    double start = fst_os_now();
     /* What is converted with companions needs them until then. */
     int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH;
     int code = gpu->calls->event_wait(gpu, uses ? s->converted : s->copied);
     double now = fst_os_now();
-    w->stats.wait_seconds += now - start;
     w->stats.slot_seconds += now - s->queued;
     if (code) {
         atomic_store(&s->state, FST_SLOT_FREE);
@@ -650,27 +649,12 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     return 1;
 }
 
-/* ---- Who gets a slot ------------------------------------------------------------------------------- */
-
-/* Waits for something to become of a slot, so that the chunk may get one: at first a moment, then until somebody says so,
- * or for a while. */
-static void await_slots(fst_worker *w, const fst_load_job *job, const fst_strip *strip, unsigned look) {
-    const struct timespec nap = {0, 20000};
-    fst_engine *engine = w->engine;
-    double start = fst_os_now();
-    int takes = strip->index == 0 && atomic_load(&engine->next_slot) == strip->chunk;
-    atomic_store(&w->needs_slot, takes ? FST_NEEDS_ANY_SLOT : FST_NEEDS_SLOT);
-    if (look < SLOT_LOOKS) {
-        nanosleep(&nap, NULL);
-    } else {
-        pthread_mutex_lock(&engine->lock);
-        if (!atomic_load(&job->slots[strip->chunk]) && !atomic_load(&engine->stop))
-            wait_for(engine, &engine->moved, SLOT_SECONDS);
-        pthread_mutex_unlock(&engine->lock);
-    }
-    atomic_store(&w->needs_slot, 0);
-    w->stats.wait_seconds += fst_os_now() - start;
+/* Strips are cut at whole pages, so that each can be read with O_DIRECT: neighbours share none. */
+static unsigned strips_of(const fst_engine *engine, const fst_plan_chunk *chunk) {
+    return (unsigned)((chunk->offset % PAGE + chunk->nbytes + engine->strip_bytes - 1) / engine->strip_bytes);
 }
+
+/* ---- Who gets a slot ------------------------------------------------------------------------------- */
 
 /* The slot that was first to be copied of those that are. */
 static fst_slot *oldest_copying(fst_engine *engine) {
@@ -682,25 +666,53 @@ static fst_slot *oldest_copying(fst_engine *engine) {
     return oldest;
 }
 
-/* Gives the chunk a slot if there is one: if not a free one, then the one that will be free next. Chunks get theirs in
- * order, so that none waits for a later one, whatever that waits for. 0: not yet, or the job was stopped. */
-static int open_slot(fst_worker *w, const fst_load_job *job, uint32_t chunk, unsigned strips) {
+/* Waits for something to become of a slot: at first not at all, then a moment, then until somebody says so, or for a
+ * while. */
+static void await_slots(fst_worker *w, const fst_load_job *job, uint32_t chunk, unsigned look) {
+    const struct timespec nap = {0, 20000};
     fst_engine *engine = w->engine;
-    fst_slot *found = NULL;
-    if (atomic_load(&engine->next_slot) != chunk) return 0;
-    for (unsigned i = 0; i < engine->slots_count && !found; i++)
-        if (atomic_load(&engine->slots[i].state) == FST_SLOT_FREE) found = &engine->slots[i];
-    if (!found) {
-        found = oldest_copying(engine);
-        if (!found || !finish_copies(w, job, found)) return 0;
+    if (look < SLOT_SPINS) return;
+    atomic_store(&w->needs_slot, 1);
+    if (look < SLOT_NAPS || oldest_copying(engine)) { /* nobody says that a copy is done */
+        nanosleep(&nap, NULL);
+    } else {
+        pthread_mutex_lock(&engine->lock);
+        if (!atomic_load(&job->slots[chunk]) && !atomic_load(&engine->stop))
+            wait_for(engine, &engine->moved, SLOT_SECONDS);
+        pthread_mutex_unlock(&engine->lock);
     }
-    found->chunk = chunk;
-    atomic_store(&found->left, strips);
-    atomic_store(&found->state, FST_SLOT_FILLING);
-    atomic_store(&job->slots[chunk], (unsigned short)(1 + (found - engine->slots)));
-    atomic_store(&engine->next_slot, chunk + 1);
-    set_state(engine, found, FST_SLOT_FILLING);
-    return 1;
+    atomic_store(&w->needs_slot, 0);
+}
+
+/* A slot for another chunk, if there is one: if not a free one, then the oldest whose copies are done. */
+static fst_slot *find_slot(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    for (unsigned i = 0; i < engine->slots_count; i++)
+        if (atomic_load(&engine->slots[i].state) == FST_SLOT_FREE) return &engine->slots[i];
+    fst_slot *s = oldest_copying(engine);
+    if (!s) return NULL;
+    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH;
+    if (gpu->calls->event_query(gpu, uses ? s->converted : s->copied) == FST_GPU_NOT_READY) return NULL;
+    return finish_copies(w, job, s) ? s : NULL;
+}
+
+/* Gives the next chunk a slot, if it is not behind the one that the worker waits for. Whoever waits does it, so that nobody
+ * has to wake up for others to go on. Chunks get slots in order: none waits for a later one, whatever that waits for. */
+static void give_slot(fst_worker *w, const fst_load_job *job, uint32_t waits_for) {
+    fst_engine *engine = w->engine;
+    if (atomic_flag_test_and_set(&engine->giving)) return;
+    uint32_t chunk = atomic_load(&engine->next_slot);
+    fst_slot *s = chunk <= waits_for ? find_slot(w, job) : NULL;
+    if (s) {
+        s->chunk = chunk;
+        atomic_store(&s->left, strips_of(engine, &job->plan->chunks[chunk]));
+        atomic_store(&s->state, FST_SLOT_FILLING);
+        atomic_store(&job->slots[chunk], (unsigned short)(1 + (s - engine->slots)));
+        atomic_store(&engine->next_slot, chunk + 1);
+    }
+    atomic_flag_clear(&engine->giving);
+    if (s) set_state(engine, s, FST_SLOT_FILLING);
 }
 
 static int finish_read(fst_worker *w, const fst_load_job *job);
@@ -712,21 +724,29 @@ static int finish_one(fst_worker *w, const fst_load_job *job) {
     return finish_read(w, job) && send_full(w, job);
 }
 
-/* The slot that a strip is to be read into; the first strip's reader takes one for the chunk. NULL: the job was stopped. */
-static fst_slot *shared_slot(fst_worker *w, const fst_load_job *job, const fst_strip *strip,
-                             unsigned strips) {
+/* The slot of a chunk. NULL: the job was stopped. */
+static fst_slot *shared_slot(fst_worker *w, const fst_load_job *job, uint32_t chunk) {
     fst_engine *engine = w->engine;
+    double start = fst_os_now(), busy = 0;
+    fst_slot *found = NULL;
     for (unsigned look = 0; !atomic_load(&engine->stop); look++) {
-        unsigned number = atomic_load(&job->slots[strip->chunk]);
-        if (number) return &engine->slots[number - 1];
-        if (strip->index == 0 && open_slot(w, job, strip->chunk, strips)) continue;
+        unsigned number = atomic_load(&job->slots[chunk]);
+        if (number) {
+            found = &engine->slots[number - 1];
+            break;
+        }
+        give_slot(w, job, chunk);
+        if (atomic_load(&job->slots[chunk])) continue;
         if (w->reads_count) {
-            if (!finish_one(w, job)) return NULL;
+            double begun = fst_os_now();
+            if (!finish_one(w, job)) break;
+            busy += fst_os_now() - begun;
         } else {
-            await_slots(w, job, strip, look);
+            await_slots(w, job, chunk, look);
         }
     }
-    return NULL;
+    w->stats.wait_seconds += fst_os_now() - start - busy;
+    return found;
 }
 
 /* On the CPU device: the worker's own next one. */
@@ -743,11 +763,6 @@ static fst_slot *own_slot(fst_worker *w, const fst_load_job *job, const fst_stri
 }
 
 /* ---- Strips ------------------------------------------------------------------------------------------ */
-
-/* Strips are cut at whole pages, so that each can be read with O_DIRECT: neighbours share none. */
-static unsigned strips_of(const fst_engine *engine, const fst_plan_chunk *chunk) {
-    return (unsigned)((chunk->offset % PAGE + chunk->nbytes + engine->strip_bytes - 1) / engine->strip_bytes);
-}
 
 static fst_strip strip_at(const fst_engine *engine, const fst_load_job *job, uint32_t index, unsigned k) {
     const fst_plan_chunk *chunk = &job->plan->chunks[index];
@@ -964,9 +979,7 @@ static int work_on(fst_worker *w, const fst_load_job *job) {
     if (atomic_load(&engine->stop)) return 0;
     if (w->reads_count == FST_MAX_READS && !finish_read(w, job)) return 0;
     if (!send_full(w, job) || !take_strip(engine, job, &strip)) return 0;
-    fst_slot *s = engine->gpu->host_access
-                      ? own_slot(w, job, &strip)
-                      : shared_slot(w, job, &strip, strips_of(engine, &job->plan->chunks[strip.chunk]));
+    fst_slot *s = engine->gpu->host_access ? own_slot(w, job, &strip) : shared_slot(w, job, strip.chunk);
     return s && begin_strip(w, job, s, &strip) && send_full(w, job);
 }
 
@@ -975,20 +988,20 @@ static void settle(fst_worker *w, const fst_load_job *job) {
     fst_engine *engine = w->engine;
     const fst_gpu *gpu = engine->gpu;
     fst_slot *next;
+    double start = fst_os_now();
     while ((next = oldest_copying(engine))) finish_copies(w, job, next);
     for (unsigned i = 0; i < engine->slots_count; i++) {
         fst_slot *s = &engine->slots[i];
         if (atomic_load(&s->state) == FST_SLOT_FILLING)
             atomic_store(&s->state, FST_SLOT_FREE); /* of a job that failed */
         if (gpu->host_access || !s->stream) continue;
-        double start = fst_os_now();
         w->stream = s->stream;
         int code = gpu->calls->stream_wait(gpu, s->stream);
-        w->stats.wait_seconds += fst_os_now() - start;
         if (!code) code = time_kernels(w, s);
         s->kernels_untimed = 0;
         if (code) fail_device(w, job, code, "waiting for the device");
     }
+    w->stats.wait_seconds += fst_os_now() - start;
 }
 
 void fst_engine_work(fst_worker *w, const fst_load_job *job) {
@@ -1116,16 +1129,13 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
 
 /* ---- Tensor by tensor ---------------------------------------------------------------------------- */
 
-/* Whether workers that wait for slots will get some: one that was used will be free, and whose turn it is waits for it. */
+/* Whether workers that wait for slots will get some. */
 static int slots_move(fst_engine *engine) {
-    int taker = 0, slot = 0;
-    for (unsigned i = 0; i < engine->threads_count; i++)
-        taker |= atomic_load(&engine->workers[i].needs_slot) == FST_NEEDS_ANY_SLOT;
     for (unsigned i = 0; i < engine->slots_count; i++) {
         int state = atomic_load(&engine->slots[i].state);
-        slot |= state == FST_SLOT_COPYING || state == FST_SLOT_FREE;
+        if (state == FST_SLOT_COPYING || state == FST_SLOT_FREE) return 1;
     }
-    return taker && slot;
+    return 0;
 }
 
 /* Whether nobody goes on before the consumer gives memory back. Who has not woken up yet, but has a block by now, will.

@@ -245,8 +245,8 @@ static void fake_free_behind(const fst_gpu *gpu, fst_queue which, void *block, u
 static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
     (void)gpu, (void)memory, (void)size;
     pthread_mutex_lock(&fake.lock);
-    int refused = fake.options.refuse_to_pin ||
-                  (fake.options.pins_at_most && fake.pins >= fake.options.pins_at_most);
+    int refused =
+        fake.options.refuse_to_pin || (fake.options.pins_at_most && fake.pins >= fake.options.pins_at_most);
     fake.pins += !refused;
     pthread_mutex_unlock(&fake.lock);
     return refused;
@@ -335,6 +335,17 @@ static int fake_event_wait(const fst_gpu *gpu, fst_event which) {
     return fails ? 719 : 0;
 }
 
+/* Asking again and again comes to an end. */
+static int fake_event_query(const fst_gpu *gpu, fst_event which) {
+    event *e = which;
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    run_some();
+    int done = !e->stream || e->stream->run >= e->at;
+    pthread_mutex_unlock(&fake.lock);
+    return done ? 0 : FST_GPU_NOT_READY;
+}
+
 static int fake_follow(const fst_gpu *gpu, fst_queue which, fst_event of) {
     op o = {.kind = OP_FOLLOW, .event = of};
     (void)gpu;
@@ -391,6 +402,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .event_free = fake_event_free,
         .event_record = fake_event_record,
         .event_wait = fake_event_wait,
+        .event_query = fake_event_query,
         .stream_follow = fake_follow,
         .event_elapsed = fake_elapsed,
         .to_device = fake_copy,
