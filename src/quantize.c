@@ -82,6 +82,14 @@ size_t fst_quantize_scale_name(const char *weight, size_t length, fst_scale scal
     return length + strlen(suffix);
 }
 
+int fst_quantize_scales_codes(const fst_entry *entry) {
+    static const char *const suffixes[] = {".input_scale", ".activation_scale", ".output_scale", ".q_scale",
+                                           ".k_scale",     ".v_scale",          ".kv_scale",     ".prob_scale"};
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
+        if (has_suffix(entry->name, entry->name_length, suffixes[i])) return 1;
+    return 0;
+}
+
 /* ---- Shapes ---------------------------------------------------------------------------------------- */
 
 int fst_quantize_shape(const fst_entry *entry, uint64_t *stack, uint64_t *rows, uint64_t *cols) {
