@@ -889,6 +889,29 @@ TEST(computed, ocp_to_fnuz_keeps_bits_and_doubles_scales) {
     check_fnuz("m.weight_scale", "F16", "[1]", &half, &twice_half, 2, FST_QUANTIZE_TENSOR);
 }
 
+/* Without a kind of scales, as that type has no computed ones. Infinities are refused there, too. */
+TEST(computed, e5m2_becomes_fnuz_as_well) {
+    static unsigned char codes[] = {0x80, 0x7B, 0x3C, 0x01};
+    static const float scale = 0.25F, twice = 0.5F;
+    const support_tensor tensors[] = {{"m.weight", "F8_E5M2", "[1,4]", codes, 4},
+                                      {"m.weight_scale", "F32", "[1]", &scale, 4}};
+    const char *path = test_path("model.safetensors");
+    fst_options options = options_for(FST_DEVICE_CPU, FST_F8_E5M2FNUZ, FST_QUANTIZE_NONE);
+    fst_tensor tensor;
+    codes[0] = 0x80;
+    support_checkpoint(path, NULL, tensors, 2, 0);
+    fst_model *model = load(path, &options);
+    fst_model_at(model, 0, &tensor);
+    CHECK_INT(FST_F8_E5M2FNUZ, tensor.dtype);
+    CHECK_BYTES("\x00\x7B\x3C\x01", tensor.data, 4);
+    fst_model_at(model, 1, &tensor);
+    CHECK_BYTES(&twice, tensor.data, 4);
+    fst_model_free(model);
+    codes[0] = 0x7C;
+    support_checkpoint(path, NULL, tensors, 2, 0);
+    expect(FST_E_QUANTIZED, path, &options, "1 of its codes");
+}
+
 /* The same products, bit for bit: 2.6's vector, decoded as FNUZ. */
 TEST(computed, products_under_fnuz_are_those_of_ocp) {
     static const unsigned char codes[] = {0x38, 0x7E, 0xA3, 0x01};
