@@ -372,7 +372,7 @@ static void leave_windows(fst_engine *engine, const fst_load_job *job, uint32_t 
     if (!chunk->stripes) return;
     pthread_mutex_lock(&engine->lock);
     for (uint32_t i = chunk->first_stripe; i < chunk->first_stripe + chunk->stripes; i++) {
-        if (parking->stripes[i].finisher != index + 1) continue;
+        if (atomic_load(&parking->stripes[i].finisher) != index + 1) continue;
         parking->windows_done[job->plan->stripes[i].window]++;
         parking->stripes_left--;
     }
@@ -538,7 +538,7 @@ static int finish_stripes(fst_worker *w, const fst_load_job *job, uint32_t index
             code = quantize(w, job, stripe->tensor, parked_data(job, i), tensor->parked, stripe->matrix,
                             stripe->first_row, stripe->rows);
         w->stats.launches++;
-        job->parking->stripes[i].finisher = index + 1;
+        atomic_store(&job->parking->stripes[i].finisher, index + 1);
         *finished = 1;
     }
     return code;

@@ -75,7 +75,7 @@ typedef struct fst_batch_state {
  * but `stripes_left`. */
 typedef struct fst_stripe_state {
     atomic_uint done;     /* chunks whose part of it is queued */
-    uint32_t    finisher; /* 1 + the chunk behind which its conversion was queued; 0: it was not */
+    atomic_uint finisher; /* 1 + the chunk behind which its conversion was queued; 0: it was not */
 } fst_stripe_state;
 typedef struct fst_parking {
     void             *memory;       /* on the device; NULL: not yet, or no more */
