@@ -12,12 +12,13 @@
 #define PAGE 4096u
 #define PROGRESS_SECONDS 0.05
 #define CANCEL_SECONDS 0.01
-#define SLOT_SECONDS 0.005 /* a worker that waits for a slot looks so often, */
-#define SLOT_SPINS 20u     /* after so many looks without a pause, */
-#define SLOT_NAPS 100u     /* and so many in all */
-#define RING_SLOTS 64u     /* that are registered with an io_uring */
-#define NEXT_SECONDS 0.002 /* a consumer looks so often whether all the others wait for it */
-#define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
+#define WINDOW_SECONDS 0.0005 /* likewise for windows */
+#define SLOT_SECONDS 0.005    /* a worker that waits for a slot looks so often, */
+#define SLOT_SPINS 20u        /* after so many looks without a pause, */
+#define SLOT_NAPS 100u        /* and so many in all */
+#define RING_SLOTS 64u        /* that are registered with an io_uring */
+#define NEXT_SECONDS 0.002    /* a consumer looks so often whether all the others wait for it */
+#define DIRECT_LAUNCHES 2u    /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
 #define AHEAD_BYTES ((uint64_t)64 << 20) /* of files, that the kernel is asked to read before they are read */
 
 fst_trace *fst_pipeline_trace;
@@ -249,40 +250,181 @@ static int wait_for_companions(fst_worker *w, const fst_load_job *job, uint32_t 
     return !atomic_load(&engine->stop);
 }
 
-/* Whether nothing of that has to be waited for, or allocated. */
-static int memory_is_there(fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
-    if (chunk->block != FST_NO_BLOCK && !atomic_load(&job->blocks[chunk->block])) return 0;
-    if (chunk->batch == FST_NO_BATCH || chunk->companions) return 1;
+/* ---- Stripes that wait for the rest of them ---------------------------------------------------------- */
+
+static int drain_copies(fst_worker *w, const fst_load_job *job);
+
+/* Memory for windows and counters, before anything is read. */
+static fst_status make_parking(fst_engine *engine, const fst_load_job *job, fst_error *error) {
+    const fst_gpu *gpu = engine->gpu;
+    const fst_plan *plan = job->plan;
+    fst_parking *parking = job->parking;
+    void *counters = NULL;
+    int code = 0;
+    if (plan->counters_count)
+        code = gpu->calls->alloc_block(gpu, plan->counters_count * sizeof *parking->counters, &counters);
+    if (code) return fst_gpu_fail(error, gpu, code, "allocating counters for quantized weights");
+    parking->counters = counters;
+    if (plan->parked_bytes) code = gpu->calls->alloc_block(gpu, plan->parked_bytes, &parking->memory);
+    if (!code) return FST_OK;
+    parking->memory = NULL;
+    return fst_gpu_fail(error, gpu, code, "allocating memory for weights that wait for their scales");
+}
+
+static void free_parked(fst_engine *engine, const fst_load_job *job) {
+    if (job->parking->memory)
+        engine->gpu->calls->free_block(engine->gpu, job->parking->memory, job->plan->parked_bytes);
+    job->parking->memory = NULL;
+}
+
+static void free_parking(fst_engine *engine, const fst_load_job *job) {
+    fst_parking *parking = job->parking;
+    free_parked(engine, job);
+    if (parking->counters)
+        engine->gpu->calls->free_block(engine->gpu, parking->counters,
+                                       job->plan->counters_count * sizeof *parking->counters);
+    parking->counters = NULL;
+}
+
+/* Counters are zero before anything is queued that counts. Who comes first does it, and others wait for that. */
+static int need_counters(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    fst_parking *parking = job->parking;
+    int code = 0;
+    if (!parking->counters) return 1;
     pthread_mutex_lock(&engine->lock);
-    int there = !lacks_companions(job, chunk->batch);
+    if (!parking->counters_are_set) {
+        size_t size = job->plan->counters_count * sizeof *parking->counts;
+        code = gpu->calls->to_device(gpu, w->stream, parking->counters, parking->counts, size);
+        if (!code) code = gpu->calls->stream_wait(gpu, w->stream);
+        parking->counters_are_set = !code;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (code) fail_device(w, job, code, "setting counters");
+    return code == 0;
+}
+
+/* What was counted, once all streams are empty: NaNs of quantized weights in *nans. Codes that FNUZ does not have are an
+ * error. */
+static fst_status read_counters(fst_engine *engine, const fst_load_job *job, uint64_t *nans,
+                                fst_error *error) {
+    const fst_gpu *gpu = engine->gpu;
+    const fst_plan *plan = job->plan;
+    fst_parking *parking = job->parking;
+    if (!parking->counters_are_set) return FST_OK;
+    fst_queue stream = engine->slots[0].stream;
+    int code = gpu->calls->to_host(gpu, stream, parking->counts, parking->counters,
+                                   plan->counters_count * sizeof *parking->counts);
+    if (!code) code = gpu->calls->stream_wait(gpu, stream);
+    if (code) return fst_gpu_fail(error, gpu, code, "reading counters");
+    for (size_t i = 0; i < plan->stored_count; i++) {
+        const fst_plan_tensor *tensor = &plan->tensors[i];
+        if (tensor->counter == FST_NO_COUNTER || !parking->counts[tensor->counter]) continue;
+        if (tensor->conversion == FST_CONVERT_QUANTIZE) {
+            *nans += parking->counts[tensor->counter];
+            continue;
+        }
+        const fst_entry *entry = &job->headers[tensor->file].tensors[tensor->entry];
+        fst_where where = {job->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(job->headers[tensor->file].data_start + entry->begin)};
+        return fst_fail(error, FST_E_QUANTIZED, 0, &where,
+                        "tensor \"%s\": %llu of its codes are no finite numbers, which %s cannot say",
+                        entry->name, (unsigned long long)parking->counts[tensor->counter],
+                        fst_dtype_name(tensor->dtype));
+    }
+    return FST_OK;
+}
+
+/* Whether nothing is left in the windows that a chunk's stripes go into. The lock is held. */
+static int windows_are_free(const fst_load_job *job, const fst_plan_chunk *chunk) {
+    const fst_plan *plan = job->plan;
+    uint32_t first = plan->stripes[chunk->first_stripe].window;
+    uint32_t last = plan->stripes[chunk->first_stripe + chunk->stripes - 1].window;
+    for (uint32_t i = first; i <= last; i++)
+        if (i >= 2 && job->parking->windows_done[i - 2] < plan->windows[i - 2]) return 0;
+    return 1;
+}
+
+/* The parts that are waited for are in slots that nobody may need: whoever waits sees to them. */
+static int wait_for_windows(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    fst_engine *engine = w->engine;
+    int are_free = 0;
+    while (!are_free && !atomic_load(&engine->stop)) {
+        if (!drain_copies(w, job)) return 0;
+        pthread_mutex_lock(&engine->lock);
+        are_free = windows_are_free(job, chunk);
+        w->needs_window = are_free ? 0 : (uint32_t)(chunk - job->plan->chunks) + 1;
+        if (!are_free && !atomic_load(&engine->stop)) wait_for(engine, &engine->allocated, WINDOW_SECONDS);
+        w->needs_window = 0;
+        pthread_mutex_unlock(&engine->lock);
+    }
+    return !atomic_load(&engine->stop);
+}
+
+/* The stripes that a chunk was the last of are converted: their places are free. */
+static void leave_windows(fst_engine *engine, const fst_load_job *job, uint32_t index) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    fst_parking *parking = job->parking;
+    if (!chunk->stripes) return;
+    pthread_mutex_lock(&engine->lock);
+    for (uint32_t i = chunk->first_stripe; i < chunk->first_stripe + chunk->stripes; i++) {
+        if (atomic_load(&parking->stripes[i].finisher) != index + 1) continue;
+        parking->windows_done[job->plan->stripes[i].window]++;
+        parking->stripes_left--;
+    }
+    /* As with companions: after a failure, once all streams are empty. */
+    if (parking->stripes_left == 0 && !atomic_load(&engine->stop)) free_parked(engine, job);
+    pthread_cond_broadcast(&engine->allocated);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+/* Whether no memory has to be waited for, or allocated. */
+static int memory_is_there(fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    int waits_for_companions = chunk->batch != FST_NO_BATCH && !chunk->companions;
+    if (chunk->block != FST_NO_BLOCK && !atomic_load(&job->blocks[chunk->block])) return 0;
+    if (!waits_for_companions && !chunk->stripes) return 1;
+    pthread_mutex_lock(&engine->lock);
+    int there = (!waits_for_companions || !lacks_companions(job, chunk->batch)) &&
+                (!chunk->stripes || windows_are_free(job, chunk));
     pthread_mutex_unlock(&engine->lock);
     return there;
 }
 
 /* All memory that the chunk's results and conversions need. 0 when the job was stopped. */
 static int prepare_memory(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
-    if (!worker_needs_block(w, job, chunk->block)) return 0;
-    if (chunk->batch == FST_NO_BATCH) return 1;
-    return chunk->companions ? need_companion_memory(w, job, chunk->batch)
-                             : wait_for_companions(w, job, chunk->batch);
+    if (!worker_needs_block(w, job, chunk->block) || !need_counters(w, job)) return 0;
+    if (chunk->batch != FST_NO_BATCH && !(chunk->companions ? need_companion_memory(w, job, chunk->batch)
+                                                            : wait_for_companions(w, job, chunk->batch)))
+        return 0;
+    return !chunk->stripes || wait_for_windows(w, job, chunk);
 }
 
 /* ---- Conversions ------------------------------------------------------------------------------- */
 
-/* What converts a piece that lies at `src`. */
+/* Where the data of a tensor lies, or of a companion. */
+static unsigned char *data_of(const fst_load_job *job, const fst_plan_tensor *tensor) {
+    if (tensor->batch != FST_NO_BATCH)
+        return (unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
+    if (tensor->memory) return tensor->memory;
+    return (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
+}
+
+static unsigned char *parked_data(const fst_load_job *job, uint32_t stripe) {
+    return (unsigned char *)job->parking->memory + job->plan->stripes[stripe].offset;
+}
+
+/* What converts a piece that lies at `src`: into the result, or into the stripe that it is parked in. */
 static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
-    unsigned char *result = tensor->memory;
-    if (tensor->batch != FST_NO_BATCH)
-        result = (unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
-    else if (!result)
-        result = (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
+    int parked = piece->stripe != FST_NO_STRIPE;
+    unsigned char *to = parked ? parked_data(job, piece->stripe) : data_of(job, tensor);
     return (fst_cast_args){
         .src = src,
-        .dst = result + piece->dst_offset,
+        .dst = to + piece->dst_offset,
         .count = piece->count,
         .src_dtype = (int)job->headers[tensor->file].tensors[tensor->entry].dtype,
-        .dst_dtype = (int)tensor->dtype,
+        .dst_dtype = (int)(parked ? tensor->parked : tensor->dtype),
         .flags = job->flags & FST_NON_SATURATING ? FST_K_NON_SATURATING : 0,
     };
 }
@@ -330,6 +472,44 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
     return args;
 }
 
+/* Makes codes and scales of whole rows, bands or matrices at `src`. */
+static int quantize(fst_worker *w, const fst_load_job *job, uint32_t index, const void *src, fst_dtype dtype,
+                    uint32_t matrix, uint64_t first_row, uint64_t rows) {
+    static const int kinds[] = {[FST_QUANTIZE_TENSOR] = FST_SCALE_TENSOR,
+                                [FST_QUANTIZE_ROW] = FST_SCALE_ROW,
+                                [FST_QUANTIZE_BLOCK] = FST_SCALE_BLOCK};
+    const fst_plan_tensor *tensor = &job->plan->tensors[index];
+    uint64_t rows_of_scales = fst_quantize_scale_rows(tensor->scale, tensor->rows);
+    uint64_t before = tensor->scale == FST_QUANTIZE_ROW     ? first_row
+                      : tensor->scale == FST_QUANTIZE_BLOCK ? first_row / FST_QUANTIZE_TILE
+                                                            : 0;
+    float *scales = (float *)(void *)data_of(job, &job->plan->tensors[tensor->scales]);
+    fst_quantize_args args = {
+        .src = src,
+        .dst = data_of(job, tensor) + (matrix * tensor->rows + first_row) * tensor->cols,
+        .scales = scales +
+                  (matrix * rows_of_scales + before) * fst_quantize_scale_cols(tensor->scale, tensor->cols),
+        .nans = job->parking->counters + tensor->counter,
+        .rows = rows,
+        .cols = tensor->cols,
+        .src_dtype = (int)dtype,
+        .dst_dtype = (int)tensor->dtype,
+        .kind = kinds[tensor->scale],
+    };
+    return w->engine->gpu->kernels->quantize(w->stream, &args);
+}
+
+static int launch_alone(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src,
+                        const fst_cast_args *plain) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    if (tensor->conversion == FST_CONVERT_QUANTIZE)
+        return quantize(w, job, piece->tensor, src, (fst_dtype)plain->src_dtype, piece->matrix,
+                        piece->first / tensor->cols, piece->count / tensor->cols);
+    fst_fnuz_args args = {plain->src, plain->dst, plain->count, plain->src_dtype,
+                          job->parking->counters + tensor->counter};
+    return w->engine->gpu->kernels->fnuz(w->stream, &args);
+}
+
 static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
@@ -338,7 +518,67 @@ static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_pie
         return kernels->scaled(w->stream, &args);
     }
     fst_cast_args args = cast_args(job, piece, src);
+    if (fst_plan_is_alone(&job->plan->tensors[piece->tensor])) return launch_alone(w, job, piece, src, &args);
     return kernels->cast(w->stream, &args);
+}
+
+/* Stripes whose last part a chunk brought are converted: behind the work of all their chunks. *finished: some were. */
+static int finish_stripes(fst_worker *w, const fst_load_job *job, uint32_t index, int *finished) {
+    const fst_gpu *gpu = w->engine->gpu;
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    int code = 0;
+    *finished = 0;
+    for (uint32_t i = chunk->first_stripe; i < chunk->first_stripe + chunk->stripes && !code; i++) {
+        const fst_plan_stripe *stripe = &job->plan->stripes[i];
+        const fst_plan_tensor *tensor = &job->plan->tensors[stripe->tensor];
+        if (atomic_fetch_add(&job->parking->stripes[i].done, 1) + 1 != stripe->chunks) continue;
+        for (uint32_t k = stripe->first_chunk; k < stripe->first_chunk + stripe->chunks && !code; k++) {
+            if (gpu->host_access) break;
+            const fst_slot *other = &w->engine->slots[atomic_load(&job->slots[k]) - 1u];
+            /* As in await_tensor, the slot may hold a later chunk by now. */
+            if (other->stream != w->stream)
+                code = gpu->calls->stream_follow(gpu, w->stream, other->converted);
+        }
+        if (!code)
+            code = quantize(w, job, stripe->tensor, parked_data(job, i), tensor->parked, stripe->matrix,
+                            stripe->first_row, stripe->rows);
+        w->stats.launches++;
+        atomic_store(&job->parking->stripes[i].finisher, index + 1);
+        *finished = 1;
+    }
+    return code;
+}
+
+/* ---- Scales of FNUZ codes --------------------------------------------------------------------------- */
+
+/* Doubles what is to be, among the pieces of a run whose bytes are at `data`. */
+static int double_run(fst_worker *w, const fst_load_job *job, const fst_plan_run *run, unsigned char *data) {
+    for (uint32_t i = 0; job->plan->doubles && i < run->pieces; i++) {
+        const fst_plan_piece *piece = &job->plan->pieces[run->first_piece + i];
+        const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+        if (tensor->conversion != FST_CONVERT_DOUBLE ||
+            fst_quantize_double(tensor->dtype, data + (piece->chunk_offset - run->chunk_offset),
+                                piece->count))
+            continue;
+        const fst_entry *entry = &job->headers[tensor->file].tensors[tensor->entry];
+        fst_where where = {job->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(job->headers[tensor->file].data_start + entry->begin)};
+        fst_error error = {.file = -1, .offset = -1};
+        fst_fail(&error, FST_E_QUANTIZED, 0, &where,
+                 "tensor \"%s\": a scale is too large to be doubled, as FNUZ codes need it", entry->name);
+        fail_with(w->engine, job, &error);
+        return 0;
+    }
+    return 1;
+}
+
+static int double_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                        unsigned char *data) {
+    for (uint32_t r = 0; r < chunk->runs; r++) {
+        const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
+        if (!double_run(w, job, run, data + run->chunk_offset)) return 0;
+    }
+    return 1;
 }
 
 /* The jobs of one pair of dtypes among a chunk's CONVERT pieces. */
@@ -371,7 +611,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
         uint32_t run = 0, i = 0, piece;
         while ((piece = next_convert_piece(job->plan, chunk, &run, &i)) != UINT32_MAX) {
             const fst_plan_piece *p = &job->plan->pieces[piece];
-            if (job->plan->tensors[p->tensor].weight) continue; /* by themselves */
+            if (fst_plan_is_alone(&job->plan->tensors[p->tensor])) continue; /* by themselves */
             fst_cast_args args = cast_args(job, p, staged + p->chunk_offset);
             uint32_t k = 0;
             while (k < lists_count &&
@@ -426,10 +666,14 @@ static void track_chunk(fst_engine *engine, const fst_load_job *job, uint32_t in
     unsigned completed = 0;
     if (!tracking) return;
     for (uint32_t i = first; i < end; i++) {
-        uint32_t tensor = job->plan->pieces[i].tensor;
+        uint32_t tensor = job->plan->pieces[i].tensor, scales = job->plan->tensors[tensor].scales;
         if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
         pthread_mutex_lock(&engine->lock);
         tracking->ready[tracking->ready_count++] = tensor;
+        if (scales != FST_NO_TENSOR) {
+            atomic_store(&tracking->left[scales], 0);
+            tracking->ready[tracking->ready_count++] = scales;
+        }
         pthread_mutex_unlock(&engine->lock);
         completed++;
     }
@@ -496,7 +740,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
                                (const fst_batch_job *)(const void *)(staged + jobs_at));
     uint32_t run = 0, i = 0, piece;
     while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
-        if (!lists_count || plan->tensors[plan->pieces[piece].tensor].weight)
+        if (!lists_count || fst_plan_is_alone(&plan->tensors[plan->pieces[piece].tensor]))
             code = launch_one(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
     if (!code) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     return code;
@@ -545,6 +789,7 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
         ssize_t got = fst_reader_read_to(job->reader, &how, chunk->file, to, offset, run->nbytes);
         w->stats.read_seconds += fst_os_now() - start;
         if (!check_read(w, job, chunk, run->first_piece, offset, run->nbytes, got)) return 0;
+        if (!double_run(w, job, run, to)) return 0;
         if (run->kind == FST_RUN_CONVERT && !convert_run_on_host(w, job, run, to)) return 0;
     }
     return 1;
@@ -593,19 +838,43 @@ static void set_state(fst_engine *engine, fst_slot *s, fst_slot_state state) {
     pthread_mutex_unlock(&engine->lock);
 }
 
+/* A chunk's work is queued; there is more to do where it was the last of a stripe. */
+static int finish_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_gpu *gpu = w->engine->gpu;
+    int finished = 0, code = 0;
+    double start = fst_os_now();
+    if (job->plan->chunks[s->chunk].stripes) code = finish_stripes(w, job, s->chunk, &finished);
+    if (gpu->host_access) w->stats.kernel_seconds += fst_os_now() - start;
+    else if (!code && finished) code = gpu->calls->event_record(gpu, s->converted, w->stream);
+    if (code) fail_device(w, job, code, "a kernel's launch");
+    return code == 0;
+}
+
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
     if (chunk->batch != FST_NO_BATCH && !chunk->companions)
         companions_were_used(w->engine, job, chunk->batch);
+    leave_windows(w->engine, job, s->chunk);
     atomic_fetch_add(&w->engine->bytes_done, chunk->nbytes);
     set_state(w->engine, s, FST_SLOT_FREE);
+}
+
+/* What is converted with companions, or was parked, needs them until then. */
+static int needs_conversion(const fst_load_job *job, const fst_slot *s) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
+    return chunk->batch != FST_NO_BATCH || chunk->stripes;
+}
+
+/* Or failed, which finish_copies finds out. */
+static int copies_are_done(const fst_gpu *gpu, const fst_load_job *job, const fst_slot *s) {
+    fst_event event = needs_conversion(job, s) ? s->converted : s->copied;
+    return gpu->calls->event_query(gpu, event) != FST_GPU_NOT_READY;
 }
 
 /* Waits until the copies out of a slot are done. */
 static int finish_copies(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
-    /* What is converted with companions needs them until then. */
-    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH;
+    int uses = needs_conversion(job, s);
     int code = gpu->calls->event_wait(gpu, uses ? s->converted : s->copied);
     double now = fst_os_now();
     w->stats.slot_seconds += now - s->queued;
@@ -628,9 +897,11 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     uint32_t index = s->chunk; /* once it is being copied, the slot may become another's */
     const char *what = "";
     w->stats.chunks++;
-    if (!prepare_memory(w, job, chunk)) return 0;
+    w->stream = s->stream;
+    if (!prepare_memory(w, job, chunk) || !double_chunk(w, job, chunk, s->bounce + chunk->offset % PAGE))
+        return 0;
     if (w->engine->gpu->host_access) {
-        if (!place_chunk_on_host(w, job, chunk, s)) return 0;
+        if (!place_chunk_on_host(w, job, chunk, s) || !finish_chunk(w, job, s)) return 0;
         chunk_is_done(w, job, s);
     } else {
         s->queued = fst_os_now();
@@ -640,6 +911,7 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
             fail_device(w, job, code, what);
             return 0;
         }
+        if (!finish_chunk(w, job, s)) return 0;
         /* Companions are there when this worker says so. Other chunks are waited for by who needs their slot. */
         if (!chunk->companions) set_state(w->engine, s, FST_SLOT_COPYING);
         else if (!finish_copies(w, job, s)) return 0;
@@ -664,6 +936,18 @@ static fst_slot *oldest_copying(fst_engine *engine) {
         if (atomic_load(&s->state) == FST_SLOT_COPYING && (!oldest || s->chunk < oldest->chunk)) oldest = s;
     }
     return oldest;
+}
+
+/* Slots whose copies are done become free. */
+static int drain_copies(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    fst_slot *s;
+    int right = 1;
+    if (atomic_flag_test_and_set(&engine->giving)) return 1;
+    while (right && (s = oldest_copying(engine)) && copies_are_done(engine->gpu, job, s))
+        right = finish_copies(w, job, s);
+    atomic_flag_clear(&engine->giving);
+    return right;
 }
 
 /* Waits for something to become of a slot: at first not at all, then a moment, then until somebody says so, or for a
@@ -692,9 +976,7 @@ static fst_slot *find_slot(fst_worker *w, const fst_load_job *job) {
         if (atomic_load(&engine->slots[i].state) == FST_SLOT_FREE) return &engine->slots[i];
     fst_slot *s = oldest_copying(engine);
     if (!s) return NULL;
-    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH;
-    if (gpu->calls->event_query(gpu, uses ? s->converted : s->copied) == FST_GPU_NOT_READY) return NULL;
-    return finish_copies(w, job, s) ? s : NULL;
+    return copies_are_done(gpu, job, s) && finish_copies(w, job, s) ? s : NULL;
 }
 
 /* Gives the next chunk a slot, if it is not behind the one that the worker waits for. Whoever waits does it, so that nobody
@@ -945,7 +1227,10 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
         while (w->reads_count) /* what is earlier in the file may be waited for by what this one waits for */
             if (!finish_one(w, job)) return 0;
         w->stats.chunks++;
-        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
+        w->stream = s->stream;
+        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how) ||
+            !finish_chunk(w, job, s))
+            return 0;
         trace_read(w, strip, how, start);
         chunk_is_done(w, job, s);
         if (chunk->companions) companions_came(engine, job, chunk->batch);
@@ -1084,7 +1369,11 @@ static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
 
 fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_error *error) {
     fst_status status = make_staging(engine, job->plan, error);
-    if (status) return status;
+    if (!status) status = make_parking(engine, job, error);
+    if (status) {
+        free_parking(engine, job);
+        return status;
+    }
     atomic_store(&engine->next_strip, 0);
     atomic_store(&engine->next_slot, 0);
     atomic_store(&engine->inside, engine->threads_count);
@@ -1112,6 +1401,9 @@ fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int aba
     engine->job = NULL;
     sum_stats(engine, stats);
     stats->companion_bytes = engine->companion_peak;
+    stats->parked_bytes = job->plan->parked_bytes + job->plan->counters_count * sizeof(uint64_t);
+    if (!engine->first.status) read_counters(engine, job, &stats->nans, &engine->first);
+    free_parking(engine, job);
     if (engine->first.status && error) *error = engine->first;
     return engine->first.status;
 }
@@ -1129,12 +1421,10 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
 
 /* ---- Tensor by tensor ---------------------------------------------------------------------------- */
 
-/* Whether workers that wait for slots will get some. */
-static int slots_move(fst_engine *engine) {
-    for (unsigned i = 0; i < engine->slots_count; i++) {
-        int state = atomic_load(&engine->slots[i].state);
-        if (state == FST_SLOT_COPYING || state == FST_SLOT_FREE) return 1;
-    }
+/* Whether a slot is in this state. */
+static int any_slot(const fst_engine *engine, fst_slot_state state) {
+    for (unsigned i = 0; i < engine->slots_count; i++)
+        if (atomic_load(&engine->slots[i].state) == (int)state) return 1;
     return 0;
 }
 
@@ -1143,14 +1433,16 @@ static int slots_move(fst_engine *engine) {
 static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
     unsigned held_up = 0;
     if (!job->budget || !engine->running) return 0;
-    int moves = slots_move(engine);
+    int copying = any_slot(engine, FST_SLOT_COPYING), are_free = any_slot(engine, FST_SLOT_FREE);
     for (unsigned i = 0; i < engine->threads_count; i++) {
         const fst_worker *w = &engine->workers[i];
         uint32_t needs = atomic_load(&w->needs);
         /* Companions that do not come lie in a slot whose worker waits for a block. */
-        held_up += (needs && !atomic_load(&job->blocks[needs - 1])) ||
-                   (atomic_load(&w->needs_slot) && !moves) ||
-                   (w->needs_batch && lacks_companions(job, w->needs_batch - 1));
+        held_up +=
+            (needs && !atomic_load(&job->blocks[needs - 1])) ||
+            (atomic_load(&w->needs_slot) && !copying && !are_free) ||
+            (w->needs_batch && lacks_companions(job, w->needs_batch - 1)) ||
+            (w->needs_window && !copying && !windows_are_free(job, &job->plan->chunks[w->needs_window - 1]));
     }
     return held_up == engine->running && fst_budget_is_waited_for(job->budget);
 }

@@ -73,6 +73,22 @@ typedef struct fst_batch_state {
     uint32_t weights_left;    /* chunks that still need them */
 } fst_batch_state;
 
+/* Stripes that wait in device memory until all of them is there, and counts of what is not a number. All zero at first
+ * but `stripes_left`. */
+typedef struct fst_stripe_state {
+    atomic_uint done;     /* chunks whose part of it is queued */
+    atomic_uint finisher; /* 1 + the chunk behind which its conversion was queued; 0: it was not */
+} fst_stripe_state;
+typedef struct fst_parking {
+    void             *memory;       /* on the device; NULL: not yet, or no more */
+    fst_stripe_state *stripes;      /* of the plan's */
+    uint32_t         *windows_done; /* stripes of each that are done with; under the engine's lock, as is */
+    uint32_t          stripes_left; /* how many there are that are not */
+    uint64_t         *counters;     /* on the device */
+    int               counters_are_set;
+    uint64_t         *counts;       /* on the host: what they came to */
+} fst_parking;
+
 typedef struct fst_load_job {
     const fst_plan    *plan;
     const fst_header  *headers;
@@ -80,9 +96,10 @@ typedef struct fst_load_job {
     fst_reader        *reader;
     int                use_ring;   /* io_uring for what is not cached */
     atomic_uchar      *hows;       /* of each strip (fst_engine_strips), at first 0: the pipeline's */
-    atomic_ushort     *slots;      /* of each chunk, at first 0: likewise */
     _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */
     fst_batch_state   *batches;    /* of the plan's; all zero at first */
+    fst_parking       *parking;
+    atomic_ushort     *slots;      /* of each chunk: 1 + the slot that it comes in; 0: it has none yet */
     /* Allocates block i and returns its memory. One call at a time, in order, from any thread; it may wait. */
     fst_status       (*allocate)(void *arg, size_t i, void **memory, fst_error *error);
     void              *allocate_arg;
@@ -100,6 +117,8 @@ typedef struct fst_pipeline_stats {
     uint64_t chunks, launches, bytes_read;
     double   read_seconds, wait_seconds, kernel_seconds;
     uint64_t companion_bytes;      /* device memory of companions at its most */
+    uint64_t parked_bytes;         /* and of what waits for its scales */
+    uint64_t nans;                 /* that were quantized */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
     double   copy_ms, launch_ms;   /* on the device */
