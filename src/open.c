@@ -222,6 +222,37 @@ static fst_status list_tensors(fst_loading *l) {
     return fst_loading_fill_names(l);
 }
 
+/* What of small companions must be known before planning. */
+#define MOST_SMALL ((uint64_t)64 << 20)
+
+fst_status fst_loading_read_tensor(fst_loading *l, uint32_t tensor, unsigned char **out, fst_error *error) {
+    const fst_model_tensor *t = &l->model->tensors[tensor];
+    const fst_entry *entry = t->entry;
+    uint64_t start = l->model->headers[t->file].data_start + entry->begin, size = entry->end - entry->begin;
+    fst_where where = {fst_file_path(l->model, t->file), (int)t->file, (int64_t)start};
+    *out = NULL;
+    if (size > MOST_SMALL)
+        return fst_fail(error, FST_E_QUANTIZED, 0, &where,
+                        "tensor \"%s\": %llu bytes are too many to describe a weight", entry->name,
+                        (unsigned long long)size);
+    unsigned char *bytes = malloc((size_t)size + 1);
+    if (!bytes) return fst_no_memory(error);
+    bytes[size] = 0;
+    ssize_t got = fst_os_read_all(l->fds[t->file], bytes, (size_t)size, start);
+    if (got == (ssize_t)size) {
+        *out = bytes;
+        return FST_OK;
+    }
+    free(bytes);
+    if (got < 0)
+        return fst_fail(error, FST_E_IO, (int)-got, &where, "reading tensor \"%s\": %s", entry->name,
+                        strerror((int)-got));
+    where.offset += got;
+    return fst_fail(error, FST_E_CHANGED, 0, &where,
+                    "the file ends here, inside tensor \"%s\": it was cut short during the load",
+                    entry->name);
+}
+
 /* How the model is quantized. */
 static fst_status find_scheme(fst_loading *l, fst_error *error) {
     fst_model *model = l->model;
