@@ -384,6 +384,8 @@ typedef struct fst_stats {
     double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
     unsigned    slots_unpinned;    /* threads that got less pinned memory than wanted */
     int         numa_node;         /* of the ring and its threads; -1: any */
+    uint64_t    nan_scales;        /* NaN among the scales of dequantized weights (E8M0: 255): what is under them is NaN */
+    uint64_t    bare_weights;      /* 8-bit float weights that have no scale, in a cast: taken as they are */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */

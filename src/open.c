@@ -8,6 +8,7 @@
 #include "configs.h"
 #include "loading.h"
 #include "os.h"
+#include "state.h"
 
 #define FILES_EACH 4u /* so many are opened sooner than a thread is started */
 #define MOST_OPENERS 16u
@@ -265,6 +266,25 @@ static fst_status find_scheme(fst_loading *l, fst_error *error) {
     return status;
 }
 
+/* What companions must say before the weights that become something else can be planned. */
+static fst_status read_states(fst_loading *l) {
+    fst_scheme *scheme = l->model->scheme;
+    uint32_t tensor = 0;
+    for (size_t i = 0; i < l->total; i++) {
+        if (l->choices[i].skip) continue;
+        uint32_t index = tensor++;
+        if (scheme->roles[index] != FST_ROLE_CODES || l->choices[i].cast == FST_NATIVE) continue;
+        fst_quantized *weight = &scheme->weights[scheme->owner[index]];
+        unsigned char *bytes;
+        if (fst_state_tensor(weight) == FST_NO_TENSOR) continue;
+        fst_status status = fst_loading_read_tensor(l, fst_state_tensor(weight), &bytes, l->error);
+        if (!status) status = fst_state_apply(l->model, weight, bytes, l->error);
+        free(bytes);
+        if (status) return status;
+    }
+    return FST_OK;
+}
+
 /* Scales of activations are kept in a cast. */
 static void apply_scheme(fst_loading *l) {
     const fst_scheme *scheme = l->model->scheme;
@@ -287,8 +307,10 @@ static fst_status understand(fst_loading *l) {
     }
     if (l->options.cast == FST_NATIVE && !l->options.rule) return FST_OK;
     fst_status status = find_scheme(l, l->error);
-    if (!status) apply_scheme(l);
-    return status;
+    if (status) return status;
+    model->stats.bare_weights = model->scheme->bare;
+    apply_scheme(l);
+    return read_states(l);
 }
 
 fst_status fst_loading_open(fst_loading *l, const char *const *files) {

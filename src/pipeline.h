@@ -97,6 +97,7 @@ typedef struct fst_load_job {
 typedef struct fst_pipeline_stats {
     uint64_t chunks, launches, bytes_read;
     double   read_seconds, wait_seconds, kernel_seconds;
+    uint64_t nan_scales;           /* among the companions */
     uint64_t companion_bytes;      /* device memory of companions at its most */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */

@@ -207,7 +207,8 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     unsigned result_bits = fst_dtype_bits(tensor->dtype);
     uint64_t start = p->headers[tensor->file].data_start + entry->begin;
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
-    uint64_t matrix = weight ? weight->rows * weight->cols * bits / 8 : total; /* bytes of one */
+    uint64_t count = weight ? weight->rows * weight->cols : 0; /* of one matrix; bitsandbytes' may be odd */
+    uint64_t matrix = weight ? (count * bits + 7) / 8 : total; /* bytes of one */
     while (done < total) {
         uint64_t in_matrix = weight ? done % matrix : done, left = matrix - in_matrix;
         uint64_t take;
@@ -226,6 +227,7 @@ static fst_status add_tensor(planner *p, uint32_t index) {
             .first = weight ? in_matrix * 8 / bits : 0,
             .matrix = weight ? (uint32_t)(done / matrix) : 0,
         };
+        if (weight && piece.count > count - piece.first) piece.count = count - piece.first;
         int kept = !weight && tensor->dtype == entry->dtype;
         fst_run_kind kind = kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT;
         status = add_piece(p, kind, &piece);
@@ -364,6 +366,18 @@ static int is_companion(const planner *p, size_t index) {
     return p->plan->tensors[scheme->weights[scheme->owner[index]].codes].weight != NULL; /* else it is kept */
 }
 
+/* What the codes of a companion mean, if it holds scales. */
+static fst_dtype scales_of(const planner *p, size_t index) {
+    static const fst_companion kinds[] = {FST_COMPANION_SCALE, FST_COMPANION_GLOBAL, FST_COMPANION_NESTED};
+    const fst_quantized *w = &p->options->scheme->weights[p->options->scheme->owner[index]];
+    fst_dtype dtype = p->plan->tensors[index].dtype;
+    int codes = dtype == FST_U8 && w->companions[FST_COMPANION_NESTED] != FST_NO_TENSOR;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (w->companions[kinds[i]] == index)
+            return codes ? FST_NATIVE : dtype == FST_U8 ? FST_F8_E8M0 : dtype;
+    return FST_NATIVE;
+}
+
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
 static void keep_companions(planner *p) {
     uint32_t results = 0;
@@ -375,6 +389,7 @@ static void keep_companions(planner *p) {
         tensor->dtype = entry->dtype;
         tensor->nbytes = entry->end - entry->begin;
         tensor->memory = NULL;
+        tensor->scales = scales_of(p, i);
     }
 }
 

@@ -49,6 +49,7 @@ typedef struct fst_plan_tensor {
     uint32_t  result;       /* the model's tensor that it becomes; FST_NO_TENSOR: a companion, which becomes none */
     const fst_quantized *weight;   /* that it holds the codes of and that is dequantized; or NULL */
     uint32_t  batch;        /* of a companion, whose memory is there at block_offset; otherwise FST_NO_BATCH */
+    fst_dtype scales;       /* of a companion that holds scales: what their codes mean; otherwise FST_NATIVE */
 } fst_plan_tensor;
 
 typedef struct fst_plan_piece {

@@ -53,7 +53,9 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
                   {"launches", stats->launches},
                   {"slots", stats->slots},
                   {"slots_unpinned", stats->slots_unpinned},
-                  {"slot_bytes", stats->slot_bytes}};
+                  {"slot_bytes", stats->slot_bytes},
+                  {"nan_scales", stats->nan_scales},
+                  {"bare_weights", stats->bare_weights}};
     const struct {
         const char *key;
         double value;
@@ -106,6 +108,11 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
     print_stages(stats, out);
     fprintf(out, "result   %s%s%s\n", format_bytes(bytes, stats->bytes_out), args->cast ? ", floats as " : "",
             args->cast ? fst_dtype_name(args->cast) : "");
+    if (stats->nan_scales)
+        fprintf(out, "warning  %" PRIu64 " scales are NaN, and so is what they scale\n", stats->nan_scales);
+    if (stats->bare_weights)
+        fprintf(out, "warning  %" PRIu64 " 8-bit float weights have no scale: taken as they are\n",
+                stats->bare_weights);
     fprintf(out, "memory   %s on the device at the peak", format_bytes(peak, stats->peak_device_bytes));
     fprintf(out, ", %s pinned\n", format_bytes(bytes, stats->pinned_bytes));
     if (args->output) {
