@@ -402,6 +402,8 @@ typedef struct fst_stats {
     unsigned    slots_unpinned;    /* bounce slots that could not be pinned: left out, if there are others */
     int         numa_node;         /* of the ring and its threads; -1: any */
     uint64_t    nans;              /* NaNs among the values that scales were computed for: their codes are NaN */
+    uint64_t    nan_scales;        /* NaN among the scales of dequantized weights (E8M0: 255): what is under them is NaN */
+    uint64_t    bare_weights;      /* 8-bit float weights that have no scale, in a cast: taken as they are */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */

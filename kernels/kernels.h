@@ -26,7 +26,8 @@ enum {
 
 enum {
     FST_K_NON_SATURATING = 1u << 0,
-    FST_K_DIVIDE = 1u << 1 /* by the global scale of an fst_scaled_args */
+    FST_K_DIVIDE = 1u << 1,  /* by the scale of an fst_scaled_args, or by the global one where there is one */
+    FST_K_OVER_127 = 1u << 2 /* of an fst_scaled_args: the product is multiplied once more, by RN32(1 / 127) */
 };
 
 /* `count` elements, contiguous. `src` may have any byte alignment, `dst` that of its element. They do
@@ -70,7 +71,9 @@ typedef enum fst_scale_kind { FST_SCALE_TENSOR, FST_SCALE_ROW, FST_SCALE_GROUP, 
  * and end anywhere (F4: at even elements), because the chunks of a file do.
  *
  * F4 may have scales of F8_E4M3 under one global F32 scale (NVFP4): each is RN32(f32(scale) x global), or, with
- * FST_K_DIVIDE, RN32(f32(scale) / global), before it multiplies. */
+ * FST_K_DIVIDE, RN32(f32(scale) / global), before it multiplies. Codes of F8 may be divided by their scales
+ * (FST_K_DIVIDE); I8 may have zero points, one for each scale, that are subtracted first (exactly), or be scaled as
+ * bitsandbytes does: RN32(RN32(code x scale) x RN32(1 / 127)). */
 typedef struct fst_scaled_args {
     const void *src;         /* of element `first`; any byte alignment */
     void       *dst;         /* of element `first`; aligned to its element */
@@ -84,8 +87,26 @@ typedef struct fst_scaled_args {
     int         kind;        /* an fst_scale_kind */
     uint64_t    block_rows, block_cols;
     const void *global_scale; /* one F32, or NULL */
-    unsigned    flags;       /* FST_K_DIVIDE */
+    unsigned    flags;       /* FST_K_DIVIDE, FST_K_OVER_127 */
+    const void *zeros;       /* I8, as many as there are scales; or NULL */
 } fst_scaled_args;
+
+/* bitsandbytes' 4 bits: elements [first, first + count) of a flat run of `elements`, two in a byte, the high half
+ * first: dst = round(RN32(map[code] x A[i / block])). A[b] is absmax[b], F32, or, with `nested`, whose codes are U8,
+ * RN32(RN32(nested_map[absmax[b]] x nested[b / nested_block]) + offset). `first` is even, and so is `count` but at the
+ * end. */
+typedef struct fst_bnb4_args {
+    const void *src;         /* of element `first`; any byte alignment */
+    void       *dst;         /* of element `first`; aligned to its element */
+    const void *map;         /* 16 F32 */
+    const void *absmax;      /* of the whole run */
+    const void *nested;      /* F32, or NULL */
+    const void *nested_map;  /* 256 F32 */
+    float       offset;
+    int         dst_dtype;   /* F32, F16, BF16 */
+    uint64_t    elements, first, count;
+    uint64_t    block, nested_block;
+} fst_bnb4_args;
 
 /* F32, F16 or BF16 -> F8_E4M3 (M = 448), F8_E4M3FNUZ (224) or F8_E5M2 (57344) with computed scales:
  * s = RN32(amax / M), 1 where amax is 0 or so small that s would be; code = encode(RN32(x / s)), saturating. Inf
@@ -147,6 +168,7 @@ typedef struct fst_kernels {
     int (*rows)(fst_queue stream, const fst_rows_args *args);
     int (*transpose)(fst_queue stream, const fst_transpose_args *args);
     int (*fnuz)(fst_queue stream, const fst_fnuz_args *args);
+    int (*bnb4)(fst_queue stream, const fst_bnb4_args *args);
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 

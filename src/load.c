@@ -338,6 +338,7 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     fst_engine_describe(l->engine, &l->facts);
     stats->bytes_read = l->header_bytes + pipeline->bytes_read;
     stats->bytes_out = l->plan.bytes_out;
+    stats->nan_scales = pipeline->nan_scales;
     stats->device = gpu->label;
     stats->device_name = gpu->name;
     stats->device_reason = l->model->device_reason;

@@ -48,6 +48,9 @@ static inline const char *fst_file_path(const fst_model *model, size_t file) {
 fst_status fst_loading_open(fst_loading *l, const char *const *files);
 /* The table of names of the model's tensors as they are now. FST_E_DUPLICATE. */
 fst_status fst_loading_fill_names(fst_loading *l);
+/* The bytes of a small tensor of the model (an index as the scheme has it, before results are described), and a NUL
+ * behind them; the caller frees. FST_E_QUANTIZED: more than 64 MiB; FST_E_IO, FST_E_CHANGED, FST_E_MEMORY. */
+fst_status fst_loading_read_tensor(fst_loading *l, uint32_t tensor, unsigned char **out, fst_error *error);
 /* Whether the files are what they were then. */
 fst_status fst_loading_check_files(fst_loading *l);
 void       fst_loading_close(fst_loading *l);

@@ -9,6 +9,7 @@
 #include "loading.h"
 #include "os.h"
 #include "quantize.h"
+#include "state.h"
 
 #define FILES_EACH 4u /* so many are opened sooner than a thread is started */
 #define MOST_OPENERS 16u
@@ -228,6 +229,37 @@ static fst_status list_tensors(fst_loading *l) {
     return fst_loading_fill_names(l);
 }
 
+/* What of small companions must be known before planning. */
+#define MOST_SMALL ((uint64_t)64 << 20)
+
+fst_status fst_loading_read_tensor(fst_loading *l, uint32_t tensor, unsigned char **out, fst_error *error) {
+    const fst_model_tensor *t = &l->model->tensors[tensor];
+    const fst_entry *entry = t->entry;
+    uint64_t start = l->model->headers[t->file].data_start + entry->begin, size = entry->end - entry->begin;
+    fst_where where = {fst_file_path(l->model, t->file), (int)t->file, (int64_t)start};
+    *out = NULL;
+    if (size > MOST_SMALL)
+        return fst_fail(error, FST_E_QUANTIZED, 0, &where,
+                        "tensor \"%s\": %llu bytes are too many to describe a weight", entry->name,
+                        (unsigned long long)size);
+    unsigned char *bytes = malloc((size_t)size + 1);
+    if (!bytes) return fst_no_memory(error);
+    bytes[size] = 0;
+    ssize_t got = fst_os_read_all(l->fds[t->file], bytes, (size_t)size, start);
+    if (got == (ssize_t)size) {
+        *out = bytes;
+        return FST_OK;
+    }
+    free(bytes);
+    if (got < 0)
+        return fst_fail(error, FST_E_IO, (int)-got, &where, "reading tensor \"%s\": %s", entry->name,
+                        strerror((int)-got));
+    where.offset += got;
+    return fst_fail(error, FST_E_CHANGED, 0, &where,
+                    "the file ends here, inside tensor \"%s\": it was cut short during the load",
+                    entry->name);
+}
+
 /* How the model is quantized. */
 static fst_status find_scheme(fst_loading *l, fst_error *error) {
     fst_model *model = l->model;
@@ -238,6 +270,25 @@ static fst_status find_scheme(fst_loading *l, fst_error *error) {
     if (!status) status = fst_scheme_find(model, configs.texts, model->scheme, error);
     fst_configs_free(&configs);
     return status;
+}
+
+/* What companions must say before the weights that become something else can be planned. */
+static fst_status read_states(fst_loading *l) {
+    fst_scheme *scheme = l->model->scheme;
+    uint32_t tensor = 0;
+    for (size_t i = 0; i < l->total; i++) {
+        if (l->choices[i].skip) continue;
+        uint32_t index = tensor++;
+        if (scheme->roles[index] != FST_ROLE_CODES || l->choices[i].cast == FST_NATIVE) continue;
+        fst_quantized *weight = &scheme->weights[scheme->owner[index]];
+        unsigned char *bytes;
+        if (fst_state_tensor(weight) == FST_NO_TENSOR) continue;
+        fst_status status = fst_loading_read_tensor(l, fst_state_tensor(weight), &bytes, l->error);
+        if (!status) status = fst_state_apply(l->model, weight, bytes, l->error);
+        free(bytes);
+        if (status) return status;
+    }
+    return FST_OK;
 }
 
 /* Scales of activations are kept in a cast. */
@@ -262,8 +313,10 @@ static fst_status understand(fst_loading *l) {
     }
     if (l->options.cast == FST_NATIVE && !l->options.rule) return FST_OK;
     fst_status status = find_scheme(l, l->error);
-    if (!status) apply_scheme(l);
-    return status;
+    if (status) return status;
+    model->stats.bare_weights = model->scheme->bare;
+    apply_scheme(l);
+    return read_states(l);
 }
 
 fst_status fst_loading_open(fst_loading *l, const char *const *files) {

@@ -218,6 +218,55 @@ static void free_companions(fst_engine *engine, const fst_load_job *job, uint32_
     state->memory = NULL;
 }
 
+/* Which code is the last that is no NaN, without its sign, and how many bytes a code has; 0: a type without NaN. */
+static uint32_t last_number(fst_dtype dtype, unsigned *size) {
+    *size = fst_dtype_bits(dtype) / 8;
+    switch (dtype) {
+    case FST_F32: return 0x7F800000;
+    case FST_F16: return 0x7C00;
+    case FST_BF16: return 0x7F80;
+    case FST_F8_E4M3: return 0x7E;
+    case FST_F8_E8M0: return 0xFE;
+    default: return 0;
+    }
+}
+
+static uint64_t count_nans(const unsigned char *codes, uint64_t nbytes, fst_dtype dtype) {
+    unsigned size;
+    const uint32_t last = last_number(dtype, &size), mask = dtype == FST_F8_E8M0 ? 0xFF : 0;
+    uint64_t found = 0;
+    if (size == 1)
+        for (uint64_t i = 0; i < nbytes; i++) found += (codes[i] & (mask | 0x7F)) > last;
+    for (uint64_t i = 0; size == 2 && i + 2 <= nbytes; i += 2) {
+        uint16_t code;
+        memcpy(&code, codes + i, sizeof code);
+        found += (code & 0x7FFFu) > last;
+    }
+    for (uint64_t i = 0; size == 4 && i + 4 <= nbytes; i += 4) {
+        uint32_t code;
+        memcpy(&code, codes + i, sizeof code);
+        found += (code & 0x7FFFFFFF) > last;
+    }
+    return found;
+}
+
+/* A chunk of companions came: NaN among the scales in it are counted, where they lie in the host's memory. `read`: the
+ * chunk in its slot; NULL: all went to its place on the host. */
+static void count_nan_scales(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                             const unsigned char *read) {
+    for (uint32_t r = 0; r < chunk->runs; r++) {
+        const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
+        for (uint32_t i = 0; i < run->pieces; i++) {
+            const fst_plan_piece *piece = &job->plan->pieces[run->first_piece + i];
+            const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+            const unsigned char *place = job->batches[chunk->batch].memory;
+            if (tensor->scale_codes == FST_NATIVE) continue;
+            place = read ? read + piece->chunk_offset : place + tensor->block_offset + piece->dst_offset;
+            w->stats.nan_scales += count_nans(place, piece->nbytes, tensor->scale_codes);
+        }
+    }
+}
+
 /* A chunk of companions is on the device. */
 static void companions_came(fst_engine *engine, const fst_load_job *job, uint32_t batch) {
     pthread_mutex_lock(&engine->lock);
@@ -467,8 +516,11 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
         args.kind = FST_SCALE_GROUP; /* also where there is but one group: its scale is one of groups */
         args.global_scale =
             companion(job, w, FST_COMPANION_GLOBAL) + (global->nbytes > 4 ? piece->matrix * 4 : 0);
-        args.flags = w->flags & FST_Q_DIVIDE ? FST_K_DIVIDE : 0;
     }
+    if (w->flags & FST_Q_BYTE_ZEROS)
+        args.zeros = companion(job, w, FST_COMPANION_ZERO) + piece->matrix * args.scales_count;
+    args.flags = w->flags & FST_Q_DIVIDE ? FST_K_DIVIDE : 0;
+    if (w->format == FST_FORMAT_BNB_INT8) args.flags |= FST_K_OVER_127;
     return args;
 }
 
@@ -510,10 +562,37 @@ static int launch_alone(fst_worker *w, const fst_load_job *job, const fst_plan_p
     return w->engine->gpu->kernels->fnuz(w->stream, &args);
 }
 
+/* bitsandbytes' 4 bits. */
+static fst_bnb4_args bnb4_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+    const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
+    const int nested = w->companions[FST_COMPANION_NESTED] != FST_NO_TENSOR;
+    fst_cast_args plain = cast_args(job, piece, src);
+    return (fst_bnb4_args){
+        .src = src,
+        .dst = plain.dst,
+        .map = companion(job, w, FST_COMPANION_MAP),
+        .absmax = companion(job, w, FST_COMPANION_SCALE),
+        .nested = nested ? companion(job, w, FST_COMPANION_NESTED) : NULL,
+        .nested_map = nested ? companion(job, w, FST_COMPANION_NESTED_MAP) : NULL,
+        .offset = w->nested_offset,
+        .dst_dtype = plain.dst_dtype,
+        .elements = w->rows * w->cols,
+        .first = piece->first,
+        .count = piece->count,
+        .block = w->block_cols,
+        .nested_block = w->nested_block,
+    };
+}
+
 static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
-    if (job->plan->tensors[piece->tensor].weight) {
+    const fst_quantized *weight = job->plan->tensors[piece->tensor].weight;
+    if (weight && (weight->format == FST_FORMAT_BNB_NF4 || weight->format == FST_FORMAT_BNB_FP4)) {
+        fst_bnb4_args args = bnb4_args(job, piece, src);
+        return kernels->bnb4(w->stream, &args);
+    }
+    if (weight) {
         fst_scaled_args args = scaled_args(job, piece, src);
         return kernels->scaled(w->stream, &args);
     }
@@ -902,16 +981,17 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
         return 0;
     if (w->engine->gpu->host_access) {
         if (!place_chunk_on_host(w, job, chunk, s) || !finish_chunk(w, job, s)) return 0;
+        if (chunk->companions) count_nan_scales(w, job, chunk, NULL);
         chunk_is_done(w, job, s);
     } else {
         s->queued = fst_os_now();
-        w->stream = s->stream;
         int code = queue_chunk(w, job, chunk, s, &what);
         if (code) { /* a part of it may be under way: the end of the job waits for all streams */
             fail_device(w, job, code, what);
             return 0;
         }
         if (!finish_chunk(w, job, s)) return 0;
+        if (chunk->companions) count_nan_scales(w, job, chunk, s->bounce + chunk->offset % PAGE);
         /* Companions are there when this worker says so. Other chunks are waited for by who needs their slot. */
         if (!chunk->companions) set_state(w->engine, s, FST_SLOT_COPYING);
         else if (!finish_copies(w, job, s)) return 0;
@@ -1232,6 +1312,7 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
             !finish_chunk(w, job, s))
             return 0;
         trace_read(w, strip, how, start);
+        if (chunk->companions) count_nan_scales(w, job, chunk, NULL);
         chunk_is_done(w, job, s);
         if (chunk->companions) companions_came(engine, job, chunk->batch);
         track_chunk(engine, job, strip->chunk);
@@ -1357,6 +1438,7 @@ static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
         out->chunks += s->chunks;
         out->launches += s->launches;
         out->bytes_read += s->bytes_read;
+        out->nan_scales += s->nan_scales;
         out->read_seconds += s->read_seconds;
         out->wait_seconds += s->wait_seconds;
         out->kernel_seconds += s->kernel_seconds;

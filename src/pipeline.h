@@ -116,6 +116,7 @@ typedef struct fst_load_job {
 typedef struct fst_pipeline_stats {
     uint64_t chunks, launches, bytes_read;
     double   read_seconds, wait_seconds, kernel_seconds;
+    uint64_t nan_scales;           /* among the companions */
     uint64_t companion_bytes;      /* device memory of companions at its most */
     uint64_t parked_bytes;         /* and of what waits for its scales */
     uint64_t nans;                 /* that were quantized */

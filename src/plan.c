@@ -309,7 +309,8 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     unsigned result_bits = fst_dtype_bits(dtype);
     uint64_t start = p->headers[tensor->file].data_start + entry->begin;
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
-    uint64_t matrix = weight ? weight->rows * weight->cols * bits / 8 : total; /* bytes of one */
+    uint64_t count = weight ? weight->rows * weight->cols : 0; /* of one matrix; bitsandbytes' may be odd */
+    uint64_t matrix = weight ? (count * bits + 7) / 8 : total; /* bytes of one */
     if (quantized) matrix = tensor->rows * tensor->cols * bits / 8;
     uint64_t stripe = tensor->parked ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
     if (quantized && !tensor->parked) cut = scaled_rows(tensor) * tensor->cols * bits / 8;
@@ -336,6 +337,7 @@ static fst_status add_tensor(planner *p, uint32_t index) {
             .matrix = weight || quantized ? (uint32_t)(done / matrix) : 0,
             .stripe = FST_NO_STRIPE,
         };
+        if (weight && piece.count > count - piece.first) piece.count = count - piece.first;
         if (tensor->parked) {
             piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
             piece.dst_offset = in_stripe * 8 / bits * result_bits / 8;
@@ -650,6 +652,18 @@ static int is_companion(const planner *p, size_t index) {
     return p->plan->tensors[scheme->weights[scheme->owner[index]].codes].weight != NULL; /* else it is kept */
 }
 
+/* What the codes of a companion mean, if it holds scales. */
+static fst_dtype scale_codes_of(const planner *p, size_t index) {
+    static const fst_companion kinds[] = {FST_COMPANION_SCALE, FST_COMPANION_GLOBAL, FST_COMPANION_NESTED};
+    const fst_quantized *w = &p->options->scheme->weights[p->options->scheme->owner[index]];
+    fst_dtype dtype = p->plan->tensors[index].dtype;
+    int codes = dtype == FST_U8 && w->companions[FST_COMPANION_NESTED] != FST_NO_TENSOR;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (w->companions[kinds[i]] == index)
+            return codes ? FST_NATIVE : dtype == FST_U8 ? FST_F8_E8M0 : dtype;
+    return FST_NATIVE;
+}
+
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
 static void keep_companions(planner *p) {
     uint32_t results = 0;
@@ -662,6 +676,7 @@ static void keep_companions(planner *p) {
         tensor->dtype = entry->dtype;
         tensor->nbytes = entry->end - entry->begin;
         tensor->memory = NULL;
+        tensor->scale_codes = scale_codes_of(p, i);
     }
 }
 

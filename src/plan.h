@@ -74,6 +74,7 @@ typedef struct fst_plan_tensor {
     uint64_t  stripe_rows;  /* of a parked one: so many at a time */
     uint32_t  scales;       /* QUANTIZE: the tensor of its scales, one of those behind the given ones */
     uint32_t  counter;      /* QUANTIZE, FNUZ: of what is not a number; otherwise FST_NO_COUNTER */
+    fst_dtype scale_codes;       /* of a companion that holds scales: what their codes mean; otherwise FST_NATIVE */
 } fst_plan_tensor;
 
 /* Whether pieces are launched one by one, however many a chunk has. */

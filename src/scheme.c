@@ -23,12 +23,16 @@ int fst_scheme_has_kernel(const fst_quantized *w) {
     switch (w->format) {
     case FST_FORMAT_FP8_TENSOR:
     case FST_FORMAT_FP8_ROW:
+    case FST_FORMAT_FP8_COLUMN:
     case FST_FORMAT_FP8_GROUP:
     case FST_FORMAT_FP8_BLOCK:
     case FST_FORMAT_MXFP8:
     case FST_FORMAT_MXFP4:
-    case FST_FORMAT_INT8: return (w->flags & (FST_Q_DIVIDE | FST_Q_BYTE_ZEROS)) == 0;
-    case FST_FORMAT_NVFP4: return 1;
+    case FST_FORMAT_INT8:
+    case FST_FORMAT_NVFP4:
+    case FST_FORMAT_BNB_NF4:
+    case FST_FORMAT_BNB_FP4:
+    case FST_FORMAT_BNB_INT8: return 1;
     default: return 0;
     }
 }
@@ -120,6 +124,28 @@ static fst_status read_gptq(yyjson_val *quantization, config *c, fst_error *erro
     return FST_OK;
 }
 
+static int is_known_method(const char *method) {
+    static const char *const known[] = {"",
+                                        "fp8",
+                                        "compressed-tensors",
+                                        "compressed_tensors",
+                                        "modelopt",
+                                        "modelopt_fp4",
+                                        "modelopt_mixed",
+                                        "mxfp4",
+                                        "mxfp8",
+                                        "nvfp4",
+                                        "gptq",
+                                        "awq",
+                                        "auto-round",
+                                        "auto_round",
+                                        "bitsandbytes",
+                                        "quark",
+                                        "fbgemm_fp8",
+                                        NULL};
+    return is_one_of(method, known);
+}
+
 static fst_status read_quantization(yyjson_val *quantization, config *c, fst_error *error) {
     yyjson_val *block = yyjson_obj_get(quantization, "weight_block_size"), *bits;
     const char *method = text_of(quantization, "quant_method");
@@ -127,6 +153,12 @@ static fst_status read_quantization(yyjson_val *quantization, config *c, fst_err
     for (size_t i = 0; i < sizeof refused_methods / sizeof *refused_methods; i++)
         if (strcmp(method, refused_methods[i].method) == 0)
             return refuse(error, c->path, method, refused_methods[i].why);
+    if (!is_known_method(method)) {
+        fst_where where = {c->path, -1, -1};
+        return fst_fail(error, FST_E_UNSUPPORTED, 0, &where,
+                        "\"%s\" is no quant_method that is known here; load it as stored, without a cast",
+                        method);
+    }
     if (yyjson_arr_size(block) == 2)
         for (size_t i = 0; i < 2; i++) c->block[i] = yyjson_get_uint(yyjson_arr_get(block, i));
     bits = yyjson_obj_get(quantization, "bits");
@@ -364,7 +396,10 @@ static fst_format scale_kind(const finder *f, fst_quantized *w, const fst_entry 
     }
     /* A vector for each row; with stacked square matrices it might be for each column. */
     if (has_shape(scale, codes, 2, DIMS(r)) && (codes->ndim == 2 || r != c)) return FST_FORMAT_FP8_ROW;
-    if (codes->ndim > 2 && has_shape(scale, codes, 2, DIMS(1, c))) return FST_FORMAT_FP8_COLUMN;
+    if (codes->ndim > 2 && has_shape(scale, codes, 2, DIMS(1, c))) {
+        w->block_rows = r, w->block_cols = 1;
+        return FST_FORMAT_FP8_COLUMN;
+    }
     if (has_shape(scale, codes, 2, DIMS(block_rows, block_cols)) ||
         (codes->ndim == 2 && is_spread(scale, block_rows, block_cols))) {
         w->block_rows = bn, w->block_cols = bk;
@@ -588,12 +623,16 @@ static fst_status add_bnb4(finder *f, uint32_t state, size_t length, fst_format 
     const fst_entry *entry = entry_of(f, codes);
     uint32_t scale = find(f, entry->name, length, ".absmax"),
              nested = find(f, entry->name, length, ".nested_absmax");
-    uint32_t nested_map = find(f, entry->name, length, ".nested_quant_map");
+    uint32_t nested_map = find(f, entry->name, length, ".nested_quant_map"),
+             map = find(f, entry->name, length, ".quant_map");
     fst_quantized *w;
     fst_status status = add(f, format, codes, length, "", &w);
     if (status) return status;
     if (scale == FST_NO_TENSOR) return missing(f, codes, "absmax");
     int is_nested = entry_of(f, scale)->dtype == FST_U8;
+    if (map == FST_NO_TENSOR) return missing(f, codes, "quant_map");
+    if (entry_of(f, map)->dtype != FST_F32 || elements_of(entry_of(f, map)) != 16)
+        return misfit(f, codes, map, "F32, 16 of them");
     if (!is_nested && entry_of(f, scale)->dtype != FST_F32)
         return misfit(f, codes, scale, "F32, or U8 when nested");
     if (is_nested && (nested == FST_NO_TENSOR || nested_map == FST_NO_TENSOR))
@@ -604,7 +643,7 @@ static fst_status add_bnb4(finder *f, uint32_t state, size_t length, fst_format 
     w->bits = 4, w->has_state = 1;
     status = claim(f, w, FST_COMPANION_STATE, state);
     if (!status) status = claim(f, w, FST_COMPANION_SCALE, scale);
-    if (!status) status = claim(f, w, FST_COMPANION_MAP, find(f, entry->name, length, ".quant_map"));
+    if (!status) status = claim(f, w, FST_COMPANION_MAP, map);
     if (!status && is_nested) status = claim(f, w, FST_COMPANION_NESTED, nested);
     return status || !is_nested ? status : claim(f, w, FST_COMPANION_NESTED_MAP, nested_map);
 }

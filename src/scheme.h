@@ -78,7 +78,9 @@ typedef struct fst_quantized {
     uint64_t   stack, rows, cols;          /* so many matrices of rows x cols */
     uint64_t   block_rows, block_cols;     /* elements under one scale; rows 0: all of them */
     unsigned   bits, flags;
-    int        has_state;                  /* bitsandbytes: the rest is in FST_COMPANION_STATE, to be read */
+    int        has_state;                  /* the rest is in a small companion, to be read before planning (state.h) */
+    uint64_t   nested_block;               /* bitsandbytes: scales under one scale of theirs, */
+    float      nested_offset;              /* and what is added to them */
 } fst_quantized;
 
 /* What becomes of a tensor of the model. */

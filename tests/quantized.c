@@ -179,6 +179,139 @@ TEST(quantized, mxfp8) {
                            NULL, "m.weight", f32, NULL, NULL});
 }
 
+/* One weight and its companions, to F32. */
+static void check_one(const support_tensor *tensors, size_t count, const char *config, const uint32_t *want,
+                      size_t words) {
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, count, 3);
+    remove(test_path("config.json"));
+    if (config) support_write(test_path("config.json"), config, strlen(config));
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        fst_options options = options_for(device, FST_F32);
+        fst_model *model;
+        fst_error error;
+        fst_tensor tensor;
+        fake_gpu_begin(&(fake_gpu_options){.seed = 4});
+        if (fst_load(support_list(path), &options, &model, &error))
+            test_fail(__FILE__, __LINE__, "%s", error.text);
+        CHECK_INT(1, fst_model_count(model));
+        CHECK_INT(FST_OK, fst_model_at(model, 0, &tensor));
+        CHECK_INT(words * 4, tensor.nbytes);
+        CHECK_BYTES(want, tensor.data, words * 4);
+        fst_model_free(model);
+        fake_gpu_end();
+    }
+    remove(test_path("config.json"));
+}
+
+/* The vector of 3.6, and 2 x the scale. */
+TEST(quantized, int8_with_zero_points) {
+    static const unsigned char codes[] = {0x80, 0x7F, 0x00, 0x05}, zeros[] = {3, 3, 3, 0x80};
+    static const uint16_t scales[] = {0x3C23, 0x3C23, 0x3C23, 0x3C23};
+    static const uint32_t want[] = {0xBFA6D200, 0x3F9DE800, 0xBCF48000, 0x3FA95E00};
+    check_one((support_tensor[]){{"m.weight", "I8", "[4,1]", codes, 4},
+                                 {"m.weight_scale", "BF16", "[4,1]", scales, 8},
+                                 {"m.weight_zero_point", "I8", "[4,1]", zeros, 4}},
+              3, NULL, want, 4);
+    check_one((support_tensor[]){{"m.weight", "I8", "[2,2]", codes, 4},
+                                 {"m.weight_scale", "BF16", "[1]", scales, 2},
+                                 {"m.weight_zero_point", "I8", "[1]", zeros, 1}},
+              3, NULL, (const uint32_t[]){0xBFA6D200, 0x3F9DE800, 0xBCF48000, 0x3CA30000}, 4);
+}
+
+TEST(quantized, fp8_with_a_scale_a_column) {
+    static const unsigned char codes[] = {0x38, 0x40, 0x38, 0x40, 0xB8, 0x00,
+                                          0x38, 0x38, 0x38, 0x40, 0x40, 0x40};
+    static const float scales[] = {2, 3, 5, 7, 11, 13};
+    static const float want[] = {2, 6, 5, 4, -3, 0, 7, 11, 13, 14, 22, 26};
+    check_one((support_tensor[]){{"e.up_proj", "F8_E4M3", "[2,2,3]", codes, 12},
+                                 {"e.up_proj_scale", "F32", "[2,1,3]", scales, 24}},
+              2, NULL, (const uint32_t *)(const void *)want, 12);
+}
+
+static const char *const inverse =
+    "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[2,2],\"weight_scale_semantics\":\"inverse\"}}";
+
+/* 1/3 and 448/3 are rounded by the division. */
+TEST(quantized, fp8_divided_by_its_scale) {
+    static const unsigned char codes[] = {0x38, 0x7E, 0xB8, 0x40};
+    static const float one[] = {3}, rows[] = {3, -0.5f}, block[] = {4};
+    check_one((support_tensor[]){{"m.weight", "F8_E4M3", "[2,2]", codes, 4},
+                                 {"m.weight_scale_inv", "F32", "[]", one, 4}},
+              2, inverse, (const uint32_t[]){0x3EAAAAAB, 0x43155555, 0xBEAAAAAB, 0x3F2AAAAB}, 4);
+    check_one((support_tensor[]){{"m.weight", "F8_E4M3", "[2,2]", codes, 4},
+                                 {"m.weight_scale_inv", "F32", "[2]", rows, 8}},
+              2, inverse, (const uint32_t[]){0x3EAAAAAB, 0x43155555, 0x40000000, 0xC0800000}, 4);
+    check_one((support_tensor[]){{"m.weight", "F8_E4M3", "[2,2]", codes, 4},
+                                 {"m.weight_scale_inv", "F32", "[1,1]", block, 4}},
+              2, inverse, (const uint32_t[]){0x3E800000, 0x42E00000, 0xBE800000, 0x3F000000}, 4);
+}
+
+TEST(quantized, deepseek_v4_names) {
+    static const unsigned char codes[] = {0x3A, 0x7E, 0x01, 0xC5}, scale[] = {0x78};
+    static const unsigned char nibbles[16] = {0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE},
+                               power[] = {0x7F};
+    static const float halves[32] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+    check_one((support_tensor[]){{"layers.0.attn.wq.weight", "F8_E4M3", "[2,2]", codes, 4},
+                                 {"layers.0.attn.wq.scale", "F8_E8M0", "[1,1]", scale, 1}},
+              2, NULL, (const uint32_t[]){0x3C200000, 0x40600000, 0x37800000, 0xBCD00000}, 4);
+    check_one((support_tensor[]){{"layers.0.ffn.experts.0.w1.weight", "I8", "[1,16]", nibbles, 16},
+                                 {"layers.0.ffn.experts.0.w1.scale", "F8_E8M0", "[1,1]", power, 1}},
+              2, NULL, (const uint32_t *)(const void *)halves, 32);
+}
+
+/* ---- What is counted ---- */
+
+static fst_stats stats_of(const char *path, int device) {
+    fst_options options = options_for(device, FST_BF16);
+    fst_stats stats = {.size = sizeof stats};
+    fst_model *model;
+    fst_error error;
+    if (fst_load(support_list(path), &options, &model, &error))
+        test_fail(__FILE__, __LINE__, "%s", error.text);
+    fst_model_stats(model, &stats);
+    fst_model_free(model);
+    return stats;
+}
+
+TEST(quantized, scales_that_are_nan_are_counted) {
+    static unsigned char codes[64 * 32], powers[64], e4m3[4] = {0x7F, 0xFF, 0x38, 0x7E};
+    static const uint32_t f32[] = {0x7FC00000, 0x3F800000, 0xFF800001, 0x7F800000};
+    static const uint16_t bf16[] = {0x7F81, 0x7F80, 0x3F80, 0xFFFF}, f16[] = {0x7C01, 0x7C00, 0x3F80, 0xFE00};
+    static const uint32_t one = 0x7F800001;
+    powers[3] = powers[63] = 0xFF, powers[5] = 0xFE;
+    const support_tensor tensors[] = {{"a.weight", "F8_E4M3", "[4,2]", codes, 8},
+                                      {"a.weight_scale", "F32", "[4,1]", f32, 16},
+                                      {"b.weight", "F8_E4M3", "[4,2]", codes, 8},
+                                      {"b.weight_scale", "BF16", "[4,1]", bf16, 8},
+                                      {"c.weight", "I8", "[4,2]", codes, 8},
+                                      {"c.weight_scale", "F16", "[4,1]", f16, 8},
+                                      {"d.weight", "F8_E4M3", "[64,32]", codes, sizeof codes},
+                                      {"d.weight_scale", "U8", "[64,1]", powers, 64},
+                                      {"e.weight", "U8", "[4,8]", codes, 32},
+                                      {"e.weight_scale", "F8_E4M3", "[4,1]", e4m3, 4},
+                                      {"e.weight_scale_2", "F32", "[]", &one, 4},
+                                      {"f.input_scale", "F32", "[4]", f32, 16}}; /* kept: not counted */
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, sizeof tensors / sizeof *tensors, 1);
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        fake_gpu_begin(&(fake_gpu_options){.seed = 4});
+        CHECK_INT(2 + 2 + 2 + 2 + 2 + 1, stats_of(path, device).nan_scales);
+        CHECK_INT(0, stats_of(path, device).bare_weights);
+        fake_gpu_end();
+    }
+}
+
+TEST(quantized, weights_without_a_scale_are_counted) {
+    static const unsigned char codes[16];
+    const support_tensor tensors[] = {{"a.weight", "F8_E4M3", "[4,4]", codes, 16},
+                                      {"b.weight", "F8_E5M2", "[4,4]", codes, 16},
+                                      {"norm", "F32", "[4]", codes, 16}};
+    support_checkpoint(test_path("model.safetensors"), NULL, tensors, 3, 0);
+    CHECK_INT(2, stats_of(test_path("model.safetensors"), FST_DEVICE_CPU).bare_weights);
+    CHECK_INT(0, stats_of(test_path("model.safetensors"), FST_DEVICE_CPU).nan_scales);
+}
+
 /* ---- What chunks cut ---- */
 
 /* The CPU's kernels on the whole matrix: chunk by chunk must give the same. */

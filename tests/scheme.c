@@ -440,6 +440,13 @@ TEST(scheme, companions_that_are_missing) {
                   FST_E_QUANTIZED, "global scale is missing");
     check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
                   NULL, FST_E_QUANTIZED, "absmax is missing");
+    check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "F32", "[1]"},
+                        {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
+                  NULL, FST_E_QUANTIZED, "quant_map is missing");
+    check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "U8", "[1]"},
+                        {"m.weight.quant_map", "F32", "[16]"}, {"m.weight.nested_absmax", "F32", "[1]"},
+                        {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
+                  NULL, FST_E_QUANTIZED, "nested_quant_map is missing");
     check_refused(SPECS({"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}), NULL, FST_E_QUANTIZED,
                   "missing");
     check_refused(SPECS({"a.weight", "F8_E4M3", "[4,4]"}, {"a.weight_scale", "F32", "[]"},
@@ -484,6 +491,19 @@ TEST(scheme, companions_of_the_wrong_shape_or_dtype) {
                   NULL, FST_E_QUANTIZED, "[rows, groups]");
 }
 
+TEST(scheme, companions_of_bitsandbytes_of_the_wrong_shape_or_dtype) {
+    check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "F16", "[1]"},
+                        {"m.weight.quant_map", "F32", "[16]"},
+                        {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
+                  NULL, FST_E_QUANTIZED, "U8 when nested");
+    check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "F32", "[1]"},
+                        {"m.weight.quant_map", "F32", "[15]"},
+                        {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
+                  NULL, FST_E_QUANTIZED, "16 of them");
+    check_refused(SPECS({"m.weight", "I8", "[4,8]"}, {"m.SCB", "F32", "[8]"}), NULL, FST_E_QUANTIZED,
+                  "one a row");
+}
+
 TEST(scheme, names_and_configuration_that_contradict) {
     const spec gptq[] = {
         {"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[1,8]"}, {"m.scales", "F16", "[1,64]"}};
@@ -504,6 +524,7 @@ TEST(scheme, methods_that_are_refused_by_name) {
         "{\"quantization_config\":{\"quant_method\":\"aqlm\"}}",
         "{\"quantization_config\":{\"quant_method\":\"exl3\"}}",
         "{\"quantization_config\":{\"quant_method\":\"bitnet\"}}",
+        "{\"quantization_config\":{\"quant_method\":\"squeeze\"}}",
         "{\"quantization_config\":{\"quant_method\":\"gptq\",\"checkpoint_format\":\"marlin\"}}",
         "{\"quantization_config\":{\"quant_method\":\"gptq\",\"checkpoint_format\":\"gptq_p\"}}",
         "{\"quantization_config\":{\"quant_method\":\"awq\",\"version\":\"gemv_fast\"}}",
@@ -511,9 +532,9 @@ TEST(scheme, methods_that_are_refused_by_name) {
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"config_groups\":{\"g\":{\"format\":\"sparse-bitmask\"}}}}",
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"transform_config\":{\"config_groups\":{\"a\":{}}}}}",
     };
-    static const char *const words[] = {"torchao", "hqq",    "aqlm",      "exl3",      "bitnet",
-                                        "marlin",  "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask",
-                                        "rotated"};
+    static const char *const words[] = {
+        "torchao", "hqq",    "aqlm",      "exl3",      "bitnet",         "\"squeeze\" is no quant_method",
+        "marlin",  "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask", "rotated"};
     for (size_t i = 0; i < sizeof configs / sizeof *configs; i++)
         check_refused(SPECS({"m.weight", "U8", "[4]"}), configs[i], FST_E_UNSUPPORTED, words[i]);
 }
@@ -530,7 +551,7 @@ TEST(scheme, a_configuration_that_is_no_json) {
 TEST(scheme, a_companion_of_two_weights) {
     check_refused(SPECS({"m.weight", "F8_E4M3", "[4,4]"}, {"m.scale", "F32", "[]"}, {"m", "F8_E4M3", "[4,4]"},
                         {"m_scale", "F32", "[]"}, {"q.weight", "U8", "[8]"},
-                        {"q.weight.absmax", "F32", "[1]"},
+                        {"q.weight.absmax", "F32", "[1]"}, {"q.weight.quant_map", "F32", "[16]"},
                         {"q.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"},
                         {"q.weight.quant_state.bitsandbytes__fp4", "U8", "[9]"}),
                   NULL, FST_E_QUANTIZED, "two weights");

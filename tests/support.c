@@ -114,6 +114,7 @@ typedef enum op_kind {
     OP_SCALED,
     OP_QUANTIZE,
     OP_FNUZ,
+    OP_BNB4,
     OP_EVENT,
     OP_FOLLOW
 } op_kind;
@@ -129,6 +130,7 @@ typedef struct op {
     fst_scaled_args scaled;
     fst_quantize_args quantize;
     fst_fnuz_args fnuz;
+    fst_bnb4_args bnb4;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -169,6 +171,7 @@ static void run_one(stream *s) {
     if (o->kind == OP_SCALED) fst_kernels_cpu()->scaled(NULL, &o->scaled);
     if (o->kind == OP_QUANTIZE) fst_kernels_cpu()->quantize(NULL, &o->quantize);
     if (o->kind == OP_FNUZ) fst_kernels_cpu()->fnuz(NULL, &o->fnuz);
+    if (o->kind == OP_BNB4) fst_kernels_cpu()->bnb4(NULL, &o->bnb4);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -407,6 +410,11 @@ static int fake_fnuz(fst_queue to, const fst_fnuz_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_bnb4(fst_queue to, const fst_bnb4_args *args) {
+    op o = {.kind = OP_BNB4, .bnb4 = *args};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -437,6 +445,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
                                         .scaled = fake_scaled,
                                         .quantize = fake_quantize,
                                         .fnuz = fake_fnuz,
+                                        .bnb4 = fake_bnb4,
                                         .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
