@@ -258,6 +258,14 @@ static void fill_scales(const bench *b, const convert_case *c, const convert_set
     }
     upload(b, set->scales, scales, c->scales * size);
     free(scales);
+    if (c->spec.kernel == CONVERT_BNB_NF4)
+        upload(b, (unsigned char *)set->nans, convert_nf4, sizeof convert_nf4);
+    if (c->spec.kernel != CONVERT_INT8_ZEROS) return;
+    int8_t *zeros = malloc(c->scales);
+    if (!zeros) bench_die("out of memory");
+    for (uint64_t i = 0; i < c->scales; i++) zeros[i] = convert_zero(i);
+    upload(b, set->scales + c->scales * size, zeros, c->scales);
+    free(zeros);
 }
 
 static void fill_jobs(const bench *b, const convert_case *c, const convert_set *set) {

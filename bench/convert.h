@@ -22,6 +22,9 @@ typedef enum convert_kernel {
     CONVERT_TRANSPOSE,
     CONVERT_DEINTERLEAVE,
     CONVERT_BATCH,
+    CONVERT_BNB_NF4,    /* scales for runs of `group`, a table in the place of the counter */
+    CONVERT_BNB_INT8,
+    CONVERT_INT8_ZEROS, /* a scale and a zero point a row, these behind the scales */
     CONVERT_KERNELS
 } convert_kernel;
 
@@ -93,6 +96,8 @@ int  convert_data_fits(const convert_data *data, const convert_spec *spec);
 const unsigned char *convert_data_bytes(const convert_data *data, size_t *size);
 
 uint32_t convert_scale(int dtype, uint64_t index); /* the code of a scale that is given */
+int8_t convert_zero(uint64_t index);               /* a zero point */
+extern const uint32_t convert_nf4[16];             /* bitsandbytes' table, F32 bits */
 
 typedef struct convert_reference convert_reference;
 convert_reference *convert_reference_new(const convert_case *c, const convert_data *data);

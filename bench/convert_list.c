@@ -19,15 +19,28 @@ typedef struct list {
 } list;
 
 const char *convert_kernel_name(convert_kernel kernel) {
-    static const char *const names[CONVERT_KERNELS] = {
-        "cast",         "scale_tensor",   "scale_row", "scale_group", "scale_block", "quantize_tensor",
-        "quantize_row", "quantize_block", "realign",   "slice",       "pack",        "transpose",
-        "deinterleave", "batch"};
+    static const char *const names[CONVERT_KERNELS] = {"cast",
+                                                       "scale_tensor",
+                                                       "scale_row",
+                                                       "scale_group",
+                                                       "scale_block",
+                                                       "quantize_tensor",
+                                                       "quantize_row",
+                                                       "quantize_block",
+                                                       "realign",
+                                                       "slice",
+                                                       "pack",
+                                                       "transpose",
+                                                       "deinterleave",
+                                                       "batch",
+                                                       "dequant_bnb_nf4",
+                                                       "dequant_bnb_int8",
+                                                       "dequant_int8"};
     return names[kernel];
 }
 
 int convert_is_scale(convert_kernel kernel) {
-    return kernel >= CONVERT_SCALE_TENSOR && kernel <= CONVERT_SCALE_BLOCK;
+    return (kernel >= CONVERT_SCALE_TENSOR && kernel <= CONVERT_SCALE_BLOCK) || kernel >= CONVERT_BNB_NF4;
 }
 
 int convert_is_quantize(convert_kernel kernel) {
@@ -111,6 +124,14 @@ static void add_scales(list *l) {
     snprintf(spec->variant, sizeof spec->variant, "x F32, %u columns", RAGGED_COLS);
 }
 
+static void add_integers(list *l) {
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++)
+        add_scaled(l, CONVERT_BNB_NF4, FST_F4, wide[i], FST_F32, 64);
+    add_scaled(l, CONVERT_BNB_INT8, FST_I8, FST_BF16, FST_F32, 0);
+    add_scaled(l, CONVERT_BNB_INT8, FST_I8, FST_F16, FST_F32, 0);
+    add_scaled(l, CONVERT_INT8_ZEROS, FST_I8, FST_BF16, FST_BF16, 0);
+}
+
 static void add_quantize(list *l) {
     static const int codes[] = {FST_F8_E4M3, FST_F8_E4M3FNUZ, FST_F8_E5M2};
     static const convert_kernel kinds[] = {CONVERT_QUANTIZE_TENSOR, CONVERT_QUANTIZE_ROW,
@@ -191,6 +212,7 @@ size_t convert_list(convert_spec specs[CONVERT_ROOM]) {
     list l = {specs, 0};
     add_casts(&l);
     add_scales(&l);
+    add_integers(&l);
     add_realign(&l);
     add_rows(&l);
     add_transpose(&l);
@@ -208,7 +230,10 @@ static uint64_t count_scales(const convert_case *c) {
     case CONVERT_SCALE_TENSOR:
     case CONVERT_QUANTIZE_TENSOR: return 1;
     case CONVERT_SCALE_ROW:
+    case CONVERT_BNB_INT8:
+    case CONVERT_INT8_ZEROS:
     case CONVERT_QUANTIZE_ROW: return c->rows;
+    case CONVERT_BNB_NF4:
     case CONVERT_SCALE_GROUP: return c->rows * ceil_div(c->cols, c->spec.group);
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK: return ceil_div(c->rows, CONVERT_BLOCK) * ceil_div(c->cols, CONVERT_BLOCK);
@@ -256,8 +281,9 @@ convert_case convert_size(const convert_spec *spec, uint64_t bytes) {
     c.scales = count_scales(&c);
     c.jobs = spec->kernel == CONVERT_BATCH ? c.rows : 0;
     const uint64_t scale_bytes = spec->scale ? c.scales * fst_dtype_bits((fst_dtype)spec->scale) / 8 : 0;
-    c.bytes_read =
-        (c.rows * c.cols * src_bits + 7) / 8 * passes + (convert_is_scale(spec->kernel) ? scale_bytes : 0);
+    const uint64_t zero_bytes = spec->kernel == CONVERT_INT8_ZEROS ? c.scales : 0;
+    c.bytes_read = zero_bytes + (c.rows * c.cols * src_bits + 7) / 8 * passes +
+                   (convert_is_scale(spec->kernel) ? scale_bytes : 0);
     c.bytes_written = c.rows * c.cols * dst_bits / 8 + (convert_is_quantize(spec->kernel) ? scale_bytes : 0);
     return c;
 }

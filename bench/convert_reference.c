@@ -92,6 +92,12 @@ uint32_t convert_scale(int dtype, uint64_t index) {
     return (uint32_t)encode(is_special ? special[h % 6] : bits, dtype);
 }
 
+int8_t convert_zero(uint64_t index) { return (int8_t)mix(index + 77); }
+
+const uint32_t convert_nf4[16] = {0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F,
+                                  0xBDBA7871, 0x00000000, 0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A,
+                                  0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000};
+
 /* ---- The reference ---- */
 
 typedef struct narrow_float {
@@ -192,7 +198,10 @@ static uint64_t scale_index(const convert_case *c, uint64_t row, uint64_t col) {
     const uint64_t groups = c->spec.group ? (c->cols + c->spec.group - 1) / c->spec.group : 0;
     switch (c->spec.kernel) {
     case CONVERT_SCALE_ROW:
+    case CONVERT_BNB_INT8:
+    case CONVERT_INT8_ZEROS:
     case CONVERT_QUANTIZE_ROW: return row;
+    case CONVERT_BNB_NF4: return (row * c->cols + col) / c->spec.group;
     case CONVERT_SCALE_GROUP: return row * groups + col / c->spec.group;
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK:
@@ -203,10 +212,15 @@ static uint64_t scale_index(const convert_case *c, uint64_t row, uint64_t col) {
 
 /* Two roundings: the product is an F32 first. */
 static uint64_t scaled(const convert_reference *r, uint64_t code, uint64_t index) {
-    const uint32_t a = decode((uint32_t)code, r->c.spec.src);
+    uint32_t a = decode((uint32_t)code, r->c.spec.src);
+    if (r->c.spec.kernel == CONVERT_BNB_NF4) a = convert_nf4[code];
+    if (r->c.spec.kernel == CONVERT_INT8_ZEROS)
+        a = fst_bits_of_float32((float)((int8_t)code - convert_zero(index)));
     const uint32_t b = decode(convert_scale(r->c.spec.scale, index), r->c.spec.scale);
     const float product = fst_float_of_bits32(a) * fst_float_of_bits32(b);
     uint32_t bits = fst_bits_of_float32(product);
+    if (r->c.spec.kernel == CONVERT_BNB_INT8) /* by RN32(1 / 127) */
+        bits = fst_bits_of_float32(product * fst_float_of_bits32(0x3C010204));
     if (product != product) bits = ((a ^ b) & 0x80000000) | 0x7FC00000;
     return encode(bits, r->c.spec.dst);
 }
@@ -293,7 +307,8 @@ void convert_expect(convert_reference *r, uint64_t first, uint64_t count, unsign
     memset(out, CONVERT_POISON, count * r->dst_size);
     for (uint64_t i = 0; i < count; i++) {
         if (row < c->rows && col < c->cols) {
-            uint64_t code = source_code(r, convert_source_index(c, row, col));
+            const uint64_t high_first = c->spec.kernel == CONVERT_BNB_NF4;
+            uint64_t code = source_code(r, convert_source_index(c, row, col) ^ high_first);
             if (convert_is_scale(c->spec.kernel)) code = scaled(r, code, scale_index(c, row, col));
             else if (convert_is_quantize(c->spec.kernel)) code = quantized(r, code, row, col);
             else code = cast(r, code);

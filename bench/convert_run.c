@@ -67,6 +67,37 @@ static int launch_scaled(const fst_kernels *k, fst_queue stream, const part_of *
     return k->scaled(stream, &args);
 }
 
+/* What is besides the scales: see fill_scales in convert.c. */
+static int launch_integers(const fst_kernels *k, fst_queue stream, const part_of *p) {
+    const convert_case *c = p->c;
+    const uint64_t all = c->rows * c->cols, begin = from(p, all, 64), count = to(p, all, 64) - begin;
+    const fst_bnb4_args bnb4 = {.src = src_at(p, begin),
+                                .dst = dst_at(p, begin),
+                                .map = p->set->nans,
+                                .absmax = p->set->scales,
+                                .dst_dtype = c->spec.dst,
+                                .elements = all,
+                                .first = begin,
+                                .count = count,
+                                .block = c->spec.group};
+    fst_scaled_args scaled = {.src = src_at(p, begin),
+                              .dst = dst_at(p, begin),
+                              .scales = p->set->scales,
+                              .scales_count = c->scales,
+                              .rows = c->rows,
+                              .cols = c->cols,
+                              .first = begin,
+                              .count = count,
+                              .src_dtype = c->spec.src,
+                              .dst_dtype = c->spec.dst,
+                              .scale_dtype = c->spec.scale,
+                              .kind = FST_SCALE_ROW};
+    if (c->spec.kernel == CONVERT_BNB_NF4) return k->bnb4(stream, &bnb4);
+    if (c->spec.kernel == CONVERT_BNB_INT8) scaled.flags = FST_K_OVER_127;
+    else scaled.zeros = p->set->scales + c->scales * bits_of(c->spec.scale) / 8;
+    return k->scaled(stream, &scaled);
+}
+
 /* One scale for all cannot be cut: the first part does it alone. */
 static int launch_quantize(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
@@ -164,6 +195,9 @@ int convert_launch(const fst_gpu *gpu, fst_queue stream, const convert_case *c, 
     case CONVERT_SCALE_ROW:
     case CONVERT_SCALE_GROUP:
     case CONVERT_SCALE_BLOCK: return launch_scaled(gpu->kernels, stream, &p);
+    case CONVERT_BNB_NF4:
+    case CONVERT_BNB_INT8:
+    case CONVERT_INT8_ZEROS: return launch_integers(gpu->kernels, stream, &p);
     case CONVERT_QUANTIZE_TENSOR:
     case CONVERT_QUANTIZE_ROW:
     case CONVERT_QUANTIZE_BLOCK: return launch_quantize(gpu->kernels, stream, &p);

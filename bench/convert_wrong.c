@@ -33,6 +33,11 @@ static int batch(fst_queue stream, const fst_batch_args *a) {
     return spoil(fst_kernels_cpu()->batch(stream, a), dst, bytes_of(last->count, a->dst_dtype));
 }
 
+static int bnb4(fst_queue stream, const fst_bnb4_args *a) {
+    if (way == NOTHING) return 0;
+    return spoil(fst_kernels_cpu()->bnb4(stream, a), a->dst, bytes_of(a->count, a->dst_dtype));
+}
+
 static int scaled(fst_queue stream, const fst_scaled_args *a) {
     if (way == NOTHING) return 0;
     return spoil(fst_kernels_cpu()->scaled(stream, a), a->dst, bytes_of(a->count, a->dst_dtype));
@@ -62,7 +67,7 @@ static int fnuz(fst_queue stream, const fst_fnuz_args *a) {
 }
 
 int main(int argc, char **argv) {
-    static const fst_kernels kernels = {cast, batch, scaled, quantize, rows, transpose, fnuz, "wrong"};
+    static const fst_kernels kernels = {cast, batch, scaled, quantize, rows, transpose, fnuz, bnb4, "wrong"};
     static const char *const ways[] = {"last", "nothing", "beyond"};
     static fst_gpu gpu;
     for (unsigned i = 0; i < 3 && argc > 1; i++)

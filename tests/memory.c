@@ -286,6 +286,28 @@ TEST(memory, of_a_load_on_a_gpu) {
     fake_gpu_end();
 }
 
+/* Of a state that is read before planning, too. */
+static fst_status load_quantized(const scene *s, fst_error *error) {
+    fst_options options = options_of(s);
+    fst_model *model = (fst_model *)(uintptr_t)1;
+    fst_status status = fst_load(s->files, &options, &model, error);
+    if (status) CHECK(model == NULL);
+    else CHECK_INT(1, fst_model_count(model));
+    fst_model_free(model);
+    fst_release_cached();
+    return status;
+}
+
+TEST(memory, of_a_quantized_load) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        scene s = prepare(load_quantized, device);
+        s.files[0] = FST_TEST_DATA "/bnb-nf4-nested/model.safetensors";
+        fail_acts(s, 20);
+    }
+    fake_gpu_end();
+}
+
 TEST(memory, of_a_load_that_finds_an_engine) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 2});
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {

@@ -89,7 +89,8 @@ RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
          (re.compile(r"Amax<(\d+), (\d+)>"), stream(8)),
          (re.compile(r"Tile<(\d+), (\d+), \d+u?>"), stream(10)),
          (re.compile(r"Transpose<(\d+), (\d+)>"), tile),
-         (re.compile(r"Nvfp4<(\d+)>"), lambda target: {"store": ALIGNED}),
+         (re.compile(r"(?:Nvfp4|Bnb4)<(\d+)>"), lambda target: {"store": ALIGNED}),
+         (re.compile(r"Affine<(\d+), (\d+)>"), lambda source, target: {"store": ALIGNED}),
          (re.compile(r"Fnuz"), lambda: {"load": ANY, "store": ALIGNED}),
          (re.compile(r"Begin|MakeScale<\d+>"), number_alone)]
 BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce|_phases)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
@@ -108,6 +109,8 @@ def required():
         "Transpose": casts + [(name, name) for name in ("U8", "U16", "U32", "U64")],
         "Scaled": itertools.product([*floats[4:], "I8", "F4"], plain),
         "Nvfp4": [(name,) for name in plain],
+        "Bnb4": [(name,) for name in plain],
+        "Affine": itertools.product([*floats[4:], "I8"], plain),
         "Amax": codes, "Encode": codes, "Tile": codes,
         "MakeScale": sorted({(target,) for _, target in codes}),
         "Begin": [()], "Fnuz": [()],

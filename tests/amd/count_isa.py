@@ -588,6 +588,29 @@ def nvfp4(dst, *, rows=4096, cols=4096, group=16):
                 [Step(f"Nvfp4<{number(dst)}>", arguments, 1, one_two("F4"), one_two(dst, 2))])
 
 
+def bnb4(dst, *, nested, block=64):
+    """A table of 2s; scales, that are nested or not, are 2 too: 2 x 2 x 1 + 0."""
+    maps = SCALES + (1 << 28)
+    arguments = (words(SRC, DST, maps, SCALES, SCALES + (1 << 29) if nested else 0, maps if nested else 0, 0, BIG) +
+                 divisor(block) + divisor(256) + struct.pack("<I4x", 0) + words(0))
+    b = bits_of(dst)
+    return Case(f"bnb4{', nested' if nested else ''}, F4->{dst}", 128 // b * (4 + b) / 8,
+                [Step(f"Bnb4<{number(dst)}>", arguments, 1, one_two("F4"), codes(dst, ONE[dst][0] + (3 if nested else 2) *
+                                                                                 (1 << ONE[dst][1])))])
+
+
+def affine(kind, src, dst, block_rows, block_cols, *, over_127=False, zeros=False):
+    """Codes are 1 (I8), or 1 and 2, scales 2, zero points 0: they double, or are divided."""
+    arguments = (words(SRC, DST, SCALES, SCALES + (1 << 29) if zeros else 0, 0, 4096 * 4096) + divisor(4096) +
+                 divisor(block_rows) + divisor(block_cols) + words(-(-4096 // block_cols)) +
+                 struct.pack("<iI", number("F32"), 0x3F800000 if over_127 else 0) + words(0))
+    a, b = bits_of(src), bits_of(dst)
+    source = bytes([1]) if src == "I8" else codes(src, *[ONE[src][0] + (1 << ONE[src][1]), ONE[src][0] + (2 << ONE[src][1])] * 2)
+    target = codes(dst, (ONE[dst][0] + (1 << ONE[dst][1]))) if src == "I8" else one_two(dst)
+    return Case(f"{kind}, {src}->{dst}", 128 // b * (a + b) / 8,
+                [Step(f"Affine<{number(src)}, {number(dst)}>", arguments, 1, source, target)])
+
+
 # Half the largest code and the largest, and what it stands for.
 LARGEST = {"F8_E4M3": (b"\x76\x7e", 448), "F8_E5M2": (b"\x77\x7b", 57344), "F8_E4M3FNUZ": (b"\x76\x7e", 224)}
 
@@ -636,6 +659,11 @@ def cases():
             yield scaled("scale block", src, dst, 128, 128)
     yield scaled("scale block, 7168 columns", "F8_E4M3", "BF16", 128, 128, cols=7168)
     yield nvfp4("BF16")
+    yield bnb4("BF16", nested=False)
+    yield bnb4("BF16", nested=True)
+    yield affine("zero points a row", "I8", "BF16", 1, 4096, zeros=True)
+    yield affine("over 127 a row", "I8", "BF16", 1, 4096, over_127=True)
+    yield affine("divided by blocks", "F8_E4M3", "BF16", 128, 128)
     for src in plain:
         for dst in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"):
             threads = 256 * bits_of(src) // 16
@@ -726,6 +754,8 @@ GROUPS = [
     ("8-bit float × scale → F16", r"scale.*, F8\w+ x.*->F16"), ("I8 × scale → BF16", r"scale.*, I8 "),
     ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale|NVFP4).*, F4 x.*->BF16"),
     ("F4 × scale → F16", r"scale.*, F4 x.*->F16"),
+    ("bitsandbytes' 4 bits → BF16", r"bnb4"), ("I8 with zero points, over 127 → BF16", r"(zero|over).*I8->"),
+    ("F8_E4M3 ÷ scale → BF16", r"divided"),
     *((f"quantize {src}, {kind}", f"quantize ({kind.replace(', ', '|')}), {src}-")
       for src in ("F32", "BF16", "F16") for kind in ("tensor", "row, block")),
 ]

@@ -1,0 +1,115 @@
+/* Checkpoints that the formats' own libraries wrote, against what these make of them: tests/oracle/libraries.py,
+ * tests/data. */
+#include <stdio.h>
+#include <string.h>
+
+#include "harness.h"
+#include "support.h"
+
+/* Those whose formats are dequantized. The others become cases by moving up. */
+static const char *const compared[] = {
+    "bnb-fp4",
+    "bnb-fp4-nested",
+    "bnb-int8",
+    "bnb-nf4",
+    "bnb-nf4-bf16",
+    "bnb-nf4-nested",
+    "ct-fp8-block",
+    "ct-fp8-channel",
+    "ct-fp8-tensor",
+    "ct-int8-channel",
+    "ct-int8-zeros",
+    "ct-mxfp4",
+    "ct-mxfp8",
+    "ct-nvfp4",
+    "gptqmodel-fp8-block",
+    "gptqmodel-fp8-row",
+    "gptqmodel-fp8-tensor",
+    "hf-fp4-experts",
+    "hf-fp8-block",
+    "hf-fp8-e8m0",
+    "hf-mxfp4",
+    "modelopt-mxfp8",
+    "modelopt-nvfp4",
+    "quark-mxfp4",
+};
+static const char *const not_yet[] = {
+    "awq",    "ct-packed-3",  "ct-packed-4", "ct-packed-4-zeros", "ct-packed-8", "gptq-2", "gptq-3",
+    "gptq-4", "gptq-4-order", "gptq-8",      "quark-int4",
+};
+
+static const char *file_of(const char *name, const char *file) {
+    static char path[2][1024];
+    static int which;
+    which = !which;
+    snprintf(path[which], sizeof path[which], "%s/%s/%s.safetensors", FST_TEST_DATA, name, file);
+    return path[which];
+}
+
+static fst_model *load(const char *path, fst_dtype cast, int device) {
+    fst_options options = support_options(device);
+    fst_model *model;
+    fst_error error;
+    options.cast = cast;
+    if (fst_load(support_list(path), &options, &model, &error))
+        test_fail(__FILE__, __LINE__, "%s: %s", path, error.text);
+    return model;
+}
+
+/* Code 8 is -0 (E2M1), or what the table in the file says (bitsandbytes). ModelOpt's tables have 0 for it, and
+ * bitsandbytes' own code makes -0 of what is 0 in its table: there the sign of 0 is not compared. */
+static int has_any_zero(const char *name) {
+    return strncmp(name, "bnb-fp4", 7) == 0 || strcmp(name, "modelopt-nvfp4") == 0;
+}
+
+static int is_same(const unsigned char *want, const unsigned char *got, size_t size, int any_zero) {
+    int zeros = any_zero;
+    for (size_t i = 0; i < size; i++) zeros &= !((want[i] | got[i]) & (i + 1 < size ? 0xFF : 0x7F));
+    return zeros || memcmp(want, got, size) == 0;
+}
+
+/* Each weight in the precision that its library computed in. */
+static void compare(const char *name, int device) {
+    fst_model *expected = load(file_of(name, "expected"), FST_NATIVE, FST_DEVICE_CPU);
+    for (size_t i = 0; i < fst_model_count(expected); i++) {
+        fst_tensor want, got;
+        CHECK_INT(FST_OK, fst_model_at(expected, i, &want));
+        fst_model *model = load(file_of(name, "model"), want.dtype, device);
+        if (fst_model_find(model, want.name, &got))
+            test_fail(__FILE__, __LINE__, "%s: there is no \"%s\"", name, want.name);
+        CHECK_INT(want.ndim, got.ndim);
+        for (uint32_t k = 0; k < want.ndim; k++) CHECK_INT(want.shape[k], got.shape[k]);
+        CHECK_INT(want.nbytes, got.nbytes);
+        const size_t size = fst_dtype_bits(want.dtype) / 8;
+        for (size_t k = 0; k < want.nbytes; k += size)
+            if (!is_same((const unsigned char *)want.data + k, (const unsigned char *)got.data + k, size,
+                         has_any_zero(name)))
+                test_fail(__FILE__, __LINE__, "%s: element %zu of \"%s\" is not its library's", name,
+                          k / size, want.name);
+        fst_model_free(model);
+    }
+    fst_model_free(expected);
+}
+
+TEST(oracle_data, weights_are_what_their_libraries_make_of_them) {
+    for (size_t i = 0; i < sizeof compared / sizeof *compared; i++)
+        for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+            fake_gpu_begin(&(fake_gpu_options){.seed = i});
+            compare(compared[i], device);
+            fake_gpu_end();
+        }
+}
+
+/* So that nobody forgets to move them up. */
+TEST(oracle_data, the_others_are_refused_so_far) {
+    for (size_t i = 0; i < sizeof not_yet / sizeof *not_yet; i++) {
+        fst_options options = support_options(FST_DEVICE_CPU);
+        fst_model *model;
+        fst_error error;
+        options.cast = FST_BF16;
+        if (fst_load(support_list(file_of(not_yet[i], "model")), &options, &model, &error) !=
+            FST_E_UNSUPPORTED)
+            test_fail(__FILE__, __LINE__, "%s is dequantized now: compare it", not_yet[i]);
+        fst_model_free(load(file_of(not_yet[i], "model"), FST_NATIVE, FST_DEVICE_CPU));
+    }
+}
