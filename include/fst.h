@@ -212,8 +212,8 @@ typedef struct fst_rule {
                                size, that outlives the model and all DLPack tensors of it, and that no work
                                queued on any stream still uses; NULL: to the others */
     uint64_t  memory_bytes; /* how much is there: at least the result's size */
-    fst_scale scale;        /* as in the options, but, as `cast`, of no scales and as stored where those leave the tensor
-                               alone; of no effect where `cast` takes none */
+    fst_scale scale;        /* as in the options; where those leave a tensor as stored, it comes with FST_NATIVE and
+                               FST_QUANTIZE_NONE. Of no effect with a `cast` that takes no scales */
     uint32_t  unused;
     uint64_t  reserved[7];
 } fst_rule;

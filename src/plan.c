@@ -233,6 +233,13 @@ static int reaches_stripe(const planner *p) {
            stripes[p->plan->stripes_count - 1].window <= stripes[p->open->first_stripe].window + 1;
 }
 
+/* Where the last stripe begins in all of its tensor, in bytes. */
+static uint64_t stripe_start(const planner *p, unsigned bits) {
+    const fst_plan_stripe *stripe = &p->plan->stripes[p->plan->stripes_count - 1];
+    const fst_plan_tensor *tensor = &p->plan->tensors[stripe->tensor];
+    return (stripe->matrix * tensor->rows + stripe->first_row) * tensor->cols * bits / 8;
+}
+
 /* The open chunk has a piece of the last stripe. */
 static void note_stripe(planner *p) {
     uint32_t last = (uint32_t)(p->plan->stripes_count - 1);
@@ -311,8 +318,9 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
     uint64_t count = weight ? weight->rows * weight->cols : 0; /* of one matrix; bitsandbytes' may be odd */
     uint64_t matrix = weight ? (count * bits + 7) / 8 : total; /* bytes of one */
-    if (quantized) matrix = tensor->rows * tensor->cols * bits / 8;
-    uint64_t stripe = tensor->parked ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
+    if (quantized && !weight) matrix = tensor->rows * tensor->cols * bits / 8;
+    int in_stripes = tensor->parked && tensor->stripe_rows < tensor->rows;
+    uint64_t stripe = in_stripes ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
     if (quantized && !tensor->parked) cut = scaled_rows(tensor) * tensor->cols * bits / 8;
     while (done < total) {
         uint64_t in_matrix = weight || quantized ? done % matrix : done, in_stripe = in_matrix % stripe;
@@ -340,7 +348,7 @@ static fst_status add_tensor(planner *p, uint32_t index) {
         if (weight && piece.count > count - piece.first) piece.count = count - piece.first;
         if (tensor->parked) {
             piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
-            piece.dst_offset = in_stripe * 8 / bits * result_bits / 8;
+            piece.dst_offset -= stripe_start(p, result_bits);
             note_stripe(p);
         }
         int kept = !weight && dtype == entry->dtype;

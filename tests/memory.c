@@ -326,6 +326,48 @@ TEST(memory, of_a_load_by_every_reader) {
     }
 }
 
+/* Weights that wait for their scales, so many that all lists grow. */
+static const char *write_weights(void) {
+    static double values[6] = {1, 2, 3, 4, 5, 448};
+    static char names[MANY][16];
+    support_tensor tensors[MANY];
+    for (int i = 0; i < MANY; i++) {
+        sprintf(names[i], "%d.weight", i);
+        tensors[i] = (support_tensor){names[i], "F64", "[2,3]", values, sizeof values};
+    }
+    support_checkpoint(test_path("weights.safetensors"), NULL, tensors, MANY, 0);
+    return test_path("weights.safetensors");
+}
+
+static fst_status load_scaled(const scene *s, fst_error *error) {
+    fst_options options = options_of(s);
+    fst_model *model = (fst_model *)(uintptr_t)1;
+    fst_tensor tensor;
+    options.cast = FST_F8_E4M3;
+    options.scale = FST_QUANTIZE_TENSOR;
+    fst_status status = fst_load(s->files, &options, &model, error);
+    if (status) {
+        CHECK(model == NULL);
+    } else {
+        CHECK_INT(2 * MANY, fst_model_count(model));
+        CHECK_INT(FST_OK, fst_model_find(model, "149.weight_scale", &tensor));
+        CHECK(*(float *)tensor.data == 1);
+    }
+    fst_model_free(model);
+    if (!s->keeps_engine) fst_release_cached();
+    return status;
+}
+
+TEST(memory, of_a_load_that_computes_scales) {
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        scene s = prepare(load_scaled, device);
+        s.files[0] = write_weights();
+        fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+        fail_acts(s, 50);
+        fake_gpu_end();
+    }
+}
+
 TEST(memory, of_a_stream) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 5});
     for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++)
