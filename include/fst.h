@@ -171,6 +171,16 @@ typedef enum fst_cache {
     FST_CACHE_AVOID     /* O_DIRECT, where the file system lets us; what is cached is copied nevertheless */
 } fst_cache;
 
+/* Scales that a load computes for weights that become F8_E4M3, F8_E5M2 or F8_E4M3FNUZ (docs/quantized.md): 2-D
+ * weights and stacked experts become codes and a tensor of F32 scales more, that multiply. Tensors of one dimension,
+ * embeddings, output heads and routers stay as stored, unless a rule says otherwise. */
+typedef enum fst_scale {
+    FST_QUANTIZE_NONE = 0, /* none: a plain cast */
+    FST_QUANTIZE_TENSOR,   /* one a matrix: X.weight_scale, [] */
+    FST_QUANTIZE_ROW,      /* one a row: X.weight_scale, [rows, 1] */
+    FST_QUANTIZE_BLOCK     /* one for 128 x 128: X.weight_scale_inv, [rows / 128, columns / 128], rounded up */
+} fst_scale;
+
 typedef struct fst_progress {
     uint64_t bytes_done;  /* bytes of the files that are in place, converted */
     uint64_t bytes_total;
@@ -202,7 +212,10 @@ typedef struct fst_rule {
                                size, that outlives the model and all DLPack tensors of it, and that no work
                                queued on any stream still uses; NULL: to the others */
     uint64_t  memory_bytes; /* how much is there: at least the result's size */
-    uint64_t  reserved[8];
+    fst_scale scale;        /* as in the options, but, as `cast`, of no scales and as stored where those leave the tensor
+                               alone; of no effect where `cast` takes none */
+    uint32_t  unused;
+    uint64_t  reserved[7];
 } fst_rule;
 
 /* Called once for each tensor, in order, before any data is read. A return other than 0 ends the load
@@ -239,11 +252,12 @@ typedef struct fst_options {
                                      quantize_config.json likewise); "": none, names decide */
     uint64_t        memory_bytes; /* streams: most device memory for results at one time; 0: 1 GiB, or the
                                      largest tensor's size when that is more */
+    fst_scale       scale;        /* scales that are computed, with a `cast` to F8_E4M3, F8_E5M2, F8_E4M3FNUZ */
 } fst_options;
 
 #define FST_OPTIONS_INIT                                                                         \
     {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL, FST_READER_AUTO, \
-     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0}
+     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0, FST_QUANTIZE_NONE}
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
@@ -384,6 +398,7 @@ typedef struct fst_stats {
     double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
     unsigned    slots_unpinned;    /* threads that got less pinned memory than wanted */
     int         numa_node;         /* of the ring and its threads; -1: any */
+    uint64_t    nans;              /* NaNs among the values that scales were computed for: their codes are NaN */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */

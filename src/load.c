@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "loading.h"
+#include "quantize.h"
 
 #define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
@@ -44,6 +45,12 @@ static fst_status check_options(const fst_options *options, fst_error *error) {
         return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no way to read", (int)options->reader);
     if ((unsigned)options->cache > FST_CACHE_AVOID)
         return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no way to use the cache", (int)options->cache);
+    if ((unsigned)options->scale > FST_QUANTIZE_BLOCK)
+        return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no kind of scales", (int)options->scale);
+    if (options->scale && !fst_quantize_has(options->cast))
+        return fst_fail(error, FST_E_ARG, 0, NULL,
+                        "scales are computed for F8_E4M3, F8_E5M2 and F8_E4M3FNUZ, not for %s",
+                        fst_dtype_name(options->cast));
     if (options->allocator && (!options->allocator->allocate || !options->allocator->release))
         return refuse(error, "the allocator lacks a function");
     return FST_OK;
