@@ -492,7 +492,7 @@ typedef struct fst_convert_stats {
  * on; `stream` and FST_AS_READY are ignored. `options`, `convert`, `stats` and `error` may be NULL.
  * FST_E_ARG, FST_E_FILE_TYPE, what fst_load says of unsupported formats: before anything is written. FST_E_IO with
  * ENOSPC, FST_E_CANCELLED, ...: what is finished stays for the next call. */
-FST_API fst_status fst_convert(const char *directory, const char *output, const fst_options *options,
+FST_API fst_status fst_convert_directory(const char *directory, const char *output, const fst_options *options,
                                const fst_convert_options *convert, fst_convert_stats *stats, fst_error *error);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-/* fst_convert: a checkpoint directory of a checkpoint directory. What comes out, and into which file, is known from the
+/* fst_convert_directory: a checkpoint directory of a checkpoint directory. What comes out, and into which file, is known from the
  * headers; then a stream brings results in their order, and convert_writer.c writes them. */
 #include "convert.h"
 
@@ -670,8 +670,9 @@ static fst_status take_options(fst_convert_job *c, const fst_convert_options *gi
     return FST_OK;
 }
 
-fst_status fst_convert(const char *directory, const char *output, const fst_options *options,
-                       const fst_convert_options *convert, fst_convert_stats *stats, fst_error *error) {
+fst_status fst_convert_directory(const char *directory, const char *output, const fst_options *options,
+                                 const fst_convert_options *convert, fst_convert_stats *stats,
+                                 fst_error *error) {
     fst_error mine = {.file = -1, .offset = -1};
     fst_convert_stats facts = {.size = sizeof facts};
     fst_convert_job *c = calloc(1, sizeof *c);

@@ -17,7 +17,7 @@ static fst_status convert(const arguments *args, fst_convert_stats *stats, fst_e
     options.progress_arg = &bar;
     options.cancel = interrupt_flag();
     fst_convert_options more = {sizeof more, args->shard_bytes};
-    fst_status status = fst_convert(args->paths[0], args->output, &options, &more, stats, error);
+    fst_status status = fst_convert_directory(args->paths[0], args->output, &options, &more, stats, error);
     progress_clear(&bar);
     return status;
 }
