@@ -18,6 +18,7 @@ typedef struct load_options {
     size_t slot_bytes;
     double seconds; /* for all of it; 0: as long as it takes */
     fst_dtype casts[LOAD_MAX_CASTS];
+    fst_scale scales[LOAD_MAX_CASTS]; /* that are computed with each */
     size_t casts_count;
     const char *json, *timeline, *timeline_of, *tmpfs;
     const char *generate; /* a directory; NULL: none */
@@ -27,6 +28,7 @@ typedef struct load_options {
     int child; /* descriptor that a child writes its one sample to; -1: this is no child */
 } load_options;
 
+const char *load_scale_name(fst_scale scale);
 /* 0 after a complaint on stderr. */
 int load_parse(int argc, char **argv, load_options *o);
 
@@ -79,6 +81,7 @@ typedef struct load_case {
     const load_files *files;
     load_state state;
     fst_dtype cast;
+    fst_scale scale;
     fst_reader_kind reader;
     fst_cache cache;
     int stream, is_tuning;

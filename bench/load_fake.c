@@ -15,7 +15,7 @@
 
 #define TOTAL ((uint64_t)16 << 30)
 
-static int wrong_copies, wrong_casts, leaks, refuses;
+static int wrong_copies, wrong_casts, wrong_scales, leaks, refuses;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t used;
 
@@ -71,6 +71,12 @@ static int batch(fst_queue stream, const fst_batch_args *a) {
     return code;
 }
 
+static int quantize(fst_queue stream, const fst_quantize_args *a) {
+    int code = fst_kernels_cpu()->quantize(stream, a);
+    if (wrong_scales) a->scales[0] *= 2;
+    return code;
+}
+
 int main(int argc, char **argv) {
     static fst_gpu gpu;
     static fst_gpu_calls calls;
@@ -78,6 +84,7 @@ int main(int argc, char **argv) {
     const char *what = getenv("FST_FAKE");
     wrong_copies = what && strcmp(what, "copy") == 0;
     wrong_casts = what && strcmp(what, "cast") == 0;
+    wrong_scales = what && strcmp(what, "scale") == 0;
     refuses = what && strcmp(what, "third") == 0;
     leaks = what && strcmp(what, "memory") == 0;
     gpu = *fst_gpu_cpu();
@@ -89,6 +96,7 @@ int main(int argc, char **argv) {
     calls.to_device = to_device;
     kernels.cast = cast;
     kernels.batch = batch;
+    kernels.quantize = quantize;
     gpu.calls = &calls;
     gpu.kernels = &kernels;
     gpu.host_access = 0;

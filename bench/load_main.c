@@ -35,8 +35,11 @@ static void add_casts(load_bench *b, const char *where, const load_files *files)
     snprintf(name, sizeof name, "%s as is", where);
     add_case(b, name, &(load_case){.files = files, .state = LOAD_WARM});
     for (size_t i = 0; i < b->o.casts_count; i++) {
-        snprintf(name, sizeof name, "%s to %s", where, fst_dtype_name(b->o.casts[i]));
-        add_case(b, name, &(load_case){.files = files, .state = LOAD_WARM, .cast = b->o.casts[i]});
+        fst_scale scale = b->o.scales[i];
+        snprintf(name, sizeof name, "%s to %s%s%s", where, fst_dtype_name(b->o.casts[i]), scale ? " " : "",
+                 load_scale_name(scale));
+        add_case(b, name,
+                 &(load_case){.files = files, .state = LOAD_WARM, .cast = b->o.casts[i], .scale = scale});
     }
 }
 

@@ -115,6 +115,7 @@ void load_prepare(load_bench *b, const load_case *c) {
 void load_set_options(const load_case *c, int device, fst_options *options) {
     *options = (fst_options)FST_OPTIONS_INIT;
     options->cast = c->cast;
+    options->scale = c->scale;
     options->device = device;
     options->threads = c->threads;
     options->slot_bytes = c->slot_bytes;

@@ -5,12 +5,13 @@
 
 #include "bench.h"
 #include "load.h"
+#include "quantize.h"
 
 static const char usage[] =
     "usage: bench_load [options] PATH...\n"
     "       bench_load [options] --generate DIR BYTES [--dtype DTYPE] [--files N] [--small N]\n"
     "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots-each N\n"
-    "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE...  --stream  --tmpfs DIR\n"
+    "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE[:tensor|row|block]...  --stream  --tmpfs DIR\n"
     "                    --cold  --cold-runs N (5)  --advise  --tune  --seconds N  --no-verify\n"
     "  what comes out:   --json FILE  --timeline FILE.svg  --timeline-of CASE\n";
 
@@ -56,9 +57,25 @@ static int parse_dtype(const char *text, fst_dtype *out) {
     return (*out = fst_dtype_from_name(text)) != FST_NATIVE;
 }
 
+const char *load_scale_name(fst_scale scale) {
+    static const char *const names[] = {"", "tensor", "row", "block"};
+    return names[scale];
+}
+
+/* DTYPE or DTYPE:SCALE. */
 static int parse_cast(const char *text, load_options *o) {
-    if (o->casts_count == LOAD_MAX_CASTS || !parse_dtype(text, &o->casts[o->casts_count])) return 0;
-    o->casts_count++;
+    const char *colon = strchr(text, ':');
+    size_t length = colon ? (size_t)(colon - text) : strlen(text);
+    char dtype[32];
+    int scale = FST_QUANTIZE_NONE;
+    if (o->casts_count == LOAD_MAX_CASTS || length >= sizeof dtype) return 0;
+    memcpy(dtype, text, length);
+    dtype[length] = 0;
+    while (colon && ++scale <= FST_QUANTIZE_BLOCK)
+        if (strcmp(colon + 1, load_scale_name((fst_scale)scale)) == 0) break;
+    if (scale > FST_QUANTIZE_BLOCK || !parse_dtype(dtype, &o->casts[o->casts_count])) return 0;
+    if (scale && !fst_quantize_has(o->casts[o->casts_count])) return 0;
+    o->scales[o->casts_count++] = (fst_scale)scale;
     return 1;
 }
 

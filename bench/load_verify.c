@@ -91,6 +91,7 @@ static void open_reference(verifying *v) {
     fst_error error;
     options.device = FST_DEVICE_CPU;
     options.cast = v->c->cast;
+    options.scale = v->c->scale;
     if (v->b->gpu->host_access) options.threads = 1, options.slot_bytes = 192u << 10;
     if (fst_stream_open(v->c->files->given, &options, &v->reference, &error))
         bench_die("%s: %s", error.path, error.text);

@@ -118,6 +118,14 @@ class Load(unittest.TestCase):
         self.check_cold(out, runs, stored)
         self.assertIsNotNone(xml.etree.ElementTree.parse(self.svg).getroot().find(SVG + "path"))
 
+    def test_computed_scales(self):
+        out, _ = self.measure(args.fake, "--device", 0, "--cast", "F8_E4M3:row", "--cast", "f8_e5m2:tensor", "--cast",
+                              "F8_E4M3FNUZ:block", "--runs", 2, "--threads", 2, "--slot", "256K", checkpoint)
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F8_E4M3 row", "warm to F8_E5M2 tensor",
+                                      "warm to F8_E4M3FNUZ block"])
+        for name in ("warm to F8_E4M3 row", "warm to F8_E5M2 tensor", "warm to F8_E4M3FNUZ block"):
+            self.assertLess(runs[name]["bytes_out"], runs["warm as is"]["bytes_out"])
+
     def test_copies_are_removed_when_it_is_ended(self):
         with subprocess.Popen([args.bench, "--device", "cpu", "--runs", "64", "--tmpfs", self.directory, checkpoint],
                               stdout=subprocess.DEVNULL) as process:
@@ -192,9 +200,10 @@ class Load(unittest.TestCase):
             self.assertGreaterEqual(r["measured"], 2)
 
     def test_wrong_results_are_found(self):
-        for what, case in (("copy", "warm as is"), ("cast", "warm to F8_E5M2")):
+        for what, cast, case in (("copy", "F8_E5M2", "warm as is"), ("cast", "F8_E5M2", "warm to F8_E5M2"),
+                                 ("scale", "F8_E5M2:row", "warm to F8_E5M2 row")):
             with self.subTest(what):
-                done = run(args.fake, "--device", 0, "--runs", 1, "--cast", "F8_E5M2", checkpoint, FST_FAKE=what)
+                done = run(args.fake, "--device", 0, "--runs", 1, "--cast", cast, checkpoint, FST_FAKE=what)
                 self.assertEqual(1, done.returncode, done.stdout)
                 self.assertIn(f"bench: {case}", done.stderr)
                 self.assertIn("is wrong: its bytes", done.stderr)
@@ -261,7 +270,8 @@ class Load(unittest.TestCase):
     def test_bad_arguments(self):
         path = checkpoint
         for bad in ([], ["--runs", "0", path], ["--runs", "65", path], ["--runs"], ["--device", "gpu", path],
-                    ["--cast", "F17", path], ["--slot", "1K", path], ["--slots-each", "9", path], ["--what", "1", path],
+                    ["--cast", "F17", path], ["--cast", "F8_E4M3:column", path], ["--cast", "BF16:row", path],
+                    ["--cast", "F8_E4M3:", path], ["--slot", "1K", path], ["--slots-each", "9", path], ["--what", "1", path],
                     ["--seconds", "soon", path], ["--generate", self.directory], ["--generate", self.directory, "0"],
                     ["--generate", self.directory, "1M", path], ["--small", "3", path], ["--tune", "--cold", path],
                     ["--timeline", self.svg, "--timeline-of", "lukewarm", path], ["--json", "", path]):

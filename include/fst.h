@@ -273,7 +273,10 @@ typedef struct fst_model fst_model;
  * their names). NaN becomes one code with the source's sign. A float tensor that no kernel takes to the
  * target is FST_E_NO_CAST before anything is read. A quantized weight (docs/quantized.md) becomes the
  * target through its scales, which are then no tensors of the model; FST_E_UNSUPPORTED, FST_E_QUANTIZED,
- * also before anything is read. FST_NATIVE keeps everything. */
+ * also before anything is read. FST_NATIVE keeps everything.
+ *
+ * With `scale`, weights become codes of `cast` and a tensor of F32 scales that follows each (docs/quantized.md); other tensors
+ * stay as stored. Without it, weights of OCP codes under scales become FNUZ ones with their bits, and the scales are doubled. */
 
 /* Loads onto the first GPU that works, otherwise the CPU. NULL on failure: see fst_last_error. */
 FST_API fst_model *fst_load_cast(const char *const *files, fst_dtype target);
@@ -317,7 +320,7 @@ struct fst_tensor {
     uint64_t       nbytes;        /* of `data`; after fst_open, of the tensor in the file */
     int            file;          /* index of the file it came from */
     uint64_t       file_offset;   /* where its bytes start in that file */
-    uint64_t       file_nbytes;   /* and how many they are */
+    uint64_t       file_nbytes;   /* and how many they are; 0: scales that were computed, of the weight there */
     uint64_t       reserved[8];
 };
 

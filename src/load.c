@@ -11,6 +11,7 @@
 
 /* So large that there are few, so small that the first is there soon. */
 uint64_t fst_block_bytes = (uint64_t)256 << 20;
+uint64_t fst_window_bytes;
 
 /* ---- Options ----------------------------------------------------------------------------------- */
 
@@ -93,7 +94,7 @@ static fst_status allocate_first(fst_loading *l) {
         return fst_fail(l->error, FST_E_MEMORY, 0, NULL,
                         "the tensors take %llu bytes, of which %llu are available",
                         (unsigned long long)l->plan.bytes_blocks, (unsigned long long)available);
-    if (!l->allocator.allocate && available / 2 >= l->plan.bytes_blocks) return FST_OK;
+    if (!l->allocator.allocate && available / 2 >= l->plan.bytes_blocks + l->plan.parked_bytes) return FST_OK;
     for (size_t i = 0; i < l->plan.blocks_count; i++) {
         void *memory = NULL;
         fst_status status = allocate_block(l, i, &memory, l->error);
@@ -133,6 +134,8 @@ static fst_status make_job(fst_loading *l) {
         .hows = calloc(l->plan.chunks_count + 1, sizeof *l->job.hows),
         .blocks = calloc(l->plan.blocks_count + 1, sizeof *l->job.blocks),
         .batches = calloc(l->plan.batches_count + 1, sizeof *l->job.batches),
+        .parking = &l->parking,
+        .slots = calloc(l->plan.chunks_count + 1, sizeof *l->job.slots),
         .allocate = allocate_block,
         .allocate_arg = l,
         .budget = l->budget,
@@ -143,43 +146,120 @@ static fst_status make_job(fst_loading *l) {
         .started = l->started,
         .bytes_total = l->plan.bytes_read,
     };
+    l->parking = (fst_parking){
+        .stripes = calloc(l->plan.stripes_count + 1, sizeof *l->parking.stripes),
+        .windows_done = calloc(l->plan.windows_count + 1, sizeof *l->parking.windows_done),
+        .stripes_left = (uint32_t)l->plan.stripes_count,
+        .counts = calloc(l->plan.counters_count + 1, sizeof *l->parking.counts),
+    };
     model->blocks = calloc(l->plan.blocks_count + 1, sizeof *model->blocks);
-    return l->job.hows && l->job.blocks && l->job.batches && model->blocks ? FST_OK : fst_no_memory(l->error);
+    int has_parking = l->parking.stripes && l->parking.windows_done && l->parking.counts;
+    return l->job.hows && l->job.blocks && l->job.batches && l->job.slots && model->blocks && has_parking
+               ? FST_OK
+               : fst_no_memory(l->error);
 }
 
 /* The weight that codes become has a name and a shape of its own. */
 static void make_entry(fst_model *model, const fst_plan_tensor *planned, fst_model_tensor *tensor,
-                       fst_entry *made) {
+                       fst_model_made *made) {
     const fst_quantized *w = planned->weight;
-    *made = *tensor->entry;
-    made->name = w->name;
-    made->name_length = (uint32_t)strlen(w->name);
-    made->ndim = w->ndim;
-    made->shape = w->shape;
-    tensor->entry = made;
-    tensor->hash = fst_model_hash(model, made->name, made->name_length);
+    made->entry = *tensor->entry;
+    made->entry.name = w->name;
+    made->entry.name_length = (uint32_t)strlen(w->name);
+    made->entry.ndim = w->ndim;
+    made->entry.shape = w->shape;
+    tensor->entry = &made->entry;
+    tensor->hash = fst_model_hash(model, w->name, made->entry.name_length);
 }
 
-/* What each tensor will be: its place is known once its block is there. Companions of dequantized weights are gone. */
+/* Scales that are computed for `weight`, and are no tensor of any file. Writes the name, moves *names behind it. */
+static fst_status make_scales(fst_loading *l, const fst_plan_tensor *planned, const fst_model_tensor *weight,
+                              fst_model_tensor *tensor, fst_model_made *made, char **names) {
+    fst_model *model = l->model;
+    const fst_entry *of = weight->entry;
+    fst_entry *entry = &made->entry;
+    size_t length = fst_quantize_scale_name(of->name, of->name_length, planned->scale, *names);
+    *entry = (fst_entry){.name = *names,
+                         .name_length = (uint32_t)length,
+                         .ndim = of->ndim,
+                         .shape = made->shape,
+                         .dtype = FST_F32,
+                         .begin = l->model->headers[planned->file].tensors[planned->entry].begin};
+    entry->end = entry->begin;
+    *names += length + 1;
+    memcpy(made->shape, of->shape, (of->ndim - 2) * sizeof *made->shape);
+    made->shape[of->ndim - 2] = fst_quantize_scale_rows(planned->scale, planned->rows);
+    made->shape[of->ndim - 1] = fst_quantize_scale_cols(planned->scale, planned->cols);
+    if (of->ndim == 2 && planned->scale == FST_QUANTIZE_TENSOR) entry->ndim = 0;
+    *tensor = (fst_model_tensor){.entry = entry,
+                                 .file = planned->file,
+                                 .dtype = FST_F32,
+                                 .nbytes = l->plan.tensors[planned->scales].nbytes,
+                                 .planned = planned->scales,
+                                 .hash = fst_model_hash(model, entry->name, length)};
+    /* The table still has the names of the files' tensors, in the plan's order. */
+    size_t taken = model->names[fst_model_slot(model, tensor->hash, entry->name, length)].index;
+    if (!taken || l->plan.tensors[taken - 1].result == FST_NO_TENSOR) return FST_OK;
+    const fst_model_tensor *other = &model->tensors[taken - 1];
+    fst_where where = {fst_file_path(model, other->file), (int)other->file,
+                       (int64_t)(model->headers[other->file].data_start + other->entry->begin)};
+    return fst_fail(l->error, FST_E_DUPLICATE, 0, &where,
+                    "tensor \"%s\" has the name of the scales that are computed for \"%.200s\"", entry->name,
+                    of->name);
+}
+
+/* Places for the names and shapes that no file has. */
+static fst_status make_room(fst_loading *l, size_t *count) {
+    fst_model *model = l->model;
+    size_t names = 0, made = 0;
+    *count = 0;
+    for (size_t i = 0; i < l->plan.stored_count; i++) {
+        const fst_plan_tensor *planned = &l->plan.tensors[i];
+        const fst_entry *entry = model->tensors[i].entry;
+        int has_scales = planned->scales != FST_NO_TENSOR;
+        size_t length = planned->weight ? strlen(planned->weight->name) : entry->name_length;
+        if (has_scales) names += fst_quantize_scale_name(entry->name, length, planned->scale, NULL) + 1;
+        made += (planned->weight != NULL) + has_scales;
+        *count += (planned->result != FST_NO_TENSOR) + has_scales;
+    }
+    if (made == 0) return FST_OK;
+    model->made = calloc(made, sizeof *model->made);
+    model->made_names = malloc(names + 1);
+    return model->made && model->made_names ? FST_OK : fst_no_memory(l->error);
+}
+
+/* What each tensor will be: its place is known once its block is there. Companions of dequantized weights are gone,
+ * computed scales follow their weights. */
 static fst_status describe_results(fst_loading *l) {
     fst_model *model = l->model;
-    size_t count = 0, weights = 0, all = model->count;
-    for (size_t i = 0; i < all; i++) weights += l->plan.tensors[i].weight != NULL;
-    if (weights && !(model->made = calloc(weights, sizeof *model->made))) return fst_no_memory(l->error);
-    weights = 0;
-    for (size_t i = 0; i < all; i++) {
+    size_t count = 0;
+    fst_status status = make_room(l, &count);
+    if (status) return status;
+    fst_model_tensor *results = calloc(count + 1, sizeof *results), *tensor = results;
+    if (!results) return fst_no_memory(l->error);
+    fst_model_made *made = model->made;
+    char *names = model->made_names;
+    for (size_t i = 0; i < l->plan.stored_count && !status; i++) {
         const fst_plan_tensor *planned = &l->plan.tensors[i];
-        fst_model_tensor *tensor = &model->tensors[count];
         if (planned->result == FST_NO_TENSOR) continue;
         *tensor = model->tensors[i];
         tensor->dtype = planned->dtype;
         tensor->nbytes = planned->nbytes;
         tensor->planned = (uint32_t)i;
-        if (planned->weight) make_entry(model, planned, tensor, &model->made[weights++]);
-        count++;
+        if (planned->weight) make_entry(model, planned, tensor, made++);
+        tensor++;
+        if (planned->scales == FST_NO_TENSOR) continue;
+        status = make_scales(l, planned, tensor - 1, tensor, made++, &names);
+        tensor++;
     }
+    if (status) {
+        free(results);
+        return status;
+    }
+    free(model->tensors);
+    model->tensors = results;
     model->count = count;
-    return weights ? fst_loading_fill_names(l) : FST_OK;
+    return model->made ? fst_loading_fill_names(l) : FST_OK;
 }
 
 fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
@@ -193,10 +273,12 @@ fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
     l->allocate_seconds = fst_os_now() - before;
     if (status) return status;
     fst_plan_options plan_options = {.cast = l->options.cast,
+                                     .scale = l->options.scale,
                                      .chunk_bytes = l->facts.slot_bytes,
                                      .place_bytes = model->gpu->host_access ? CPU_PLACE : GPU_PLACE,
                                      .block_bytes = block_bytes,
-                                     .scheme = model->scheme};
+                                     .scheme = model->scheme,
+                                     .window_bytes = fst_window_bytes};
     status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
                            l->choices, &plan_options, &l->plan, l->error);
     if (!status) status = make_reader(l);
@@ -216,6 +298,10 @@ void fst_loading_end(fst_loading *l) {
     free((void *)l->job.hows);
     free((void *)l->job.blocks);
     free(l->job.batches);
+    free((void *)l->job.slots);
+    free(l->parking.stripes);
+    free(l->parking.windows_done);
+    free(l->parking.counts);
     l->engine = NULL;
     l->reader = NULL;
     l->budget = NULL;
@@ -257,7 +343,8 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     stats->device_name = gpu->name;
     stats->device_reason = l->model->device_reason;
     stats->peak_device_bytes = (l->budget ? l->budget->peak : l->plan.bytes_blocks) +
-                               pipeline->companion_bytes + l->facts.staging_bytes;
+                               pipeline->companion_bytes + pipeline->parked_bytes + l->facts.staging_bytes;
+    stats->nans = pipeline->nans;
     stats->pinned_bytes = l->facts.pinned_bytes;
     stats->threads = l->facts.threads;
     stats->slots = l->facts.slots;

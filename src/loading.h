@@ -30,6 +30,7 @@ typedef struct fst_loading {
     fst_range *ranges; /* what of the files is read */
     fst_plan plan;
     fst_load_job job;
+    fst_parking parking;
     fst_budget *budget;
     double allocate_seconds;
 } fst_loading;

@@ -122,6 +122,7 @@ void fst_model_free(fst_model *model) {
     free(model->headers);
     free(model->tensors);
     free(model->made);
+    free(model->made_names);
     if (model->scheme) fst_scheme_free(model->scheme);
     free(model->scheme);
     free(model->names);

@@ -21,6 +21,8 @@ typedef struct fst_block {
 
 /* Size of the blocks that tensors share; a larger tensor has its own. Tests make it small. */
 extern uint64_t fst_block_bytes;
+/* Of windows of weights that wait for their scales; 0: as suits the slots. Likewise. */
+extern uint64_t fst_window_bytes;
 
 /* `budget` and `allocator` may be NULL. May wait for the budget. `wanted`: bytes in all that the load wants. */
 fst_status fst_block_new(const fst_gpu *gpu, const fst_allocator *allocator, fst_budget *budget, uint64_t nbytes,
@@ -41,6 +43,12 @@ typedef struct fst_model_tensor {
     uint32_t         planned;     /* the plan's tensor that it comes from */
 } fst_model_tensor;
 
+/* Of a tensor that is not in its file as it is here: a weight that was dequantized, scales that were computed. */
+typedef struct fst_model_made {
+    fst_entry entry;
+    uint64_t  shape[8];
+} fst_model_made;
+
 typedef struct fst_model_name {
     uint32_t index; /* of the tensor, and 1; 0: free */
     uint32_t tag;   /* the upper half of its hash */
@@ -49,7 +57,8 @@ typedef struct fst_model_name {
 struct fst_model {
     fst_paths         paths;
     fst_header       *headers;    /* of each file */
-    fst_entry        *made;       /* of weights that were dequantized: their names and shapes are the scheme's */
+    fst_model_made   *made;
+    char             *made_names; /* of scales; those of weights are the scheme's */
     size_t            count;
     fst_model_tensor *tensors;
     fst_model_name   *names;      /* open-addressing hash table */

@@ -8,6 +8,7 @@
 #include "configs.h"
 #include "loading.h"
 #include "os.h"
+#include "quantize.h"
 
 #define FILES_EACH 4u /* so many are opened sooner than a thread is started */
 #define MOST_OPENERS 16u
@@ -182,7 +183,7 @@ static fst_status apply_rule(fst_loading *l, const fst_model_tensor *tensor, fst
     const fst_options *options = &l->options;
     fst_where where = {fst_file_path(l->model, tensor->file), (int)tensor->file,
                        (int64_t)(l->model->headers[tensor->file].data_start + tensor->entry->begin)};
-    fst_rule rule = {.cast = options->cast};
+    fst_rule rule = {.cast = choice->cast, .scale = choice->scale};
     fst_tensor described;
     fst_describe_tensor(l->model, tensor, &described);
     if (options->rule(options->rule_arg, &described, &rule))
@@ -191,7 +192,10 @@ static fst_status apply_rule(fst_loading *l, const fst_model_tensor *tensor, fst
     if ((int)rule.cast < 0 || rule.cast >= FST_DTYPE_COUNT)
         return fst_fail(l->error, FST_E_ARG, 0, &where, "tensor \"%s\": the rule's %d is no dtype to cast to",
                         described.name, (int)rule.cast);
-    *choice = (fst_choice){rule.skip != 0, rule.cast, rule.memory, rule.memory_bytes};
+    if ((unsigned)rule.scale > FST_QUANTIZE_BLOCK)
+        return fst_fail(l->error, FST_E_ARG, 0, &where, "tensor \"%s\": the rule's %d is no kind of scales",
+                        described.name, (int)rule.scale);
+    *choice = (fst_choice){rule.skip != 0, rule.cast, rule.memory, rule.memory_bytes, rule.scale};
     return FST_OK;
 }
 
@@ -214,6 +218,8 @@ static fst_status list_tensors(fst_loading *l) {
                                        .hash = l->hashes[file][i]};
             if (choice->skip) continue;
             choice->cast = l->options.cast;
+            choice->scale = l->options.scale;
+            fst_quantize_defaults(entry, &choice->cast, &choice->scale);
             fst_status status = l->options.rule ? apply_rule(l, &tensor, choice) : FST_OK;
             if (status) return status;
             if (!choice->skip && unwanted) choice->skip = *unwanted++;

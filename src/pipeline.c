@@ -233,30 +233,192 @@ static int wait_for_companions(fst_worker *w, const fst_load_job *job, uint32_t 
     return !atomic_load(&engine->stop);
 }
 
+/* ---- Stripes that wait for the rest of them ---------------------------------------------------------- */
+
+static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s);
+
+/* Memory for windows and counters, before anything is read. */
+static fst_status make_parking(fst_engine *engine, const fst_load_job *job, fst_error *error) {
+    const fst_gpu *gpu = engine->gpu;
+    const fst_plan *plan = job->plan;
+    fst_parking *parking = job->parking;
+    void *counters = NULL;
+    int code = 0;
+    if (plan->counters_count)
+        code = gpu->calls->alloc_block(gpu, plan->counters_count * sizeof *parking->counters, &counters);
+    if (code) return fst_gpu_fail(error, gpu, code, "allocating counters for quantized weights");
+    parking->counters = counters;
+    if (plan->parked_bytes) code = gpu->calls->alloc_block(gpu, plan->parked_bytes, &parking->memory);
+    if (!code) return FST_OK;
+    parking->memory = NULL;
+    return fst_gpu_fail(error, gpu, code, "allocating memory for weights that wait for their scales");
+}
+
+static void free_parked(fst_engine *engine, const fst_load_job *job) {
+    if (job->parking->memory)
+        engine->gpu->calls->free_block(engine->gpu, job->parking->memory, job->plan->parked_bytes);
+    job->parking->memory = NULL;
+}
+
+static void free_parking(fst_engine *engine, const fst_load_job *job) {
+    fst_parking *parking = job->parking;
+    free_parked(engine, job);
+    if (parking->counters)
+        engine->gpu->calls->free_block(engine->gpu, parking->counters,
+                                       job->plan->counters_count * sizeof *parking->counters);
+    parking->counters = NULL;
+}
+
+/* Counters are zero before anything is queued that counts. Who comes first does it, and others wait for that. */
+static int need_counters(fst_worker *w, const fst_load_job *job) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    fst_parking *parking = job->parking;
+    int code = 0;
+    if (!parking->counters) return 1;
+    pthread_mutex_lock(&engine->lock);
+    if (!parking->counters_are_set) {
+        size_t size = job->plan->counters_count * sizeof *parking->counts;
+        code = gpu->calls->to_device(gpu, w->stream, parking->counters, parking->counts, size);
+        if (!code) code = gpu->calls->stream_wait(gpu, w->stream);
+        parking->counters_are_set = !code;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    if (code) fail_device(w, job, code, "setting counters");
+    return code == 0;
+}
+
+/* What was counted, once all streams are empty: NaNs of quantized weights in *nans. Codes that FNUZ does not have are an
+ * error. */
+static fst_status read_counters(fst_engine *engine, const fst_load_job *job, uint64_t *nans,
+                                fst_error *error) {
+    const fst_gpu *gpu = engine->gpu;
+    const fst_plan *plan = job->plan;
+    fst_parking *parking = job->parking;
+    if (!parking->counters_are_set) return FST_OK;
+    fst_queue stream = engine->workers[0].stream;
+    int code = gpu->calls->to_host(gpu, stream, parking->counts, parking->counters,
+                                   plan->counters_count * sizeof *parking->counts);
+    if (!code) code = gpu->calls->stream_wait(gpu, stream);
+    if (code) return fst_gpu_fail(error, gpu, code, "reading counters");
+    for (size_t i = 0; i < plan->stored_count; i++) {
+        const fst_plan_tensor *tensor = &plan->tensors[i];
+        if (tensor->counter == FST_NO_COUNTER || !parking->counts[tensor->counter]) continue;
+        if (tensor->conversion == FST_CONVERT_QUANTIZE) {
+            *nans += parking->counts[tensor->counter];
+            continue;
+        }
+        const fst_entry *entry = &job->headers[tensor->file].tensors[tensor->entry];
+        fst_where where = {job->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(job->headers[tensor->file].data_start + entry->begin)};
+        return fst_fail(error, FST_E_QUANTIZED, 0, &where,
+                        "tensor \"%s\": %llu of its codes are no finite numbers, which %s cannot say",
+                        entry->name, (unsigned long long)parking->counts[tensor->counter],
+                        fst_dtype_name(tensor->dtype));
+    }
+    return FST_OK;
+}
+
+/* Whether nothing is left in the windows that a chunk's stripes go into. The lock is held. */
+static int windows_are_free(const fst_load_job *job, const fst_plan_chunk *chunk) {
+    const fst_plan *plan = job->plan;
+    uint32_t first = plan->stripes[chunk->first_stripe].window;
+    uint32_t last = plan->stripes[chunk->first_stripe + chunk->stripes - 1].window;
+    for (uint32_t i = first; i <= last; i++)
+        if (i >= 2 && job->parking->windows_done[i - 2] < plan->windows[i - 2]) return 0;
+    return 1;
+}
+
+static int windows_are_free_now(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    if (!chunk->stripes) return 1;
+    pthread_mutex_lock(&w->engine->lock);
+    int are_free = windows_are_free(job, chunk);
+    pthread_mutex_unlock(&w->engine->lock);
+    return are_free;
+}
+
+static int lacks_companions_now(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    if (chunk->batch == FST_NO_BATCH || chunk->companions) return 0;
+    pthread_mutex_lock(&w->engine->lock);
+    int lacks = lacks_companions(job, chunk->batch);
+    pthread_mutex_unlock(&w->engine->lock);
+    return lacks;
+}
+
+/* Somebody may wait for what is in a slot of somebody who waits: what is queued is waited for first. */
+static int drain_all(fst_worker *w, const fst_load_job *job) {
+    for (unsigned i = 0; i < w->slots_count; i++)
+        if (!drain_slot(w, job, &w->slots[i])) return 0;
+    return 1;
+}
+
+static int wait_for_windows(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    fst_engine *engine = w->engine;
+    if (windows_are_free_now(w, job, chunk)) return !atomic_load(&engine->stop);
+    if (!drain_all(w, job)) return 0;
+    pthread_mutex_lock(&engine->lock);
+    w->needs_window = (uint32_t)(chunk - job->plan->chunks) + 1;
+    while (!windows_are_free(job, chunk) && !atomic_load(&engine->stop))
+        pthread_cond_wait(&engine->allocated, &engine->lock);
+    w->needs_window = 0;
+    pthread_mutex_unlock(&engine->lock);
+    return !atomic_load(&engine->stop);
+}
+
+/* The stripes that a chunk was the last of are converted: their places are free. */
+static void leave_windows(fst_engine *engine, const fst_load_job *job, uint32_t index) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    fst_parking *parking = job->parking;
+    if (!chunk->stripes) return;
+    pthread_mutex_lock(&engine->lock);
+    for (uint32_t i = chunk->first_stripe; i < chunk->first_stripe + chunk->stripes; i++) {
+        if (parking->stripes[i].finisher != index + 1) continue;
+        parking->windows_done[job->plan->stripes[i].window]++;
+        parking->stripes_left--;
+    }
+    /* As with companions: after a failure, once all streams are empty. */
+    if (parking->stripes_left == 0 && !atomic_load(&engine->stop)) free_parked(engine, job);
+    pthread_cond_broadcast(&engine->allocated);
+    pthread_mutex_unlock(&engine->lock);
+}
+
 /* All memory that the chunk's results and conversions need. 0 when the job was stopped. */
 static int prepare_memory(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
-    if (!worker_needs_block(w, job, chunk->block)) return 0;
-    if (chunk->batch == FST_NO_BATCH) return 1;
-    return chunk->companions ? need_companion_memory(w, job, chunk->batch)
-                             : wait_for_companions(w, job, chunk->batch);
+    int there = chunk->block == FST_NO_BLOCK || atomic_load(&job->blocks[chunk->block]);
+    if (job->plan->stripes_count && (!there || lacks_companions_now(w, job, chunk)) && !drain_all(w, job))
+        return 0;
+    if (!worker_needs_block(w, job, chunk->block) || !need_counters(w, job)) return 0;
+    if (chunk->batch != FST_NO_BATCH && !(chunk->companions ? need_companion_memory(w, job, chunk->batch)
+                                                            : wait_for_companions(w, job, chunk->batch)))
+        return 0;
+    return !chunk->stripes || wait_for_windows(w, job, chunk);
 }
 
 /* ---- Conversions ------------------------------------------------------------------------------- */
 
-/* What converts a piece that lies at `src`. */
+/* Where the data of a tensor lies, or of a companion. */
+static unsigned char *data_of(const fst_load_job *job, const fst_plan_tensor *tensor) {
+    if (tensor->batch != FST_NO_BATCH)
+        return (unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
+    if (tensor->memory) return tensor->memory;
+    return (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
+}
+
+static unsigned char *parked_data(const fst_load_job *job, uint32_t stripe) {
+    return (unsigned char *)job->parking->memory + job->plan->stripes[stripe].offset;
+}
+
+/* What converts a piece that lies at `src`: into the result, or into the stripe that it is parked in. */
 static fst_cast_args cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
-    unsigned char *result = tensor->memory;
-    if (tensor->batch != FST_NO_BATCH)
-        result = (unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
-    else if (!result)
-        result = (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
+    int parked = piece->stripe != FST_NO_STRIPE;
+    unsigned char *to = parked ? parked_data(job, piece->stripe) : data_of(job, tensor);
     return (fst_cast_args){
         .src = src,
-        .dst = result + piece->dst_offset,
+        .dst = to + piece->dst_offset,
         .count = piece->count,
         .src_dtype = (int)job->headers[tensor->file].tensors[tensor->entry].dtype,
-        .dst_dtype = (int)tensor->dtype,
+        .dst_dtype = (int)(parked ? tensor->parked : tensor->dtype),
         .flags = job->flags & FST_NON_SATURATING ? FST_K_NON_SATURATING : 0,
     };
 }
@@ -304,6 +466,44 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
     return args;
 }
 
+/* Makes codes and scales of whole rows, bands or matrices at `src`. */
+static int quantize(fst_worker *w, const fst_load_job *job, uint32_t index, const void *src, fst_dtype dtype,
+                    uint32_t matrix, uint64_t first_row, uint64_t rows) {
+    static const int kinds[] = {[FST_QUANTIZE_TENSOR] = FST_SCALE_TENSOR,
+                                [FST_QUANTIZE_ROW] = FST_SCALE_ROW,
+                                [FST_QUANTIZE_BLOCK] = FST_SCALE_BLOCK};
+    const fst_plan_tensor *tensor = &job->plan->tensors[index];
+    uint64_t rows_of_scales = fst_quantize_scale_rows(tensor->scale, tensor->rows);
+    uint64_t before = tensor->scale == FST_QUANTIZE_ROW     ? first_row
+                      : tensor->scale == FST_QUANTIZE_BLOCK ? first_row / FST_QUANTIZE_TILE
+                                                            : 0;
+    float *scales = (float *)(void *)data_of(job, &job->plan->tensors[tensor->scales]);
+    fst_quantize_args args = {
+        .src = src,
+        .dst = data_of(job, tensor) + (matrix * tensor->rows + first_row) * tensor->cols,
+        .scales = scales +
+                  (matrix * rows_of_scales + before) * fst_quantize_scale_cols(tensor->scale, tensor->cols),
+        .nans = job->parking->counters + tensor->counter,
+        .rows = rows,
+        .cols = tensor->cols,
+        .src_dtype = (int)dtype,
+        .dst_dtype = (int)tensor->dtype,
+        .kind = kinds[tensor->scale],
+    };
+    return w->engine->gpu->kernels->quantize(w->stream, &args);
+}
+
+static int launch_alone(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src,
+                        const fst_cast_args *plain) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    if (tensor->conversion == FST_CONVERT_QUANTIZE)
+        return quantize(w, job, piece->tensor, src, (fst_dtype)plain->src_dtype, piece->matrix,
+                        piece->first / tensor->cols, piece->count / tensor->cols);
+    fst_fnuz_args args = {plain->src, plain->dst, plain->count, plain->src_dtype,
+                          job->parking->counters + tensor->counter};
+    return w->engine->gpu->kernels->fnuz(w->stream, &args);
+}
+
 static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
@@ -312,7 +512,68 @@ static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_pie
         return kernels->scaled(w->stream, &args);
     }
     fst_cast_args args = cast_args(job, piece, src);
+    if (fst_plan_is_alone(&job->plan->tensors[piece->tensor])) return launch_alone(w, job, piece, src, &args);
     return kernels->cast(w->stream, &args);
+}
+
+/* Stripes whose last part a chunk brought are converted: behind the work of all their chunks. *finished: some were. */
+static int finish_stripes(fst_worker *w, const fst_load_job *job, uint32_t index, int *finished) {
+    const fst_gpu *gpu = w->engine->gpu;
+    const fst_plan_chunk *chunk = &job->plan->chunks[index];
+    int code = 0;
+    *finished = 0;
+    for (uint32_t i = chunk->first_stripe; i < chunk->first_stripe + chunk->stripes && !code; i++) {
+        const fst_plan_stripe *stripe = &job->plan->stripes[i];
+        const fst_plan_tensor *tensor = &job->plan->tensors[stripe->tensor];
+        if (atomic_fetch_add(&job->parking->stripes[i].done, 1) + 1 != stripe->chunks) continue;
+        for (uint32_t k = stripe->first_chunk; k < stripe->first_chunk + stripe->chunks && !code; k++) {
+            unsigned number = atomic_load(&job->slots[k]) - 1;
+            fst_worker *other = &w->engine->workers[number / FST_MAX_SLOTS];
+            /* As in await_tensor, the slot may hold a later chunk by now. */
+            if (other != w && !gpu->host_access)
+                code =
+                    gpu->calls->stream_follow(gpu, w->stream, other->slots[number % FST_MAX_SLOTS].converted);
+        }
+        if (!code)
+            code = quantize(w, job, stripe->tensor, parked_data(job, i), tensor->parked, stripe->matrix,
+                            stripe->first_row, stripe->rows);
+        w->stats.launches++;
+        job->parking->stripes[i].finisher = index + 1;
+        *finished = 1;
+    }
+    return code;
+}
+
+/* ---- Scales of FNUZ codes --------------------------------------------------------------------------- */
+
+/* Doubles what is to be, among the pieces of a run whose bytes are at `data`. */
+static int double_run(fst_worker *w, const fst_load_job *job, const fst_plan_run *run, unsigned char *data) {
+    for (uint32_t i = 0; job->plan->doubles && i < run->pieces; i++) {
+        const fst_plan_piece *piece = &job->plan->pieces[run->first_piece + i];
+        const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+        if (tensor->conversion != FST_CONVERT_DOUBLE ||
+            fst_quantize_double(tensor->dtype, data + (piece->chunk_offset - run->chunk_offset),
+                                piece->count))
+            continue;
+        const fst_entry *entry = &job->headers[tensor->file].tensors[tensor->entry];
+        fst_where where = {job->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(job->headers[tensor->file].data_start + entry->begin)};
+        fst_error error = {.file = -1, .offset = -1};
+        fst_fail(&error, FST_E_QUANTIZED, 0, &where,
+                 "tensor \"%s\": a scale is too large to be doubled, as FNUZ codes need it", entry->name);
+        fail_with(w->engine, job, &error);
+        return 0;
+    }
+    return 1;
+}
+
+static int double_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                        unsigned char *data) {
+    for (uint32_t r = 0; r < chunk->runs; r++) {
+        const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
+        if (!double_run(w, job, run, data + run->chunk_offset)) return 0;
+    }
+    return 1;
 }
 
 /* The jobs of one pair of dtypes among a chunk's CONVERT pieces. */
@@ -345,7 +606,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
         uint32_t run = 0, i = 0, piece;
         while ((piece = next_convert_piece(job->plan, chunk, &run, &i)) != UINT32_MAX) {
             const fst_plan_piece *p = &job->plan->pieces[piece];
-            if (job->plan->tensors[p->tensor].weight) continue; /* by themselves */
+            if (fst_plan_is_alone(&job->plan->tensors[p->tensor])) continue; /* by themselves */
             fst_cast_args args = cast_args(job, p, staged + p->chunk_offset);
             uint32_t k = 0;
             while (k < lists_count &&
@@ -392,20 +653,23 @@ static int convert_batched(fst_worker *w, const fst_load_job *job, const job_lis
 /* ---- Tensors that are complete ------------------------------------------------------------------ */
 
 /* The work of a chunk was queued in a slot, or, on the CPU device, is done. */
-static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index, unsigned slot) {
+static void track_chunk(fst_worker *w, const fst_load_job *job, uint32_t index) {
     fst_engine *engine = w->engine;
     fst_tracking *tracking = job->tracking;
     const fst_plan_chunk *chunk = &job->plan->chunks[index];
     const fst_plan_run *last = &job->plan->runs[chunk->first_run + chunk->runs - 1];
     uint32_t first = job->plan->runs[chunk->first_run].first_piece, end = last->first_piece + last->pieces;
-    unsigned worker = (unsigned)(w - engine->workers), completed = 0;
+    unsigned completed = 0;
     if (!tracking) return;
-    atomic_store(&tracking->slots[index], 1 + worker * FST_MAX_SLOTS + slot);
     for (uint32_t i = first; i < end; i++) {
-        uint32_t tensor = job->plan->pieces[i].tensor;
+        uint32_t tensor = job->plan->pieces[i].tensor, scales = job->plan->tensors[tensor].scales;
         if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
         pthread_mutex_lock(&engine->lock);
         tracking->ready[tracking->ready_count++] = tensor;
+        if (scales != FST_NO_TENSOR) {
+            atomic_store(&tracking->left[scales], 0);
+            tracking->ready[tracking->ready_count++] = scales;
+        }
         pthread_mutex_unlock(&engine->lock);
         completed++;
     }
@@ -472,7 +736,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
                                (const fst_batch_job *)(const void *)(staged + jobs_at));
     uint32_t run = 0, i = 0, piece;
     while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
-        if (!lists_count || plan->tensors[plan->pieces[piece].tensor].weight)
+        if (!lists_count || fst_plan_is_alone(&plan->tensors[plan->pieces[piece].tensor]))
             code = launch_one(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
     if (!code) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     return code;
@@ -521,6 +785,7 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
         ssize_t got = fst_reader_read_to(job->reader, &how, chunk->file, to, offset, run->nbytes);
         w->stats.read_seconds += fst_os_now() - start;
         if (!check_read(w, job, chunk, run->first_piece, offset, run->nbytes, got)) return 0;
+        if (!double_run(w, job, run, to)) return 0;
         if (run->kind == FST_RUN_CONVERT && !convert_run_on_host(w, job, run, to)) return 0;
     }
     return 1;
@@ -549,11 +814,26 @@ static void trace_begin(const fst_worker *w, fst_slot *s, uint32_t chunk, uint32
                                      .read_begin = fst_os_now()};
 }
 
+/* Says in which slot a chunk's work was queued; there is more to do where it was the last of a stripe. */
+static int finish_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
+    const fst_gpu *gpu = w->engine->gpu;
+    unsigned worker = (unsigned)(w - w->engine->workers);
+    int finished = 0, code = 0;
+    double start = fst_os_now();
+    atomic_store(&job->slots[s->chunk], 1 + worker * FST_MAX_SLOTS + slot_number(w, s));
+    if (job->plan->chunks[s->chunk].stripes) code = finish_stripes(w, job, s->chunk, &finished);
+    if (gpu->host_access) w->stats.kernel_seconds += fst_os_now() - start;
+    else if (!code && finished) code = gpu->calls->event_record(gpu, s->converted, w->stream);
+    if (code) fail_device(w, job, code, "a kernel's launch");
+    return code == 0;
+}
+
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_plan_chunk *chunk = &job->plan->chunks[s->chunk];
     fst_trace_record *record = trace_record(s);
     if (chunk->batch != FST_NO_BATCH && !chunk->companions)
         companions_were_used(w->engine, job, chunk->batch);
+    leave_windows(w->engine, job, s->chunk);
     atomic_fetch_add(&w->engine->bytes_done, job->plan->chunks[s->chunk].nbytes);
     if (record) record->done = fst_os_now();
     s->state = FST_SLOT_FREE;
@@ -564,8 +844,9 @@ static int drain_slot(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
     if (s->state != FST_SLOT_COPYING) return 1;
     double start = fst_os_now();
-    /* What is converted with companions needs them until then. */
-    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH, timed = s->started != NULL;
+    /* What is converted with companions, or was parked, needs them until then. */
+    int uses = job->plan->chunks[s->chunk].batch != FST_NO_BATCH || job->plan->chunks[s->chunk].stripes,
+        timed = s->started != NULL;
     int code = gpu->calls->event_wait(gpu, uses ? s->converted : s->copied);
     double now = fst_os_now();
     w->stats.wait_seconds += now - start;
@@ -589,9 +870,10 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     const char *what = "";
     if (record) record->read_end = fst_os_now();
     s->state = FST_SLOT_FREE;
-    if (!prepare_memory(w, job, chunk)) return 0;
+    if (!prepare_memory(w, job, chunk) || !double_chunk(w, job, chunk, s->bounce + chunk->offset % PAGE))
+        return 0;
     if (w->engine->gpu->host_access) {
-        if (!place_chunk_on_host(w, job, chunk, s)) return 0;
+        if (!place_chunk_on_host(w, job, chunk, s) || !finish_chunk(w, job, s)) return 0;
         chunk_is_done(w, job, s);
     } else {
         s->state = FST_SLOT_COPYING; /* also when only a part of it gets queued */
@@ -602,10 +884,11 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
             fail_device(w, job, code, what);
             return 0;
         }
+        if (!finish_chunk(w, job, s)) return 0;
         if (chunk->companions && !drain_slot(w, job, s)) return 0;
     }
     if (chunk->companions) companions_came(w->engine, job, chunk->batch);
-    track_chunk(w, job, s->chunk, slot_number(w, s));
+    track_chunk(w, job, s->chunk);
     return 1;
 }
 
@@ -707,10 +990,12 @@ static int begin_chunk(fst_worker *w, const fst_load_job *job, unsigned turn, si
     }
     if (!finish_older(w, job, turn)) return 0;
     if (w->engine->gpu->host_access && how != FST_HOW_DIRECT) {
-        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how)) return 0;
+        if (!prepare_memory(w, job, chunk) || !load_chunk_on_host(w, job, chunk, s, how) ||
+            !finish_chunk(w, job, s))
+            return 0;
         chunk_is_done(w, job, s);
         if (chunk->companions) companions_came(w->engine, job, chunk->batch);
-        track_chunk(w, job, s->chunk, slot_number(w, s));
+        track_chunk(w, job, s->chunk);
         return 1;
     }
     double start = fst_os_now();
@@ -852,7 +1137,11 @@ static void sum_stats(const fst_engine *engine, fst_pipeline_stats *out) {
 
 fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_error *error) {
     fst_status status = make_staging(engine, job->plan, error);
-    if (status) return status;
+    if (!status) status = make_parking(engine, job, error);
+    if (status) {
+        free_parking(engine, job);
+        return status;
+    }
     atomic_store(&engine->next_chunk, 0);
     atomic_store(&engine->stop, 0);
     atomic_store(&engine->bytes_done, 0);
@@ -878,6 +1167,9 @@ fst_status fst_pipeline_end(fst_engine *engine, const fst_load_job *job, int aba
     engine->job = NULL;
     sum_stats(engine, stats);
     stats->companion_bytes = engine->companion_peak;
+    stats->parked_bytes = job->plan->parked_bytes + job->plan->counters_count * sizeof(uint64_t);
+    if (!engine->first.status) read_counters(engine, job, &stats->nans, &engine->first);
+    free_parking(engine, job);
     if (engine->first.status && error) *error = engine->first;
     return engine->first.status;
 }
@@ -905,7 +1197,8 @@ static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
         uint32_t needs = atomic_load(&w->needs);
         /* Companions that do not come lie in a slot of a worker that waits for a block. */
         held_up += (needs && !atomic_load(&job->blocks[needs - 1])) ||
-                   (w->needs_batch && lacks_companions(job, w->needs_batch - 1));
+                   (w->needs_batch && lacks_companions(job, w->needs_batch - 1)) ||
+                   (w->needs_window && !windows_are_free(job, &job->plan->chunks[w->needs_window - 1]));
     }
     return held_up == engine->running && fst_budget_is_waited_for(job->budget);
 }
@@ -921,7 +1214,7 @@ static int await_tensor(fst_engine *engine, const fst_load_job *job, uint32_t in
     int code = 0;
     if (gpu->host_access) return 0;
     for (uint32_t i = 0; i < tensor->chunks && !code; i++) {
-        unsigned number = atomic_load(&job->tracking->slots[tensor->first_chunk + i]) - 1;
+        unsigned number = atomic_load(&job->slots[tensor->first_chunk + i]) - 1;
         fst_slot *s = &engine->workers[number / FST_MAX_SLOTS].slots[number % FST_MAX_SLOTS];
         /* The slot may hold a later chunk by now: on the same stream, and so its event comes later still. */
         code = stream ? gpu->calls->stream_follow(gpu, stream, s->converted)

@@ -60,7 +60,6 @@ void fst_budget_drop(fst_budget *budget);
 /* Which tensors are complete, for a consumer that takes them one by one. */
 typedef struct fst_tracking {
     atomic_uint *left;    /* of each tensor: chunks whose work is not queued yet */
-    atomic_uint *slots;   /* of each chunk: 1 + the slot whose event `converted` comes behind it; 0: not queued */
     uint32_t    *ready;   /* tensors in the order in which they became complete; under the engine's lock */
     size_t       ready_count;
 } fst_tracking;
@@ -72,6 +71,22 @@ typedef struct fst_batch_state {
     uint32_t weights_left;    /* chunks that still need them */
 } fst_batch_state;
 
+/* Stripes that wait in device memory until all of them is there, and counts of what is not a number. All zero at first
+ * but `stripes_left`. */
+typedef struct fst_stripe_state {
+    atomic_uint done;     /* chunks whose part of it is queued */
+    uint32_t    finisher; /* 1 + the chunk behind which its conversion was queued; 0: it was not */
+} fst_stripe_state;
+typedef struct fst_parking {
+    void             *memory;       /* on the device; NULL: not yet, or no more */
+    fst_stripe_state *stripes;      /* of the plan's */
+    uint32_t         *windows_done; /* stripes of each that are done with; under the engine's lock, as is */
+    uint32_t          stripes_left; /* how many there are that are not */
+    uint64_t         *counters;     /* on the device */
+    int               counters_are_set;
+    uint64_t         *counts;       /* on the host: what they came to */
+} fst_parking;
+
 typedef struct fst_load_job {
     const fst_plan    *plan;
     const fst_header  *headers;
@@ -81,6 +96,8 @@ typedef struct fst_load_job {
     atomic_uchar      *hows;       /* of each chunk, at first 0: the pipeline's */
     _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */
     fst_batch_state   *batches;    /* of the plan's; all zero at first */
+    fst_parking       *parking;
+    atomic_uint       *slots;      /* of each chunk: 1 + the slot whose event `converted` comes behind it; 0: not queued */
     /* Allocates block i and returns its memory. One call at a time, in order, from any thread; it may wait. */
     fst_status       (*allocate)(void *arg, size_t i, void **memory, fst_error *error);
     void              *allocate_arg;
@@ -98,6 +115,8 @@ typedef struct fst_pipeline_stats {
     uint64_t chunks, launches, bytes_read;
     double   read_seconds, wait_seconds, kernel_seconds;
     uint64_t companion_bytes;      /* device memory of companions at its most */
+    uint64_t parked_bytes;         /* and of what waits for its scales */
+    uint64_t nans;                 /* that were quantized */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
     double   copy_ms, launch_ms;   /* on the device, of the chunks that were timed */

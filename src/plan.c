@@ -24,11 +24,12 @@ typedef struct planner {
     const fst_plan_options *options;
     fst_plan *plan;
     fst_error *error;
-    size_t pieces_room, runs_room, chunks_room, blocks_room, batches_room;
-    uint32_t batch;       /* that chunks belong to now; FST_NO_BATCH: none */
-    int companions;       /* they bring its companions */
-    fst_plan_chunk *open; /* the chunk that still grows, or NULL */
-    uint32_t open_jobs;   /* CONVERT pieces in it */
+    size_t pieces_room, runs_room, chunks_room, blocks_room, batches_room, stripes_room, windows_room;
+    uint64_t window_bytes, window_used; /* of windows; of the last one */
+    uint32_t batch;                     /* that chunks belong to now; FST_NO_BATCH: none */
+    int companions;                     /* they bring its companions */
+    fst_plan_chunk *open;               /* the chunk that still grows, or NULL */
+    uint32_t open_jobs;                 /* CONVERT pieces in it */
 } planner;
 
 static fst_status no_memory(fst_error *error) {
@@ -66,11 +67,28 @@ static uint64_t elements(const fst_entry *entry) {
            (entry->end - entry->begin) % fst_dtype_bits(entry->dtype) * 8 / fst_dtype_bits(entry->dtype);
 }
 
-/* A place for the result: behind the last one, or in a new block. */
+static uint64_t aligned(uint64_t nbytes) {
+    return (nbytes + FST_TENSOR_ALIGN - 1) / FST_TENSOR_ALIGN * FST_TENSOR_ALIGN;
+}
+
+static fst_plan_tensor *scales_of(const planner *p, const fst_plan_tensor *tensor) {
+    return tensor->scales == FST_NO_TENSOR ? NULL : &p->plan->tensors[tensor->scales];
+}
+
+/* The block that chunks of a tensor need: its own or, where it has memory of its own, that of its scales. */
+static uint32_t block_of(const planner *p, const fst_plan_tensor *tensor) {
+    const fst_plan_tensor *scales = scales_of(p, tensor);
+    return tensor->block == FST_NO_BLOCK && scales ? scales->block : tensor->block;
+}
+
+/* A place for the result, and for its scales: behind the last one, or in a new block. */
 static fst_status place(planner *p, fst_plan_tensor *tensor) {
     fst_plan *plan = p->plan;
-    uint64_t size = (tensor->nbytes + FST_TENSOR_ALIGN - 1) / FST_TENSOR_ALIGN * FST_TENSOR_ALIGN;
-    if (size < tensor->nbytes) return no_memory(p->error);
+    fst_plan_tensor *scales = scales_of(p, tensor);
+    uint64_t own = tensor->memory ? 0 : aligned(tensor->nbytes);
+    uint64_t size = own + (scales ? aligned(scales->nbytes) : 0);
+    if (tensor->memory && !scales) return FST_OK;
+    if (own < tensor->nbytes && !tensor->memory) return no_memory(p->error);
     uint64_t *last = plan->blocks_count ? &plan->blocks[plan->blocks_count - 1] : NULL;
     if (!last || (size > 0 && *last > 0 && *last + size > p->options->block_bytes) || *last + size < size) {
         if (!room(&plan->blocks, plan->blocks_count, &p->blocks_room, sizeof *plan->blocks))
@@ -78,9 +96,15 @@ static fst_status place(planner *p, fst_plan_tensor *tensor) {
         last = &plan->blocks[plan->blocks_count++];
         *last = 0;
     }
-    tensor->block = (uint32_t)(plan->blocks_count - 1);
     /* Empty tensors have an address, too, but no block of their own: it would be one that nobody fills. */
-    tensor->block_offset = *last;
+    if (!tensor->memory) {
+        tensor->block = (uint32_t)(plan->blocks_count - 1);
+        tensor->block_offset = *last;
+    }
+    if (scales) {
+        scales->block = (uint32_t)(plan->blocks_count - 1);
+        scales->block_offset = *last + own;
+    }
     *last += size;
     plan->bytes_blocks += size;
     return FST_OK;
@@ -154,6 +178,72 @@ static void add_gap(planner *p, uint32_t nbytes) {
     p->plan->bytes_read += nbytes;
 }
 
+/* ---- Stripes that are parked ---------------------------------------------------------------------- */
+
+static uint64_t stripe_bytes(const fst_plan_tensor *tensor) {
+    return aligned(fst_dtype_bytes(tensor->parked, tensor->stripe_rows * tensor->cols));
+}
+
+/* The size of windows: of the largest stripe, or larger, so that some chunks are under way at a time. */
+static void size_windows(planner *p) {
+    uint64_t wanted = p->options->window_bytes ? p->options->window_bytes : 16 * p->options->chunk_bytes;
+    uint64_t largest = 0, all = 0;
+    for (size_t i = 0; i < p->plan->stored_count; i++) {
+        const fst_plan_tensor *tensor = &p->plan->tensors[i];
+        if (!tensor->parked) continue;
+        uint64_t size = stripe_bytes(tensor);
+        if (size > largest) largest = size;
+        all += aligned(fst_dtype_bytes(tensor->parked, tensor->nbytes)) + size;
+    }
+    if (wanted > all) wanted = all;
+    p->window_bytes = wanted > largest ? wanted : largest;
+}
+
+/* The stripe that row `first_row` of a matrix begins, in the last window or a new one. */
+static fst_status add_stripe(planner *p, uint32_t tensor, uint32_t matrix, uint64_t first_row) {
+    fst_plan *plan = p->plan;
+    const fst_plan_tensor *t = &plan->tensors[tensor];
+    uint64_t size = stripe_bytes(t), left = t->rows - first_row;
+    if (!room(&plan->stripes, plan->stripes_count, &p->stripes_room, sizeof *plan->stripes) ||
+        !room(&plan->windows, plan->windows_count, &p->windows_room, sizeof *plan->windows))
+        return no_memory(p->error);
+    if (plan->windows_count == 0 || p->window_used + size > p->window_bytes) {
+        plan->windows[plan->windows_count++] = 0;
+        p->window_used = 0;
+    }
+    uint32_t window = (uint32_t)(plan->windows_count - 1);
+    plan->stripes[plan->stripes_count++] =
+        (fst_plan_stripe){.tensor = tensor,
+                          .matrix = matrix,
+                          .first_row = first_row,
+                          .rows = left < t->stripe_rows ? left : t->stripe_rows,
+                          .offset = window % 2 * p->window_bytes + p->window_used,
+                          .window = window,
+                          .first_chunk = (uint32_t)plan->chunks_count};
+    plan->windows[window]++;
+    p->window_used += size;
+    plan->parked_bytes = window ? 2 * p->window_bytes : p->window_used;
+    return FST_OK;
+}
+
+/* Whether the open chunk may bring some of the last stripe: what waits for a window must not hold up that very one. */
+static int reaches_stripe(const planner *p) {
+    const fst_plan_stripe *stripes = p->plan->stripes;
+    return p->open->stripes == 0 ||
+           stripes[p->plan->stripes_count - 1].window <= stripes[p->open->first_stripe].window + 1;
+}
+
+/* The open chunk has a piece of the last stripe. */
+static void note_stripe(planner *p) {
+    uint32_t last = (uint32_t)(p->plan->stripes_count - 1);
+    fst_plan_stripe *stripe = &p->plan->stripes[last];
+    uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
+    if (p->open->stripes == 0) p->open->first_stripe = last;
+    p->open->stripes = last - p->open->first_stripe + 1;
+    if (stripe->chunks == 0) stripe->first_chunk = chunk;
+    stripe->chunks = chunk - stripe->first_chunk + 1;
+}
+
 /* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, with a small gap
  * perhaps, and their block is the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
 static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
@@ -162,7 +252,9 @@ static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t o
     uint64_t gap = offset - open->offset - open->nbytes;
     if (gap && p->plan->batches_count == 0) return 0; /* companions alone are worth it */
     if (gap > MOST_GAP || open->nbytes + gap >= p->options->chunk_bytes) return 0;
-    return tensor->block == FST_NO_BLOCK || open->block == FST_NO_BLOCK || tensor->block == open->block;
+    if (tensor->parked && !reaches_stripe(p)) return 0;
+    uint32_t block = block_of(p, tensor);
+    return block == FST_NO_BLOCK || open->block == FST_NO_BLOCK || block == open->block;
 }
 
 /* How much of `left` bytes goes into the open chunk, behind a gap: all, or what a cut allows, or nothing. */
@@ -182,12 +274,12 @@ static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t
         *take = fitting(p, gap, left, cut);
     }
     if (*take) {
-        if (p->open->block == FST_NO_BLOCK) p->open->block = tensor->block;
+        if (p->open->block == FST_NO_BLOCK) p->open->block = block_of(p, tensor);
         if (gap) add_gap(p, (uint32_t)gap);
         return FST_OK;
     }
     close_chunk(p);
-    fst_status status = open_chunk(p, tensor->file, offset, tensor->block);
+    fst_status status = open_chunk(p, tensor->file, offset, block_of(p, tensor));
     if (!status) *take = fitting(p, 0, left, cut);
     return status;
 }
@@ -199,19 +291,36 @@ static void need_batch(planner *p) {
     p->plan->batches[p->batch].weight_chunks++;
 }
 
+/* Rows that are under one scale. */
+static uint64_t scaled_rows(const fst_plan_tensor *tensor) {
+    uint64_t rows = tensor->scale == FST_QUANTIZE_ROW     ? 1
+                    : tensor->scale == FST_QUANTIZE_BLOCK ? FST_QUANTIZE_TILE
+                                                          : tensor->rows;
+    return rows < tensor->rows ? rows : tensor->rows;
+}
+
 static fst_status add_tensor(planner *p, uint32_t index) {
     fst_plan_tensor *tensor = &p->plan->tensors[index];
     const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
     const fst_quantized *weight = tensor->weight;
+    int quantized = tensor->conversion == FST_CONVERT_QUANTIZE;
+    fst_dtype dtype = tensor->parked ? tensor->parked : tensor->dtype; /* that pieces become */
     unsigned bits = weight ? weight->bits : fst_dtype_bits(entry->dtype);
-    unsigned result_bits = fst_dtype_bits(tensor->dtype);
+    unsigned result_bits = fst_dtype_bits(dtype);
     uint64_t start = p->headers[tensor->file].data_start + entry->begin;
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
     uint64_t matrix = weight ? weight->rows * weight->cols * bits / 8 : total; /* bytes of one */
+    if (quantized) matrix = tensor->rows * tensor->cols * bits / 8;
+    uint64_t stripe = tensor->parked ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
+    if (quantized && !tensor->parked) cut = scaled_rows(tensor) * tensor->cols * bits / 8;
     while (done < total) {
-        uint64_t in_matrix = weight ? done % matrix : done, left = matrix - in_matrix;
-        uint64_t take;
-        fst_status status = make_space(p, tensor, start + done, left, cut, &take);
+        uint64_t in_matrix = weight || quantized ? done % matrix : done, in_stripe = in_matrix % stripe;
+        uint64_t left = stripe - in_stripe, take = 0;
+        fst_status status = FST_OK;
+        if (left > matrix - in_matrix) left = matrix - in_matrix; /* the last stripe of a matrix */
+        if (tensor->parked && in_stripe == 0)
+            status = add_stripe(p, index, (uint32_t)(done / matrix), in_matrix * 8 / bits / tensor->cols);
+        if (!status) status = make_space(p, tensor, start + done, left, cut, &take);
         if (status) return status;
         uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
         if (tensor->pieces++ == 0) tensor->first_chunk = chunk;
@@ -223,14 +332,20 @@ static fst_status add_tensor(planner *p, uint32_t index) {
             .nbytes = (uint32_t)take,
             .dst_offset = before * result_bits / 8,
             .count = take * 8 / bits,
-            .first = weight ? in_matrix * 8 / bits : 0,
-            .matrix = weight ? (uint32_t)(done / matrix) : 0,
+            .first = weight || quantized ? in_matrix * 8 / bits : 0,
+            .matrix = weight || quantized ? (uint32_t)(done / matrix) : 0,
+            .stripe = FST_NO_STRIPE,
         };
-        int kept = !weight && tensor->dtype == entry->dtype;
+        if (tensor->parked) {
+            piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
+            piece.dst_offset = in_stripe * 8 / bits * result_bits / 8;
+            note_stripe(p);
+        }
+        int kept = !weight && dtype == entry->dtype;
         fst_run_kind kind = kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT;
         status = add_piece(p, kind, &piece);
         if (status) return status;
-        if (kind == FST_RUN_CONVERT && !weight) p->open_jobs++;
+        if (kind == FST_RUN_CONVERT && !fst_plan_is_alone(tensor)) p->open_jobs++;
         if (weight) need_batch(p);
         done += take;
     }
@@ -253,7 +368,8 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
         const fst_quantized *w = tensor->weight;
         fst_where where = {p->paths[tensor->file], (int)tensor->file,
                            (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
-        if (cast != FST_F32 && cast != FST_F16 && cast != FST_BF16)
+        if (tensor->conversion != FST_CONVERT_QUANTIZE && cast != FST_F32 && cast != FST_F16 &&
+            cast != FST_BF16)
             return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
                             "tensor \"%s\" (%s) is not dequantized to %s: F32, F16 and BF16 there are",
                             entry->name, fst_format_name(w->format), fst_dtype_name(cast));
@@ -263,6 +379,8 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
                             entry->name, fst_format_name(w->format));
         tensor->dtype = cast;
         count = w->stack * w->rows * w->cols;
+    } else if (tensor->conversion == FST_CONVERT_QUANTIZE || tensor->conversion == FST_CONVERT_FNUZ) {
+        tensor->dtype = cast;
     } else {
         fst_status status = choose_dtype(p, entry, tensor->file, cast, &tensor->dtype);
         if (status) return status;
@@ -270,6 +388,167 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
     if (count > UINT64_MAX / 64) return no_memory(p->error);
     tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
     return FST_OK;
+}
+
+/* ---- Computed scales, and FNUZ ---------------------------------------------------------------------- */
+
+static int role_of(const planner *p, size_t index) {
+    return p->options->scheme ? p->options->scheme->roles[index] : FST_ROLE_PLAIN;
+}
+
+/* OCP codes whose bits may be kept: the type that they are then. */
+static fst_dtype fnuz_of(fst_dtype dtype) {
+    return dtype == FST_F8_E4M3 ? FST_F8_E4M3FNUZ : dtype == FST_F8_E5M2 ? FST_F8_E5M2FNUZ : FST_NATIVE;
+}
+
+/* A quantized weight: what is so already is kept, OCP codes become FNUZ with their bits, the rest is dequantized. */
+static fst_status choose_of_codes(planner *p, size_t index, const fst_entry *entry, fst_dtype *cast,
+                                  fst_scale scale) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    const fst_quantized *w = &p->options->scheme->weights[p->options->scheme->owner[index]];
+    int same_scales = scale == FST_QUANTIZE_NONE || scale == fst_quantize_kind_of(w);
+    if (*cast == fnuz_of(entry->dtype) && w->bits == 8 && same_scales) {
+        fst_where where = {p->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+        if (w->flags & FST_Q_DIVIDE)
+            return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
+                            "tensor \"%s\" is divided by its scales: it is not made %s", entry->name,
+                            fst_dtype_name(*cast));
+        tensor->conversion = FST_CONVERT_FNUZ;
+    } else if (scale && *cast == entry->dtype && same_scales) {
+        *cast = FST_NATIVE;
+    } else if (scale) {
+        tensor->conversion = FST_CONVERT_QUANTIZE;
+        if (fst_scheme_has_kernel(w) && w->stack * w->rows * w->cols == 0) { /* nothing has no scales */
+            tensor->conversion = FST_CONVERT_CAST;
+            *cast = FST_NATIVE;
+        }
+    }
+    return FST_OK;
+}
+
+/* What kind of conversion a tensor gets, and whether it stays as stored after all (*cast). */
+static fst_status choose_conversion(planner *p, size_t index, const fst_entry *entry, fst_dtype *cast,
+                                    fst_scale scale) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    uint64_t stack, rows, cols;
+    int role = role_of(p, index);
+    if (role == FST_ROLE_COMPANION) *cast = FST_NATIVE;
+    if (!fst_quantize_has(*cast)) scale = FST_QUANTIZE_NONE;
+    if (role == FST_ROLE_CODES && *cast != FST_NATIVE) return choose_of_codes(p, index, entry, cast, scale);
+    if (!scale || role != FST_ROLE_PLAIN || !fst_dtype_is_castable(entry->dtype) || entry->dtype == *cast)
+        return FST_OK;
+    if (fst_quantize_shape(entry, &stack, &rows, &cols) && fst_dtype_bits(entry->dtype) >= 8) {
+        tensor->conversion = FST_CONVERT_QUANTIZE;
+        return FST_OK;
+    }
+    fst_where where = {p->paths[tensor->file], (int)tensor->file,
+                       (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+    if (fst_dtype_bits(entry->dtype) > 8 && entry->ndim != 2 && entry->ndim != 3)
+        return fst_fail(
+            p->error, FST_E_ARG, 0, &where,
+            "tensor \"%s\" has %u dimensions: scales are computed for matrices and stacks of them",
+            entry->name, entry->ndim);
+    *cast = FST_NATIVE; /* no elements, or none of a weight's types */
+    return FST_OK;
+}
+
+/* Whether rows of codes are rows of the weight, in their order. */
+static int is_row_by_row(const fst_quantized *w) {
+    switch (w->format) {
+    case FST_FORMAT_FP8_TENSOR:
+    case FST_FORMAT_FP8_ROW:
+    case FST_FORMAT_FP8_GROUP:
+    case FST_FORMAT_FP8_BLOCK:
+    case FST_FORMAT_MXFP8:
+    case FST_FORMAT_MXFP4:
+    case FST_FORMAT_NVFP4:
+    case FST_FORMAT_INT8: return 1;
+    default: return 0;
+    }
+}
+
+/* Whether what is quantized must be parked first, and how. Dequantized weights become F32: no rounding but those of the
+ * formula and of the codes. */
+static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_entry *entry,
+                                fst_scale scale) {
+    const fst_quantized *w = tensor->weight;
+    uint64_t stack;
+    if (tensor->conversion == FST_CONVERT_FNUZ) tensor->counter = p->plan->counters_count++;
+    if (tensor->conversion != FST_CONVERT_QUANTIZE) return FST_OK;
+    tensor->counter = p->plan->counters_count++;
+    tensor->scale = scale;
+    if (w) tensor->rows = w->rows, tensor->cols = w->cols;
+    else fst_quantize_shape(entry, &stack, &tensor->rows, &tensor->cols);
+    uint64_t unit = scaled_rows(tensor);
+    int direct = !w && (entry->dtype == FST_F32 || entry->dtype == FST_F16 || entry->dtype == FST_BF16);
+    if (direct && fst_dtype_bytes(entry->dtype, unit * tensor->cols) <= p->options->chunk_bytes)
+        return FST_OK;
+    tensor->parked = direct ? entry->dtype : FST_F32;
+    uint64_t units = p->options->chunk_bytes / fst_dtype_bytes(tensor->parked, unit * tensor->cols) + 1;
+    tensor->stripe_rows = tensor->rows;
+    if ((!w || is_row_by_row(w)) && units < tensor->rows / unit) tensor->stripe_rows = units * unit;
+    return FST_OK;
+}
+
+/* The tensors of computed scales, behind all others. */
+static fst_status add_scales(planner *p) {
+    fst_plan *plan = p->plan;
+    size_t count = plan->stored_count;
+    for (size_t i = 0; i < plan->stored_count; i++)
+        count += plan->tensors[i].conversion == FST_CONVERT_QUANTIZE;
+    if (count == plan->stored_count) return FST_OK;
+    fst_plan_tensor *more = count < FST_NO_TENSOR ? realloc(plan->tensors, count * sizeof *more) : NULL;
+    if (!more) return no_memory(p->error);
+    plan->tensors = more;
+    for (size_t i = 0; i < plan->stored_count; i++) {
+        fst_plan_tensor *tensor = &more[i];
+        if (tensor->conversion != FST_CONVERT_QUANTIZE) continue;
+        uint64_t stack = tensor->nbytes / (tensor->rows * tensor->cols);
+        uint64_t each = fst_quantize_scale_rows(tensor->scale, tensor->rows) *
+                        fst_quantize_scale_cols(tensor->scale, tensor->cols);
+        tensor->scales = (uint32_t)plan->tensors_count++;
+        more[tensor->scales] = (fst_plan_tensor){.file = tensor->file,
+                                                 .entry = tensor->entry,
+                                                 .dtype = FST_F32,
+                                                 .nbytes = 4 * stack * each,
+                                                 .block = FST_NO_BLOCK,
+                                                 .batch = FST_NO_BATCH,
+                                                 .pieces = 1, /* it is complete with its weight */
+                                                 .scales = FST_NO_TENSOR,
+                                                 .counter = FST_NO_COUNTER};
+    }
+    return FST_OK;
+}
+
+static int is_float(fst_dtype dtype) {
+    return dtype == FST_F64 || dtype == FST_F32 || dtype == FST_F16 || dtype == FST_BF16;
+}
+
+/* What scales codes that become FNUZ: the weights' own scales, and those of activations and of the KV cache, which are
+ * codes of such a type, too. */
+static void choose_doubled(planner *p) {
+    const fst_scheme *scheme = p->options->scheme;
+    fst_plan *plan = p->plan;
+    int to_fnuz = 0;
+    for (size_t i = 0; scheme && i < plan->stored_count; i++) {
+        const fst_plan_tensor *tensor = &plan->tensors[i];
+        const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+        to_fnuz |= scheme->roles[i] == FST_ROLE_CODES && fnuz_of(entry->dtype) == tensor->dtype;
+    }
+    for (size_t i = 0; to_fnuz && i < plan->stored_count; i++) {
+        fst_plan_tensor *tensor = &plan->tensors[i];
+        const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+        const fst_quantized *w =
+            scheme->roles[i] == FST_ROLE_COMPANION ? &scheme->weights[scheme->owner[i]] : NULL;
+        int of_weight = w && w->companions[FST_COMPANION_SCALE] == i &&
+                        plan->tensors[w->codes].conversion == FST_CONVERT_FNUZ;
+        int of_others =
+            scheme->roles[i] == FST_ROLE_KEPT && is_float(entry->dtype) && fst_quantize_scales_codes(entry);
+        if (!of_weight && !of_others) continue;
+        tensor->conversion = FST_CONVERT_DOUBLE;
+        plan->doubles = 1;
+    }
 }
 
 static fst_status choose_results(planner *p, uint32_t file, const fst_choice *choices) {
@@ -283,11 +562,18 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
         size_t index = p->plan->tensors_count++;
         fst_plan_tensor *tensor = &p->plan->tensors[index];
         fst_dtype cast = choices ? choices[i].cast : p->options->cast;
-        *tensor = (fst_plan_tensor){
-            .file = file, .entry = (uint32_t)i, .block = FST_NO_BLOCK, .batch = FST_NO_BATCH};
+        fst_scale scale = choices ? choices[i].scale : p->options->scale;
+        *tensor = (fst_plan_tensor){.file = file,
+                                    .entry = (uint32_t)i,
+                                    .block = FST_NO_BLOCK,
+                                    .batch = FST_NO_BATCH,
+                                    .scales = FST_NO_TENSOR,
+                                    .counter = FST_NO_COUNTER};
         tensor->memory = choices ? choices[i].memory : NULL;
-        tensor->weight = weight_of(p, index, cast);
-        fst_status status = set_result(p, tensor, entry, cast);
+        fst_status status = choose_conversion(p, index, entry, &cast, scale);
+        if (!status && tensor->conversion != FST_CONVERT_FNUZ) tensor->weight = weight_of(p, index, cast);
+        if (!status) status = set_result(p, tensor, entry, cast);
+        if (!status) status = set_quantized(p, tensor, entry, scale);
         if (!status && tensor->memory) status = check_memory(p, tensor, entry, &choices[i]);
         if (status) return status;
     }
@@ -331,7 +617,7 @@ static fst_status add_companions(planner *p, size_t first, size_t end) {
             fst_plan_tensor *tensor = &plan->tensors[list[i]];
             tensor->batch = p->batch;
             tensor->block_offset = batch->nbytes;
-            batch->nbytes += (tensor->nbytes + FST_TENSOR_ALIGN - 1) / FST_TENSOR_ALIGN * FST_TENSOR_ALIGN;
+            batch->nbytes += aligned(tensor->nbytes);
             status = add_tensor(p, list[i]);
         }
         close_chunk(p);
@@ -346,7 +632,7 @@ static size_t batch_end(const planner *p, size_t first) {
     const fst_plan *plan = p->plan;
     uint64_t most = p->options->batch_bytes ? p->options->batch_bytes : USUAL_BATCH, companions = 0,
              codes = 0;
-    for (size_t i = first; i < plan->tensors_count; i++) {
+    for (size_t i = first; i < plan->stored_count; i++) {
         const fst_quantized *w = plan->tensors[i].weight;
         if (!w) continue;
         uint64_t more = 0;
@@ -355,7 +641,7 @@ static size_t batch_end(const planner *p, size_t first) {
         companions += more;
         codes += plan->tensors[i].nbytes;
     }
-    return plan->tensors_count;
+    return plan->stored_count;
 }
 
 static int is_companion(const planner *p, size_t index) {
@@ -367,9 +653,10 @@ static int is_companion(const planner *p, size_t index) {
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
 static void keep_companions(planner *p) {
     uint32_t results = 0;
-    for (size_t i = 0; i < p->plan->tensors_count; i++) {
+    for (size_t i = 0; i < p->plan->stored_count; i++) {
         fst_plan_tensor *tensor = &p->plan->tensors[i];
         tensor->result = is_companion(p, i) ? FST_NO_TENSOR : results++;
+        if (scales_of(p, tensor)) scales_of(p, tensor)->result = results++;
         if (tensor->result != FST_NO_TENSOR) continue;
         const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
         tensor->dtype = entry->dtype;
@@ -382,15 +669,18 @@ static fst_status plan_tensors(planner *p) {
     fst_plan *plan = p->plan;
     fst_status status = FST_OK;
     keep_companions(p);
-    for (size_t first = 0, end; first < plan->tensors_count && !status; first = end) {
+    size_windows(p);
+    for (size_t first = 0, end; first < plan->stored_count && !status; first = end) {
         end = batch_end(p, first);
         status = add_companions(p, first, end);
         for (size_t i = first; i < end && !status; i++) {
             fst_plan_tensor *tensor = &plan->tensors[i];
             if (tensor->result == FST_NO_TENSOR) continue;
-            plan->bytes_out += tensor->nbytes;
-            if (!tensor->memory) status = place(p, tensor);
+            fst_plan_tensor *scales = scales_of(p, tensor);
+            plan->bytes_out += tensor->nbytes + (scales ? scales->nbytes : 0);
+            status = place(p, tensor);
             if (!status) status = add_tensor(p, (uint32_t)i);
+            if (scales) scales->first_chunk = tensor->first_chunk, scales->chunks = tensor->chunks;
         }
     }
     return status;
@@ -418,6 +708,9 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
         status = choose_results(&p, (uint32_t)i, choices);
         if (choices) choices += headers[i].count;
     }
+    out->stored_count = out->tensors_count;
+    if (!status) status = add_scales(&p);
+    if (!status) choose_doubled(&p);
     if (!status) status = plan_tensors(&p);
     close_chunk(&p);
     if (out->blocks_count && out->blocks[0] == 0) /* they are all empty */
@@ -433,5 +726,7 @@ void fst_plan_free(fst_plan *plan) {
     free(plan->chunks);
     free(plan->blocks);
     free(plan->batches);
+    free(plan->stripes);
+    free(plan->windows);
     memset(plan, 0, sizeof *plan);
 }

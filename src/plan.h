@@ -9,25 +9,35 @@
  *
  * Quantized weights need their companions (scales and so on) on the device before their codes are converted. Tensors are
  * planned in batches: first the chunks with the companions of a batch's weights, wherever these lie, then those of its
- * tensors in file order. Companions have memory of the batch's, and no result. */
+ * tensors in file order. Companions have memory of the batch's, and no result.
+ *
+ * Weights that are quantized under computed scales need what is under one scale at once. Where that fits into a chunk,
+ * pieces are whole rows, bands or matrices. Otherwise a tensor is cut into stripes, of as few rows as it takes, and each is
+ * parked in device memory until its last piece is there; then one launch makes its codes and scales. Stripes lie in
+ * windows, of which there is memory for two: a stripe of the next but one waits until all of a window are done with. */
 #ifndef FST_PLAN_H
 #define FST_PLAN_H
 
 #include "header.h"
+#include "quantize.h"
 #include "scheme.h"
 
 typedef struct fst_plan_options {
     fst_dtype cast;         /* of tensors without a choice of their own */
+    fst_scale scale;        /* likewise */
     uint64_t  chunk_bytes;  /* of a slot */
     uint64_t  place_bytes;  /* a kept piece of at least so many bytes gets a copy of its own */
     uint64_t  block_bytes;  /* tensors share blocks of about this size; a larger one has its own */
     const fst_scheme *scheme; /* of the tensors that are not skipped; NULL: none is quantized */
     uint64_t  batch_bytes;  /* of companions; a batch has at least one weight's. 0: 16 MiB */
+    uint64_t  window_bytes; /* of parked stripes; a window has at least one. 0: 16 chunks */
 } fst_plan_options;
 
 #define FST_TENSOR_ALIGN 256u
 #define FST_NO_BLOCK UINT32_MAX
 #define FST_NO_BATCH UINT32_MAX
+#define FST_NO_STRIPE UINT32_MAX
+#define FST_NO_COUNTER UINT32_MAX
 
 /* What is wanted of one tensor. */
 typedef struct fst_choice {
@@ -35,7 +45,15 @@ typedef struct fst_choice {
     fst_dtype cast;         /* FST_NATIVE keeps it as stored */
     void     *memory;       /* its result goes there; NULL: into a block */
     uint64_t  memory_bytes; /* how much there is */
+    fst_scale scale;        /* computed, where the cast is to a type that has such */
 } fst_choice;
+
+typedef enum fst_conversion {
+    FST_CONVERT_CAST,     /* or none; a weight with companions through them */
+    FST_CONVERT_QUANTIZE, /* to codes under computed scales */
+    FST_CONVERT_FNUZ,     /* codes of an OCP type to FNUZ, bits kept */
+    FST_CONVERT_DOUBLE    /* kept, but times two: what scales such codes */
+} fst_conversion;
 
 typedef struct fst_plan_tensor {
     uint32_t  file, entry;  /* in headers[file].tensors */
@@ -49,17 +67,40 @@ typedef struct fst_plan_tensor {
     uint32_t  result;       /* the model's tensor that it becomes; FST_NO_TENSOR: a companion, which becomes none */
     const fst_quantized *weight;   /* that it holds the codes of and that is dequantized; or NULL */
     uint32_t  batch;        /* of a companion, whose memory is there at block_offset; otherwise FST_NO_BATCH */
+    fst_conversion conversion;
+    fst_scale scale;        /* QUANTIZE: how scales are counted */
+    uint64_t  rows, cols;   /* QUANTIZE: of a matrix */
+    fst_dtype parked;       /* QUANTIZE: what it is parked as; FST_NATIVE: it is not */
+    uint64_t  stripe_rows;  /* of a parked one: so many at a time */
+    uint32_t  scales;       /* QUANTIZE: the tensor of its scales, one of those behind the given ones */
+    uint32_t  counter;      /* QUANTIZE, FNUZ: of what is not a number; otherwise FST_NO_COUNTER */
 } fst_plan_tensor;
+
+/* Whether pieces are launched one by one, however many a chunk has. */
+static inline int fst_plan_is_alone(const fst_plan_tensor *tensor) {
+    return tensor->weight || tensor->conversion == FST_CONVERT_FNUZ ||
+           (tensor->conversion == FST_CONVERT_QUANTIZE && !tensor->parked);
+}
 
 typedef struct fst_plan_piece {
     uint32_t tensor;
     uint32_t chunk_offset;  /* where in the chunk */
     uint32_t nbytes;        /* as stored: whole elements, at most a chunk */
-    uint64_t dst_offset;    /* bytes from the start of the result's data */
+    uint64_t dst_offset;    /* bytes from the start of the result's data, or of the stripe's */
     uint64_t count;         /* elements */
-    uint64_t first;         /* of codes: the first element's place in its matrix, */
+    uint64_t first;         /* of codes, and of what becomes such: the first element's place in its matrix, */
     uint32_t matrix;        /* one of the stack */
+    uint32_t stripe;        /* that it is parked in, or FST_NO_STRIPE */
 } fst_plan_piece;
+
+/* Rows of one matrix. */
+typedef struct fst_plan_stripe {
+    uint32_t tensor, matrix;
+    uint64_t first_row, rows;
+    uint64_t offset;        /* in the memory of all windows */
+    uint32_t window;
+    uint32_t first_chunk, chunks; /* that bring it: neighbours, each with one piece of it */
+} fst_plan_stripe;
 
 typedef enum fst_run_kind { FST_RUN_PLACE, FST_RUN_CONVERT } fst_run_kind;
 
@@ -77,7 +118,8 @@ typedef struct fst_plan_chunk {
     uint32_t jobs_bytes;    /* room for the batch jobs of its CONVERT runs, 0 when there are none */
     uint32_t batch;         /* that it brings companions of, or whose companions it needs; or FST_NO_BATCH */
     int      companions;    /* the former */
-    uint32_t block;         /* that all of its tensors without memory of their own lie in, or FST_NO_BLOCK */
+    uint32_t block;         /* that all of its results without memory of their own lie in, or FST_NO_BLOCK */
+    uint32_t first_stripe, stripes; /* that it brings parts of; of one window and the next at most */
 } fst_plan_chunk;
 
 typedef struct fst_plan_batch {
@@ -88,7 +130,8 @@ typedef struct fst_plan_batch {
 
 typedef struct fst_plan {
     size_t tensors_count, pieces_count, runs_count, chunks_count, blocks_count, batches_count;
-    fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out */
+    fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out; then computed scales */
+    size_t stored_count;       /* of them, without the scales */
     fst_plan_piece  *pieces;
     fst_plan_run    *runs;
     fst_plan_chunk  *chunks;   /* by file, then offset: the order of reading */
@@ -99,10 +142,17 @@ typedef struct fst_plan {
     uint64_t ignored;          /* tensors left out */
     fst_plan_batch *batches;
     int      converts;         /* there is a run of kind CONVERT */
+    int      doubles;          /* there are tensors of conversion DOUBLE */
+    size_t   stripes_count, windows_count;
+    fst_plan_stripe *stripes;  /* in the order of chunks */
+    uint32_t *windows;         /* stripes of each */
+    uint64_t parked_bytes;     /* memory for two windows, or for the only one */
+    uint32_t counters_count;
 } fst_plan;
 
 /* `choices`, when not NULL, has one for each tensor, file by file.
- * FST_E_NO_CAST, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element, memory that is too small or not aligned). */
+ * FST_E_NO_CAST, FST_E_UNSUPPORTED, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element, memory that is too small or
+ * not aligned, scales of what is no matrix). */
 fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
                          const fst_choice *choices, const fst_plan_options *options, fst_plan *out,
                          fst_error *error);

@@ -54,7 +54,9 @@ static int any_part(const fst_entry *entry, int (*is_such)(const char *, size_t)
 static int is_weight(const fst_entry *entry) {
     const char *name = entry->name;
     size_t length = entry->name_length;
+    uint64_t stack, rows, cols;
     int named = has_suffix(name, length, ".weight") || is_word(name, length, "weight");
+    if (!fst_quantize_shape(entry, &stack, &rows, &cols)) return 0;
     if (entry->ndim == 2) return named;
     return entry->ndim == 3 && any_part(entry, is_of_experts) && !has_suffix(name, length, "bias");
 }
@@ -80,6 +82,15 @@ size_t fst_quantize_scale_name(const char *weight, size_t length, fst_scale scal
         strcpy(out + length, suffix);
     }
     return length + strlen(suffix);
+}
+
+int fst_quantize_scales_codes(const fst_entry *entry) {
+    static const char *const suffixes[] = {".input_scale", ".activation_scale", ".output_scale",
+                                           ".q_scale",     ".k_scale",          ".v_scale",
+                                           ".kv_scale",    ".prob_scale"};
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++)
+        if (has_suffix(entry->name, entry->name_length, suffixes[i])) return 1;
+    return 0;
 }
 
 /* ---- Shapes ---------------------------------------------------------------------------------------- */

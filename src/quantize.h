@@ -27,6 +27,9 @@ fst_scale fst_quantize_kind_of(const fst_quantized *weight);
 /* The name of the scales of a weight, X.weight_scale or, without ".weight", X_scale: writes it to `out` when that is not NULL; returns its length. */
 size_t fst_quantize_scale_name(const char *weight, size_t length, fst_scale scale, char *out);
 
+/* Whether a scale that is kept, by its name, is one of 8-bit codes: of activations or of the KV cache. */
+int fst_quantize_scales_codes(const fst_entry *entry);
+
 /* Times two, `count` of them, as FNUZ codes need their scales; a U8 is an E8M0. NaN and Inf stay. 0: one is too large. */
 int fst_quantize_double(fst_dtype dtype, void *scales, uint64_t count);
 

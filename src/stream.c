@@ -51,10 +51,9 @@ static fst_status make_tracking(fst_stream *s) {
     const fst_plan *plan = &l->plan;
     fst_tracking *t = &s->tracking;
     t->left = calloc(plan->tensors_count + 1, sizeof *t->left);
-    t->slots = calloc(plan->chunks_count + 1, sizeof *t->slots);
     t->ready = calloc(plan->tensors_count + 1, sizeof *t->ready);
     s->left_in_block = calloc(plan->blocks_count + 1, sizeof *s->left_in_block);
-    if (!t->left || !t->slots || !t->ready || !s->left_in_block) return fst_no_memory(l->error);
+    if (!t->left || !t->ready || !s->left_in_block) return fst_no_memory(l->error);
     for (uint32_t i = 0; i < plan->tensors_count; i++) {
         const fst_plan_tensor *tensor = &plan->tensors[i];
         if (tensor->result == FST_NO_TENSOR) { /* a companion: nobody waits for it */
@@ -249,7 +248,6 @@ void fst_stream_close(fst_stream *s) {
     fst_loading_end(&s->loading);
     fst_model_free(s->loading.model);
     free((void *)s->tracking.left);
-    free((void *)s->tracking.slots);
     free(s->tracking.ready);
     free(s->left_in_block);
     free(s);

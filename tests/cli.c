@@ -400,6 +400,45 @@ TEST(cli, file_too_short_for_its_tensors) {
                  text("fst: %s: FST_E_", test_path("in")));
 }
 
+static const float matrix[6] = {1, -2, 4, 3, 0, -3};
+static const support_tensor weights[] = {{"m.weight", "F32", "[2,3]", matrix, sizeof matrix},
+                                         {"m.bias", "F32", "[3]", matrix, 12}};
+
+static const char *weights_file(void) {
+    support_checkpoint(test_path("weights"), NULL, weights, 2, 0);
+    return test_path("weights");
+}
+
+TEST(cli, wrong_scale) {
+    check_failed(2, RUN("load", "--cast", "f8_e4m3", "--scale", "column", "missing"),
+                 "fst: FST_E_ARG: --scale: 'column'");
+    check_failed(2, RUN("load", "--scale", "row", "missing"), "fst: FST_E_ARG: --scale goes with");
+    check_failed(2, RUN("load", "--scale", "row", "--cast", "bf16", "missing"),
+                 "fst: FST_E_ARG: --scale goes with");
+    check_failed(2, RUN("convert", "--scale", "row", "--cast", "f8_e5m2fnuz", "-o", "out", "missing"),
+                 "fst: FST_E_ARG: --scale goes with");
+}
+
+TEST(cli, load_computes_scales) {
+    check_good(
+        RUN("load", "--device", "cpu", "--scale", "row", "--cast", "f8_e4m3", "--json", weights_file()));
+    yyjson_doc *doc = parsed();
+    CHECK_INT(3, uint_at(doc, "/tensors"));
+    CHECK_INT(6 + 2 * 4 + 12, uint_at(doc, "/bytes_out"));
+    CHECK_INT(0, uint_at(doc, "/nans"));
+    yyjson_doc_free(doc);
+    check_good(RUN("load", "--device", "cpu", "--cast=F8_E4M3", "--scale=block", weights_file()));
+    CHECK(strstr(out, "weights as F8_E4M3 under computed scales") && !strstr(out, "NaN"));
+}
+
+TEST(cli, nans_in_weights_are_noted) {
+    static const uint32_t some[4] = {0x7FC00000, 0, 0x7FC00000, 0};
+    const support_tensor tensors[] = {{"m.weight", "F32", "[2,2]", some, 16}};
+    support_checkpoint(test_path("in"), NULL, tensors, 1, 0);
+    check_good(RUN("load", "--device", "cpu", "--scale", "tensor", "--cast", "f8_e4m3", test_path("in")));
+    CHECK(strstr(out, "\nnote     2 NaNs in quantized weights\n"));
+}
+
 /* ---- convert --------------------------------------------------------------------------------- */
 
 TEST(cli, convert_writes_a_checkpoint) {
@@ -420,6 +459,37 @@ TEST(cli, convert_writes_a_checkpoint) {
     CHECK_INT(4096 + 17, read_text(test_path("out.safetensors"), file, sizeof file));
     CHECK_BYTES(bf16, file + 4096, sizeof bf16);
     CHECK_BYTES(bytes, file + 4096 + sizeof bf16, sizeof bytes);
+}
+
+/* And loads as what it was: 4 / 448 times codes is 4 again, and the others are powers of two of it or round near it. */
+TEST(cli, convert_computes_scales) {
+    static const char *const kinds[] = {"tensor", "row", "block"}, *const names[] = {"m.weight_scale",
+                                                                                     "m.weight_scale",
+                                                                                     "m.weight_scale_inv"};
+    for (int i = 0; i < 3; i++) {
+        check_good(RUN("convert", "--device", "cpu", "--cast", "f8_e4m3", "--scale", kinds[i], "-o",
+                       test_path("out"), weights_file()));
+        check_good(RUN("inspect", "--json", test_path("out")));
+        yyjson_doc *doc = parsed();
+        CHECK_STR("m.weight", text_at(doc, "/files/0/tensors/0/name"));
+        CHECK_STR("F8_E4M3", text_at(doc, "/files/0/tensors/0/dtype"));
+        CHECK_STR(i == 1 ? "fp8-row" : "fp8-tensor", text_at(doc, "/files/0/tensors/0/format"));
+        CHECK_STR(names[i], text_at(doc, "/files/0/tensors/1/name"));
+        CHECK_STR("F32", text_at(doc, "/files/0/tensors/1/dtype"));
+        CHECK_STR("F32", text_at(doc, "/files/0/tensors/2/dtype"));
+        yyjson_doc_free(doc);
+        check_good(
+            RUN("convert", "--device", "cpu", "--cast", "f32", "-o", test_path("back"), test_path("out")));
+        char file[8192];
+        float back[6];
+        CHECK_INT(4096 + sizeof matrix + 12, read_text(test_path("back"), file, sizeof file));
+        memcpy(back, file + 4096, sizeof back);
+        for (int k = 0; k < 6; k++) {
+            float difference = back[k] - matrix[k];
+            CHECK(difference < 0.2F && difference > -0.2F);
+        }
+        CHECK(back[2] == 4 && back[4] == 0);
+    }
 }
 
 TEST(cli, convert_over_its_input) {

@@ -107,7 +107,16 @@ unsigned support_threads(void) {
 
 /* ---- A device that runs late ---- */
 
-typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_SCALED, OP_EVENT, OP_FOLLOW } op_kind;
+typedef enum op_kind {
+    OP_COPY,
+    OP_CAST,
+    OP_BATCH,
+    OP_SCALED,
+    OP_QUANTIZE,
+    OP_FNUZ,
+    OP_EVENT,
+    OP_FOLLOW
+} op_kind;
 
 typedef struct op {
     op_kind kind;
@@ -118,6 +127,8 @@ typedef struct op {
     fst_cast_args cast;
     fst_batch_args batch;
     fst_scaled_args scaled;
+    fst_quantize_args quantize;
+    fst_fnuz_args fnuz;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -156,6 +167,8 @@ static void run_one(stream *s) {
     if (o->kind == OP_CAST) fst_kernels_cpu()->cast(NULL, &o->cast);
     if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
     if (o->kind == OP_SCALED) fst_kernels_cpu()->scaled(NULL, &o->scaled);
+    if (o->kind == OP_QUANTIZE) fst_kernels_cpu()->quantize(NULL, &o->quantize);
+    if (o->kind == OP_FNUZ) fst_kernels_cpu()->fnuz(NULL, &o->fnuz);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -372,6 +385,16 @@ static int fake_scaled(fst_queue to, const fst_scaled_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_quantize(fst_queue to, const fst_quantize_args *args) {
+    op o = {.kind = OP_QUANTIZE, .quantize = *args};
+    return enqueue(to, &o);
+}
+
+static int fake_fnuz(fst_queue to, const fst_fnuz_args *args) {
+    op o = {.kind = OP_FNUZ, .fnuz = *args};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -396,8 +419,12 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .to_host = fake_copy,
         .copy_on_device = fake_copy,
     };
-    static const fst_kernels kernels = {
-        .cast = fake_cast, .batch = fake_batch, .scaled = fake_scaled, .target = "fake"};
+    static const fst_kernels kernels = {.cast = fake_cast,
+                                        .batch = fake_batch,
+                                        .scaled = fake_scaled,
+                                        .quantize = fake_quantize,
+                                        .fnuz = fake_fnuz,
+                                        .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
                                 .dlpack_type = 2,

@@ -111,6 +111,14 @@ static int set_cache(arguments *args, const char *value) {
     return EXIT_OK;
 }
 
+static int set_scale(arguments *args, const char *value) {
+    static const char *const words[] = {"tensor", "row", "block"}; /* as fst_scale counts, from 1 */
+    int which = parse_word(value, words, 3);
+    if (which < 0) return usage_wrong("--scale: '%s' is none of tensor, row, block", value);
+    args->scale = (fst_scale)(which + 1);
+    return EXIT_OK;
+}
+
 enum { FOR_INSPECT = 1 << COMMAND_INSPECT, FOR_LOAD = 1 << COMMAND_LOAD, FOR_CONVERT = 1 << COMMAND_CONVERT };
 
 typedef struct option_rule {
@@ -125,6 +133,7 @@ static const option_rule rules[] = {
     {"-h", FOR_INSPECT | FOR_LOAD | FOR_CONVERT, 0, set_help},
     {"--json", FOR_INSPECT | FOR_LOAD | FOR_CONVERT, 0, set_json},
     {"--cast", FOR_LOAD | FOR_CONVERT, 1, set_cast},
+    {"--scale", FOR_LOAD | FOR_CONVERT, 1, set_scale},
     {"--device", FOR_LOAD | FOR_CONVERT, 1, set_device},
     {"--threads", FOR_LOAD | FOR_CONVERT, 1, set_threads},
     {"--reader", FOR_LOAD | FOR_CONVERT, 1, set_reader},
@@ -199,6 +208,10 @@ static int parse_rest(arguments *args, int argc, char **argv) {
         }
     }
     if (args->command == COMMAND_HELP) return EXIT_OK;
+    int takes_scales =
+        args->cast == FST_F8_E4M3 || args->cast == FST_F8_E5M2 || args->cast == FST_F8_E4M3FNUZ;
+    if (args->scale && !takes_scales)
+        return usage_wrong("--scale goes with --cast F8_E4M3, F8_E5M2 or F8_E4M3FNUZ");
     if (!args->paths_count) return usage_wrong("%s: no path is given; see fst --help", argv[1]);
     return args->command == COMMAND_CONVERT ? check_output(args) : EXIT_OK;
 }

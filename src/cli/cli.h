@@ -17,6 +17,7 @@ typedef struct arguments {
     command      command;
     int          json;
     fst_dtype    cast;
+    fst_scale    scale;
     int          device;
     unsigned     threads;
     fst_reader_kind reader;

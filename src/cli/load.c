@@ -60,6 +60,7 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
         yyjson_mut_obj_add_uint(doc, root, counts[i].key, counts[i].value);
     for (size_t i = 0; i < sizeof times / sizeof *times; i++)
         yyjson_mut_obj_add_real(doc, root, times[i].key, times[i].value);
+    yyjson_mut_obj_add_uint(doc, root, "nans", stats->nans);
     if (!yyjson_mut_obj_add_uint(doc, root, "tensors_ignored", stats->tensors_ignored)) must(NULL);
     json_print(doc, out);
 }
@@ -98,8 +99,12 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
     fprintf(out, "\nread     %s in %.3f s: %.2f GB/s with %u threads, limited by: %s\n", bytes,
             stats->seconds, rate(stats), stats->threads, stats->limit);
     print_stages(stats, out);
-    fprintf(out, "result   %s%s%s\n", format_bytes(bytes, stats->bytes_out), args->cast ? ", floats as " : "",
-            args->cast ? fst_dtype_name(args->cast) : "");
+    fprintf(out, "result   %s%s%s%s\n", format_bytes(bytes, stats->bytes_out),
+            args->scale  ? ", weights as "
+            : args->cast ? ", floats as "
+                         : "",
+            args->cast ? fst_dtype_name(args->cast) : "", args->scale ? " under computed scales" : "");
+    if (stats->nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", stats->nans);
     fprintf(out, "memory   %s on the device at the peak", format_bytes(peak, stats->peak_device_bytes));
     fprintf(out, ", %s pinned\n", format_bytes(bytes, stats->pinned_bytes));
     if (args->output) {
@@ -113,6 +118,7 @@ static fst_status load(const arguments *args, fst_model **model, fst_error *erro
     progress bar = progress_new("load");
     fst_options options = FST_OPTIONS_INIT;
     options.cast = args->cast;
+    options.scale = args->scale;
     options.device = args->device;
     options.threads = args->threads;
     options.reader = args->reader;

@@ -24,6 +24,8 @@ static const char usage[] =
     "\n"
     "--cast DTYPE   what float tensors become: F64, F32, F16, BF16, F8_E4M3, F8_E5M2,\n"
     "               F8_E4M3FNUZ, F8_E5M2FNUZ, in any case; without it, tensors stay as stored\n"
+    "--scale        tensor, row or block: weights become F8_E4M3, F8_E5M2 or F8_E4M3FNUZ under computed\n"
+    "               scales, one for each tensor, row or block of 128 x 128\n"
     "--device       auto: the first GPU that works, otherwise the CPU; cpu; or the number of a GPU\n"
     "--threads N    threads that read\n"
     "--reader       auto, threads (pread), direct (O_DIRECT) or uring (io_uring), for what is not cached\n"
