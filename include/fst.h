@@ -483,6 +483,7 @@ typedef struct fst_convert_stats {
     uint64_t    peak_bytes;    /* memory for results and rings at the most */
     const char *device;        /* "cpu", "hip:0", "cuda:0" */
     const char *device_name;
+    uint64_t    nans;          /* NaNs among the values that scales were computed for, by this run */
 } fst_convert_stats;
 
 /* Makes a checkpoint directory of a checkpoint directory, converted as fst_load would with these options: files

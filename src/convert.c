@@ -57,22 +57,38 @@ static int stream_tells(void *arg, const fst_progress *progress) {
 
 /* ---- What comes out ---------------------------------------------------------------------------------- */
 
-/* Which sources a result is made of. */
+/* Which sources a result is made of. Computed scales come behind their weight. What belongs to a quantized weight is read with
+ * all of it, also where it is kept: alone it would be a companion of nothing. */
 static fst_status note_needs(fst_convert_job *c, const fst_loading *l) {
-    c->sources = l->plan.tensors_count;
+    const fst_scheme *scheme = c->model->scheme;
+    c->sources = l->plan.stored_count;
     c->needs = calloc(c->model->count + 1, sizeof *c->needs);
     c->skip = calloc(c->sources + 1, 1);
     if (!c->needs || !c->skip) return fst_no_memory(c->error);
     for (size_t i = 0; i < c->model->count; i++) {
-        uint32_t planned = c->model->tensors[i].planned, count = 1;
-        const fst_quantized *weight = l->plan.tensors[planned].weight;
-        if (l->plan.tensors[planned].memory) return refuse(c, NULL, "a rule names memory for a tensor");
+        uint32_t planned = c->model->tensors[i].planned;
+        if (planned >= c->sources) planned = c->model->tensors[i - 1].planned;
+        uint32_t owner = scheme ? scheme->owner[planned] : FST_NO_TENSOR, count = 1;
+        const fst_quantized *weight = owner != FST_NO_TENSOR ? &scheme->weights[owner] : NULL;
         uint32_t *needs = c->needs[i] = malloc((2 + FST_COMPANIONS) * sizeof *needs);
         if (!needs) return fst_no_memory(c->error);
-        needs[1] = planned;
+        needs[1] = weight ? weight->codes : planned;
         for (size_t k = 0; weight && k < weight->companions_count; k++)
             needs[1 + count++] = (uint32_t)weight->list[k];
         needs[0] = count;
+    }
+    return FST_OK;
+}
+
+/* What a load may do, but a file has no use for. */
+static fst_status check_plan(const fst_convert_job *c, const fst_plan *plan) {
+    for (size_t i = 0; i < plan->tensors_count; i++) {
+        if (plan->tensors[i].memory) return refuse(c, NULL, "a rule names memory for a tensor");
+        if (plan->tensors[i].conversion == FST_CONVERT_FNUZ ||
+            plan->tensors[i].conversion == FST_CONVERT_DOUBLE)
+            return fst_fail(
+                c->error, FST_E_UNSUPPORTED, 0, NULL,
+                "weights under scales are not written in FNUZ: nothing that loads them takes such files");
     }
     return FST_OK;
 }
@@ -89,6 +105,7 @@ static fst_status plan_results(fst_convert_job *c, const fst_options *given) {
     }
     if (!status) status = fst_loading_prepare(&l, BLOCK_BYTES);
     c->model = l.model;
+    if (!status) status = check_plan(c, &l.plan);
     if (!status) status = note_needs(c, &l);
     if (!status) status = fst_loading_check_files(&l);
     fst_loading_end(&l);
@@ -523,6 +540,7 @@ static void add_stats(fst_convert_job *c, const fst_stream *stream, fst_convert_
     if (fst_model_stats(fst_stream_model(stream), &load)) return;
     stats->bytes_read = load.bytes_read;
     stats->peak_bytes = load.peak_device_bytes + load.pinned_bytes;
+    stats->nans = load.nans;
     stats->write_seconds = c->writer.write_seconds;
     stats->sync_seconds = c->writer.sync_seconds;
 }

@@ -468,8 +468,8 @@ TEST(cli, convert_computes_scales) {
                                                                                      "m.weight_scale_inv"};
     for (int i = 0; i < 3; i++) {
         check_good(RUN("convert", "--device", "cpu", "--cast", "f8_e4m3", "--scale", kinds[i], "-o",
-                       test_path("out"), weights_file()));
-        check_good(RUN("inspect", "--json", test_path("out")));
+                       test_path("out.safetensors"), weights_file()));
+        check_good(RUN("inspect", "--json", test_path("out.safetensors")));
         yyjson_doc *doc = parsed();
         CHECK_STR("m.weight", text_at(doc, "/files/0/tensors/0/name"));
         CHECK_STR("F8_E4M3", text_at(doc, "/files/0/tensors/0/dtype"));
@@ -478,11 +478,11 @@ TEST(cli, convert_computes_scales) {
         CHECK_STR("F32", text_at(doc, "/files/0/tensors/1/dtype"));
         CHECK_STR("F32", text_at(doc, "/files/0/tensors/2/dtype"));
         yyjson_doc_free(doc);
-        check_good(
-            RUN("convert", "--device", "cpu", "--cast", "f32", "-o", test_path("back"), test_path("out")));
+        check_good(RUN("convert", "--device", "cpu", "--cast", "f32", "-o", test_path("back.safetensors"),
+                       test_path("out.safetensors")));
         char file[8192];
         float back[6];
-        CHECK_INT(4096 + sizeof matrix + 12, read_text(test_path("back"), file, sizeof file));
+        CHECK_INT(4096 + sizeof matrix + 12, read_text(test_path("back.safetensors"), file, sizeof file));
         memcpy(back, file + 4096, sizeof back);
         for (int k = 0; k < 6; k++) {
             float difference = back[k] - matrix[k];

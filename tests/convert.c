@@ -320,6 +320,113 @@ TEST(convert, metadata_names_a_format_always) {
     CHECK(!is_there("out", "config.json")); /* there was none */
 }
 
+/* ---- Computed scales -------------------------------------------------------------------------------- */
+
+static char *output_config(void) {
+    size_t size;
+    return read_file(path_of("out", "config.json"), &size);
+}
+
+/* Two weights, one of them an embedding, which stays. Converted with these scales; config.json of the output. */
+static yyjson_doc *convert_with_scales(fst_scale scale, fst_dtype cast, fst_status want) {
+    static const float matrix[6] = {448, 1, -2, 0.5F, 4, 3};
+    static const support_tensor tensors[] = {{"a.weight", "F32", "[2,3]", matrix, sizeof matrix},
+                                             {"embed.weight", "F32", "[2,3]", norms, sizeof norms},
+                                             {"a.bias", "F32", "[2]", norms, 8}};
+    usual = fst_os_calls;
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    support_checkpoint(path_of("in", "model.safetensors"), NULL, tensors, 3, 0);
+    write_text("in", "config.json", "{\"torch_dtype\":\"float32\"}");
+    fst_options options = options_for(cast);
+    options.scale = scale;
+    CHECK_INT(want, convert_with(&options, 6));
+    if (want) return NULL;
+    char *text = output_config();
+    yyjson_doc *doc = yyjson_read(text, strlen(text), 0);
+    free(text);
+    CHECK(doc);
+    CHECK_STR("float32", yyjson_get_str(yyjson_doc_ptr_get(doc, "/torch_dtype")));
+    return doc;
+}
+
+static void check_text(yyjson_doc *doc, const char *pointer, const char *want) {
+    const char *got = yyjson_get_str(yyjson_doc_ptr_get(doc, pointer));
+    CHECK_STR(want, got ? got : "(nothing)");
+}
+
+/* The codes of 448 and 1 under a scale of 1. */
+static void check_scaled(const char *scales_name, size_t nbytes) {
+    static const unsigned char head[2] = {0x7E, 0x38};
+    fst_model *model = load_output();
+    fst_tensor tensor;
+    CHECK_INT(4, fst_model_count(model));
+    CHECK_INT(FST_OK, fst_model_find(model, "a.weight", &tensor));
+    CHECK_INT(FST_F8_E4M3, tensor.dtype);
+    CHECK_BYTES(head, tensor.data, 2);
+    CHECK_INT(FST_OK, fst_model_find(model, scales_name, &tensor));
+    CHECK_INT(FST_F32, tensor.dtype);
+    CHECK_INT(nbytes, tensor.nbytes);
+    CHECK(*(const float *)tensor.data == 1);
+    check_tensor(model, "embed.weight", FST_F32, norms, sizeof norms);
+    fst_model_free(model);
+    /* And it loads as what it was. */
+    fst_options options = options_for(FST_F32);
+    CHECK_INT(FST_OK, fst_load(support_list(test_path("out")), &options, &model, &error));
+    CHECK_INT(3, fst_model_count(model));
+    CHECK_INT(FST_OK, fst_model_find(model, "a.weight", &tensor));
+    CHECK(((const float *)tensor.data)[0] == 448 && ((const float *)tensor.data)[2] == -2);
+    fst_model_free(model);
+}
+
+TEST(convert, block_scales_are_said_as_deepseek_does) {
+    yyjson_doc *doc = convert_with_scales(FST_QUANTIZE_BLOCK, FST_F8_E4M3, FST_OK);
+    check_text(doc, "/quantization_config/quant_method", "fp8");
+    check_text(doc, "/quantization_config/fmt", "e4m3");
+    check_text(doc, "/quantization_config/activation_scheme", "dynamic");
+    CHECK_INT(128, yyjson_get_uint(yyjson_doc_ptr_get(doc, "/quantization_config/weight_block_size/0")));
+    CHECK_INT(128, yyjson_get_uint(yyjson_doc_ptr_get(doc, "/quantization_config/weight_block_size/1")));
+    check_text(doc, "/quantization_config/modules_to_not_convert/0", "embed");
+    CHECK(!yyjson_doc_ptr_get(doc, "/quantization_config/modules_to_not_convert/1"));
+    yyjson_doc_free(doc);
+    check_scaled("a.weight_scale_inv", 4);
+}
+
+TEST(convert, tensor_scales_are_said_as_fp8) {
+    yyjson_doc *doc = convert_with_scales(FST_QUANTIZE_TENSOR, FST_F8_E4M3, FST_OK);
+    check_text(doc, "/quantization_config/quant_method", "fp8");
+    CHECK(!yyjson_doc_ptr_get(doc, "/quantization_config/weight_block_size"));
+    yyjson_doc_free(doc);
+    check_scaled("a.weight_scale", 4);
+}
+
+TEST(convert, row_scales_are_said_as_compressed_tensors) {
+    yyjson_doc *doc = convert_with_scales(FST_QUANTIZE_ROW, FST_F8_E4M3, FST_OK);
+    check_text(doc, "/quantization_config/quant_method", "compressed-tensors");
+    check_text(doc, "/quantization_config/format", "float-quantized");
+    check_text(doc, "/quantization_config/config_groups/group_0/targets/0", "Linear");
+    check_text(doc, "/quantization_config/config_groups/group_0/weights/strategy", "channel");
+    check_text(doc, "/quantization_config/config_groups/group_0/input_activations/strategy", "token");
+    CHECK_INT(8, yyjson_get_uint(
+                     yyjson_doc_ptr_get(doc, "/quantization_config/config_groups/group_0/weights/num_bits")));
+    check_text(doc, "/quantization_config/ignore/0", "embed");
+    yyjson_doc_free(doc);
+    check_scaled("a.weight_scale", 8);
+}
+
+TEST(convert, scales_of_types_that_nobody_loads_are_refused) {
+    convert_with_scales(FST_QUANTIZE_ROW, FST_F8_E4M3FNUZ, FST_E_UNSUPPORTED);
+    CHECK(!is_there("out", "."));
+    remove_tree(test_path("in"));
+    convert_with_scales(FST_QUANTIZE_BLOCK, FST_F8_E5M2, FST_E_UNSUPPORTED);
+    CHECK(!is_there("out", "."));
+}
+
+TEST(convert, codes_under_scales_do_not_become_fnuz) {
+    make_input();
+    CHECK_INT(FST_E_UNSUPPORTED, convert(FST_F8_E4M3FNUZ, 0));
+    CHECK(!is_there("out", "."));
+}
+
 /* ---- Shards --------------------------------------------------------------------------------------- */
 
 /* Results of 12, 16, 5 and 0 bytes. */

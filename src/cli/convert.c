@@ -9,6 +9,7 @@ static fst_status convert(const arguments *args, fst_convert_stats *stats, fst_e
     progress bar = progress_new("convert");
     fst_options options = FST_OPTIONS_INIT;
     options.cast = args->cast;
+    options.scale = args->scale;
     options.device = args->device;
     options.threads = args->threads;
     options.reader = args->reader;
@@ -41,6 +42,7 @@ static void print_json(const fst_convert_stats *stats, FILE *out) {
     yyjson_mut_obj_add_real(doc, root, "sync_seconds", stats->sync_seconds);
     yyjson_mut_obj_add_real(doc, root, "gb_per_s", rate(stats));
     yyjson_mut_obj_add_uint(doc, root, "peak_bytes", stats->peak_bytes);
+    yyjson_mut_obj_add_uint(doc, root, "nans", stats->nans);
     json_add_text(doc, root, "device", stats->device);
     json_add_text(doc, root, "device_name", stats->device_name);
     json_print(doc, out);
@@ -56,6 +58,7 @@ static void print_lines(const arguments *args, const fst_convert_stats *stats, F
     fprintf(out, "; %" PRIu64 " other files copied\n", stats->files_copied);
     fprintf(out, "time     %.3f s: %.2f GB/s; writing %.3f s, waiting for the storage %.3f s\n",
             stats->seconds, rate(stats), stats->write_seconds, stats->sync_seconds);
+    if (stats->nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", stats->nans);
     fprintf(out, "memory   %s at the peak\n", format_bytes(bytes, stats->peak_bytes));
     free(name);
 }
