@@ -492,6 +492,7 @@ static fst_status pump(fst_convert_job *c, fst_stream *stream, size_t *count) {
         fst_status status = fst_stream_take(stream, &tensor, &block, c->error);
         if (status == FST_E_AGAIN) {
             done = fst_writer_wait(&c->writer, done);
+            if (done == SIZE_MAX) return FST_OK;
             status = tell(c, 0);
         } else if (!status && tensor.name) {
             status = match(c, &tensor, &next);
@@ -509,8 +510,8 @@ static fst_status pump(fst_convert_job *c, fst_stream *stream, size_t *count) {
 /* Until all is written. */
 static fst_status wait_for_writer(fst_convert_job *c) {
     fst_status status = FST_OK;
-    while (!status && !fst_writer_is_idle(&c->writer)) {
-        fst_writer_wait(&c->writer, 0);
+    for (size_t done = 0; !status && !fst_writer_is_idle(&c->writer);) {
+        done = fst_writer_wait(&c->writer, done);
         status = tell(c, 0);
     }
     return status;

@@ -205,6 +205,18 @@ TEST(cli, convert_needs_an_output) {
     check_failed(2, RUN("convert", small_file()), "fst: FST_E_ARG: convert: -o");
     check_failed(2, RUN("convert", "-o", "", small_file()), "fst: FST_E_ARG: -o:");
 }
+TEST(cli, one_directory_becomes_one) {
+    check_failed(2, RUN("convert", "-o", "out", "x", "y"),
+                 "fst: FST_E_ARG: convert: one directory becomes one");
+}
+TEST(cli, wrong_shard_size) {
+    static const char *const wrong[] = {"0", "", "-1", "0.5", "5GB", "inf", "nan", "0x10", "1e19", " 1"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        check_failed(2, RUN("convert", "--shard-size", wrong[i], "-o", "out", "/nowhere"),
+                     "fst: FST_E_ARG: --shard-size:");
+    check_failed(2, RUN("convert", "--shard-size", "5e9", "-o", "x.safetensors", "/nowhere"),
+                 "fst: FST_E_ARG: --shard-size: a file has no shards");
+}
 TEST(cli, control_characters_of_an_argument_are_escaped) {
     check_failed(2, RUN("load", "--cast", "\x1b[31m\n", "x"),
                  "fst: FST_E_ARG: --cast: there is no dtype '\\x1B[31m\\n'");
@@ -492,6 +504,62 @@ TEST(cli, convert_computes_scales) {
     }
 }
 
+/* A directory with small_file's tensors. */
+static const char *small_directory(void) {
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    support_checkpoint(test_path("in/a.safetensors"), "{\"format\":\"pt\"}", small, 2, 0);
+    return test_path("in");
+}
+
+TEST(cli, convert_to_a_directory) {
+    small_directory();
+    check_good(RUN("convert", "--device", "cpu", "--json", "--cast", "bf16", "--shard-size", "1.2e1", "-o",
+                   test_path("out/"), test_path("in")));
+    yyjson_doc *doc = parsed();
+    CHECK_INT(2, uint_at(doc, "/shards"));
+    CHECK_INT(0, uint_at(doc, "/shards_kept"));
+    CHECK_INT(2, uint_at(doc, "/tensors"));
+    CHECK_INT(17, uint_at(doc, "/bytes_out"));
+    CHECK_STR("cpu", text_at(doc, "/device"));
+    yyjson_doc_free(doc);
+    check_good(RUN("inspect", "--json", test_path("out")));
+    doc = parsed();
+    CHECK_STR("BF16", text_at(doc, "/files/0/tensors/0/dtype"));
+    CHECK_STR("bytes", text_at(doc, "/files/1/tensors/0/name"));
+    yyjson_doc_free(doc);
+    check_failed(1, RUN("convert", "--device", "cpu", "-o", test_path("out"), test_path("in")),
+                 text("fst: %s: FST_E_ARG: it is not empty", test_path("out")));
+}
+
+TEST(cli, convert_to_a_directory_prints_what_it_did) {
+    small_directory();
+    check_good(RUN("convert", "--device", "cpu", "-o", test_path("out"), test_path("in")));
+    CHECK(strstr(out, "device   cpu ("));
+    CHECK(strstr(out, ": 2 tensors, 29 bytes in 1 files; 0 other files copied\n"));
+}
+
+/* The second time there is room. */
+TEST(cli, convert_to_a_directory_on_a_full_file_system) {
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    sparse_file("in/a.safetensors", "U8", "[1048576]", 1 << 20);
+    CHECK_INT(0, mkdir(test_path("d"), 0700));
+    if (mount("none", test_path("d"), "tmpfs", 0, "size=512k")) test_skip(0, "cannot mount a tmpfs");
+    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), test_path("in"));
+    int half = access(test_path("d/out/model-00001-of-00001.safetensors"), F_OK) == 0;
+    int full = strstr(err, "No space left on device") != NULL;
+    int grown = mount("none", test_path("d"), "tmpfs", MS_REMOUNT, "size=8m");
+    int again = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), test_path("in"));
+    struct stat st;
+    int there = stat(test_path("d/out/model-00001-of-00001.safetensors"), &st);
+    CHECK_INT(0, umount(test_path("d")));
+    CHECK_INT(1, status);
+    CHECK(full && !half);
+    CHECK_INT(0, grown);
+    CHECK_INT(0, again);
+    CHECK_INT(0, there);
+    CHECK_INT(4096 + (1 << 20), st.st_size);
+}
+
 TEST(cli, convert_over_its_input) {
     const char *path = test_path("in.safetensors");
     support_checkpoint(path, NULL, small, 2, 0);
@@ -666,6 +734,27 @@ static void check_interrupted(int signal, int want) {
     out_size = read_text(test_path("stdout"), out, sizeof out);
     CHECK_INT(0, out_size);
     check_old_output(test_path("d"));
+}
+
+TEST(cli, ctrl_c_leaves_no_half_file_in_a_directory) {
+    static terminal t;
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    sparse_file("in/a.safetensors", "F64", SLOW_SHAPE, SLOW_BYTES);
+    pid_t child = spawn_on_terminal(
+        &t, 80,
+        ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o", test_path("out"), test_path("in")));
+    int drawn = read_terminal(&t, "%");
+    kill(child, SIGINT);
+    read_terminal(&t, NULL);
+    close(t.fd);
+    CHECK_INT(130, wait_for(child));
+    CHECK(drawn);
+    CHECK(strstr(t.text, "FST_E_CANCELLED"));
+    char **names;
+    CHECK_INT(0, fst_os_calls.list(test_path("out"), &names));
+    CHECK_STR(".fst-convert", names[0]);
+    CHECK(!names[1]);
+    free(names);
 }
 
 TEST(cli, ctrl_c_leaves_nothing_behind) { check_interrupted(SIGINT, 130); }
