@@ -2,17 +2,18 @@
 """`fst convert` of a checkpoint directory in block FP8 to BF16 on the CPU, beside a PyTorch script that does the same
 (tests/oracle/fp8_cast_bf16.py, what DeepSeek's fp8_cast_bf16.py does).
 
-    convert_dir.py --fst build/release/bin/fst [--bytes 4e9] [--files 4] [--rounds 3] [--tmpfs /dev/shm] [--cpus 2]
+    convert_dir.py --fst build/release/bin/fst [--bytes 4e9] [--files 8] [--rounds 3] [--tmpfs /dev/shm] [--cpus 2]
                    [--json FILE]
 
 The checkpoint is generated (tests/oracle/checkpoint.py fp8) and lies on tmpfs, as do the results. Both sides take turns, each
-in a process of its own, on the same CPUs; a result is removed before the next. Seconds are of the whole process for
+in a process of its own, on the same CPUs; a result is removed at once. Seconds are of the whole process for
 both, imports included, and, `work_seconds`, as each says itself: without Python's start and imports. Memory is the
 process's most resident set; `anonymous_bytes` is the part of it, sampled, that no file is behind. After the first
 round the tensors of both results are compared, byte for byte.
 """
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -63,28 +64,27 @@ def run(command):
             "anonymous_bytes": most, "said": json.loads(out.splitlines()[-1])}
 
 
-def differences(a, b):
-    import torch
-    from safetensors import safe_open
+def digests(folder):
+    """Of each tensor: dtype, shape, and a hash of its bytes, where the index says it is."""
+    weight_map = json.loads((pathlib.Path(folder) / INDEX).read_text())["weight_map"]
+    found = {}
+    for name in sorted(set(weight_map.values())):
+        with open(os.path.join(folder, name), "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            for key, tensor in header.items():
+                if key == "__metadata__":
+                    continue
+                begin, end = tensor["data_offsets"]
+                file.seek(8 + size + begin)
+                digest = hashlib.blake2b(file.read(end - begin)).hexdigest()
+                found[key] = (weight_map[key] == name, tensor["dtype"], tensor["shape"], digest)
+    return found
 
-    def names(folder):
-        return json.loads((pathlib.Path(folder) / INDEX).read_text())["weight_map"]
 
-    maps = names(a), names(b)
-    if sorted(maps[0]) != sorted(maps[1]):
-        return ["names"]
-    wrong, opened = [], {}
-    for name in maps[0]:
-        pair = []
-        for folder, weight_map in zip((a, b), maps):
-            path = os.path.join(folder, weight_map[name])
-            if path not in opened:
-                opened[path] = safe_open(path, framework="pt")
-            pair.append(opened[path].get_tensor(name))
-        same = pair[0].dtype == pair[1].dtype and pair[0].shape == pair[1].shape
-        if not same or not torch.equal(pair[0].view(torch.uint8), pair[1].view(torch.uint8)):
-            wrong.append(name)
-    return wrong
+def available():
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
 def commit():
@@ -120,30 +120,32 @@ def measure(args, folder):
                     str(args.files)], check=True)
     commands = {"fst": [args.fst, "convert", "--device", "cpu", "--cast", "bf16", "--json", "-o", targets["fst"], source],
                 "torch": [sys.executable, str(ORACLE / "fp8_cast_bf16.py"), source, targets["torch"]]}
-    runs, wrong = [], None
+    runs, results = [], {}
     for i in range(args.rounds):
         for side in ("fst", "torch") if i % 2 == 0 else ("torch", "fst"):
             load = os.getloadavg()[0]
             runs.append({"side": side, "load_average": round(load, 2), **run(commands[side])})
+            if side not in results:
+                results[side] = digests(targets[side])
+            shutil.rmtree(targets[side])
             print(f"{side}: {runs[-1]['seconds']:.2f} s, load average {load:.2f}", file=sys.stderr)
-        if wrong is None:
-            wrong = differences(targets["fst"], targets["torch"])
-        for target in targets.values():
-            shutil.rmtree(target)
     in_bytes = sum(p.stat().st_size for p in pathlib.Path(source).iterdir())
-    return runs, wrong, in_bytes
+    a, b = results["fst"], results["torch"]
+    return runs, sorted(name for name in {*a, *b} if a.get(name) != b.get(name)), in_bytes
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fst", required=True)
     parser.add_argument("--bytes", type=float, default=4e9)
-    parser.add_argument("--files", type=int, default=4)
+    parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tmpfs", default="/dev/shm")
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--json")
     args = parser.parse_args()
+    if available() < 4 * args.bytes + (2 << 30):
+        parser.error("tmpfs is memory: the checkpoint, its result and what converts it do not fit")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:args.cpus])
     folder = tempfile.mkdtemp(prefix="fst-convert-", dir=args.tmpfs)
     try:
