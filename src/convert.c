@@ -361,7 +361,10 @@ static fst_status lock_output(fst_convert_job *c, int exists, int ours) {
     c->lock = fst_os_calls.create(c->lock_path);
     if (c->lock < 0) return io_failed(c, c->lock_path, c->lock, "make a file of this name");
     int code = fst_os_calls.lock(c->lock);
-    return code ? io_failed(c, c->output, code, "write there: another conversion does") : FST_OK;
+    if (!code) return FST_OK;
+    fst_os_calls.close(c->lock);
+    c->lock = -1;
+    return io_failed(c, c->output, code, "write there: another conversion does");
 }
 
 /* Whether the file is what the journal says. */

@@ -827,8 +827,10 @@ TEST(convert, two_at_a_time_are_refused) {
     leave_two_files();
     int fd = fst_os_calls.create(path_of("out", ".fst-convert/lock"));
     CHECK_INT(0, fst_os_calls.lock(fd));
+    write_text("out", ".fst-convert/file", "the other's");
     CHECK_INT(FST_E_IO, convert(FST_BF16, 13));
     CHECK(strstr(error.text, "another conversion"));
+    CHECK(is_there("out", ".fst-convert/file"));
     fst_os_calls.close(fd);
     check_converts(FST_BF16, 13);
     CHECK_INT(2, stats.shards_kept);
