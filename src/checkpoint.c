@@ -203,6 +203,27 @@ fst_status fst_extras_copy(const char *directory, const char *output, const char
     return status;
 }
 
+/* ---- Memory of JSON ---------------------------------------------------------------------------------- */
+
+/* What is added to a document when memory ran out is simply not there: so it is noted. `context` is an int. */
+static void *json_malloc(void *context, size_t size) {
+    void *memory = malloc(size);
+    if (!memory) *(int *)context = 1;
+    return memory;
+}
+
+static void *json_realloc(void *context, void *memory, size_t old_size, size_t size) {
+    (void)old_size;
+    void *larger = realloc(memory, size);
+    if (!larger) *(int *)context = 1;
+    return larger;
+}
+
+static void json_free(void *context, void *memory) {
+    (void)context;
+    free(memory);
+}
+
 /* ---- config.json ------------------------------------------------------------------------------------- */
 
 /* What torch calls it; NULL: nothing that a config would say. */
@@ -319,10 +340,11 @@ static int add_quantization(yyjson_mut_doc *doc, yyjson_mut_val *root, const fst
 
 /* ---- All of it ---------------------------------------------------------------------------------------- */
 
-static fst_status write_config(yyjson_mut_doc *doc, fst_text *out, fst_error *error) {
+static fst_status write_config(yyjson_mut_doc *doc, const yyjson_alc *memory, fst_text *out,
+                               fst_error *error) {
     size_t length;
-    char *text =
-        yyjson_mut_write(doc, YYJSON_WRITE_PRETTY_TWO_SPACES | YYJSON_WRITE_ALLOW_INF_AND_NAN, &length);
+    yyjson_write_flag flags = YYJSON_WRITE_PRETTY_TWO_SPACES | YYJSON_WRITE_ALLOW_INF_AND_NAN;
+    char *text = yyjson_mut_write_opts(doc, flags, memory, &length, NULL);
     if (!text) return no_memory(error);
     fst_put(out, text, length);
     fst_put(out, "\n", 1);
@@ -336,11 +358,15 @@ static fst_status change_config(const fst_model *model, const fst_config_text *c
     yyjson_read_err why;
     /* Numbers stay as they are written. */
     yyjson_read_flag flags = YYJSON_READ_NUMBER_AS_RAW | YYJSON_READ_ALLOW_INF_AND_NAN;
-    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)config->text, config->length, flags, NULL, &why);
-    yyjson_mut_doc *changed = doc ? yyjson_doc_mut_copy(doc, NULL) : NULL;
+    int lacking = 0;
+    const yyjson_alc memory = {json_malloc, json_realloc, json_free, &lacking};
+    yyjson_doc *doc = yyjson_read_opts((char *)(uintptr_t)config->text, config->length, flags, &memory, &why);
+    yyjson_mut_doc *changed = doc ? yyjson_doc_mut_copy(doc, &memory) : NULL;
     yyjson_mut_val *root = yyjson_mut_doc_get_root(changed);
     fst_status status = FST_OK;
-    if (!doc) {
+    if (lacking) {
+        status = no_memory(error);
+    } else if (!doc) {
         where.offset = (int64_t)why.pos;
         status = fst_fail(error, FST_E_JSON, 0, &where, "not JSON: %s", why.msg);
     } else if (!changed) {
@@ -354,7 +380,8 @@ static fst_status change_config(const fst_model *model, const fst_config_text *c
         if (!has_dtype && dtype) yyjson_mut_obj_add_str(changed, root, "torch_dtype", dtype);
         if (options->scale && !add_quantization(changed, root, model, options)) status = no_memory(error);
     }
-    if (!status) status = write_config(changed, out, error);
+    if (!status && lacking) status = no_memory(error);
+    if (!status) status = write_config(changed, &memory, out, error);
     yyjson_mut_doc_free(changed);
     yyjson_doc_free(doc);
     return status;

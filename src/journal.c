@@ -86,22 +86,26 @@ static int is_inside(const char *name) {
     return 1;
 }
 
-/* One line that is a file. 0: it is none, or memory ran out. */
-static int read_line(const char *line, size_t length, fst_journal_file *out) {
-    yyjson_doc *doc = yyjson_read(line, length, YYJSON_READ_ALLOW_INVALID_UNICODE);
+/* One line that is a file; *good: it is. */
+static fst_status read_line(const char *line, size_t length, fst_journal_file *out, int *good,
+                            fst_error *error) {
+    yyjson_read_err why = {0};
+    yyjson_doc *doc =
+        yyjson_read_opts((char *)(uintptr_t)line, length, YYJSON_READ_ALLOW_INVALID_UNICODE, NULL, &why);
     yyjson_val *root = yyjson_doc_get_root(doc);
     yyjson_val *name = yyjson_obj_get(root, "name"), *size = yyjson_obj_get(root, "size");
     const char *hash = yyjson_get_str(yyjson_obj_get(root, "xxh3"));
-    int good = yyjson_is_str(name) && yyjson_get_len(name) == strlen(yyjson_get_str(name)) &&
-               is_inside(yyjson_get_str(name));
-    if (good) good = (out->name = strdup(yyjson_get_str(name))) != NULL;
+    *good = yyjson_is_str(name) && yyjson_get_len(name) == strlen(yyjson_get_str(name)) &&
+            is_inside(yyjson_get_str(name));
+    fst_status status = !doc && why.code == YYJSON_READ_ERROR_MEMORY_ALLOCATION ? no_memory(error) : FST_OK;
+    if (*good && !(out->name = strdup(yyjson_get_str(name)))) status = no_memory(error);
     out->done = hash && yyjson_is_uint(size);
     if (out->done) {
         out->size = yyjson_get_uint(size);
         out->hash = strtoull(hash, NULL, 16);
     }
     yyjson_doc_free(doc);
-    return good;
+    return status;
 }
 
 static fst_status read_lines(char *data, size_t size, fst_journal *out, fst_error *error) {
@@ -115,9 +119,13 @@ static fst_status read_lines(char *data, size_t size, fst_journal *out, fst_erro
     if (!out->files || !out->head) return no_memory(error);
     memcpy(out->head, data, out->head_length);
     out->head[out->head_length] = 0;
+    int good = 1;
     for (char *next; ++at < end; at = next) {
         next = memchr(at, '\n', (size_t)(end - at));
-        if (!next || !read_line(at, (size_t)(next - at), &out->files[out->count])) break;
+        if (!next) break;
+        fst_status status = read_line(at, (size_t)(next - at), &out->files[out->count], &good, error);
+        if (status) return status;
+        if (!good) break;
         out->count++;
     }
     return FST_OK;
