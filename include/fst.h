@@ -464,6 +464,43 @@ typedef struct fst_save_options {
 FST_API fst_status fst_save(const fst_model *model, const char *path, const fst_save_options *options,
                             fst_error *error);
 
+/* ---- Converting ------------------------------------------------------------------------------- */
+
+typedef struct fst_convert_options {
+    size_t   size;        /* sizeof(fst_convert_options) */
+    uint64_t shard_bytes; /* most bytes of tensors in one file; a larger tensor has a file of its own; 0: 5,000,000,000 */
+} fst_convert_options;
+
+typedef struct fst_convert_stats {
+    size_t      size;          /* sizeof(fst_convert_stats), set by the caller */
+    uint64_t    tensors;       /* in the output */
+    uint64_t    bytes_out;     /* of theirs, without headers */
+    uint64_t    shards;        /* files with tensors */
+    uint64_t    shards_kept;   /* of them, that an earlier run had finished */
+    uint64_t    files_copied;  /* other files of the directory */
+    uint64_t    bytes_read;    /* of files with tensors, headers included; what was read to check kept shards is not in it */
+    double      seconds;
+    double      write_seconds; /* in writing and hashing, beside everything else */
+    double      sync_seconds;  /* in waiting for the storage to have finished files */
+    uint64_t    peak_bytes;    /* memory for results and rings at the most */
+    const char *device;        /* "cpu", "hip:0", "cuda:0" */
+    const char *device_name;
+    uint64_t    nans;          /* NaNs among the values that scales were computed for, by this run */
+} fst_convert_stats;
+
+/* Makes a checkpoint directory of a checkpoint directory, converted as fst_load would with these options: files
+ * model-00001-of-0000N.safetensors, model.safetensors.index.json, config.json as it fits the result, and all other files of
+ * `directory` but weights (docs/convert.md). Tensors are written as they come: memory is bounded by options.memory_bytes (0:
+ * 256 MiB, or somewhat more than the largest tensor). `output` is made, or is empty, or holds what an earlier call with the same
+ * inputs and options left there when it was ended: then finished files are checked and kept. It is never `directory`,
+ * nor inside it, nor around it. Files have temporary names until they are complete and synced; index and config.json come
+ * last. `options` are those of a load: `cast`, `scale`, `rule` (without `memory`), `progress` (of bytes of results), `cancel` and so
+ * on; `stream` and FST_AS_READY are ignored. `options`, `convert`, `stats` and `error` may be NULL.
+ * FST_E_ARG, FST_E_FILE_TYPE, what fst_load says of unsupported formats: before anything is written. FST_E_IO with
+ * ENOSPC, FST_E_CANCELLED, ...: what is finished stays for the next call. */
+FST_API fst_status fst_convert_directory(const char *directory, const char *output, const fst_options *options,
+                               const fst_convert_options *convert, fst_convert_stats *stats, fst_error *error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -21,6 +21,7 @@ typedef struct fst_loading {
     fst_choice *choices; /* of each tensor of each file */
     uint64_t **hashes;   /* of each file's names */
     size_t total;        /* tensors in all headers */
+    const unsigned char *unwanted; /* of each tensor that counts and that the rule does not skip: it is skipped; or NULL */
     uint64_t header_bytes;
 
     fst_engine *engine;
@@ -64,5 +65,14 @@ fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes);
 void       fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline);
 /* Gives back everything but the model. */
 void       fst_loading_end(fst_loading *l);
+
+/* ---- stream.c ---- */
+
+/* fst_stream_open without the tensors that `unwanted` tells of, which is needed during the call alone. */
+fst_status fst_stream_open_some(const char *const *files, const fst_options *options, const unsigned char *unwanted,
+                                fst_stream **out, fst_error *error);
+/* fst_stream_next for who releases tensors in other threads: *block is one reference to the memory that the tensor lies in;
+ * NULL: in none. */
+fst_status fst_stream_take(fst_stream *stream, fst_tensor *tensor, fst_block **block, fst_error *error);
 
 #endif

@@ -204,6 +204,7 @@ static fst_status apply_rule(fst_loading *l, const fst_model_tensor *tensor, fst
 static fst_status list_tensors(fst_loading *l) {
     fst_model *model = l->model;
     fst_choice *choice = l->choices;
+    const unsigned char *unwanted = l->unwanted;
     if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
     model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
     if (!model->tensors) return fst_no_memory(l->error);
@@ -222,6 +223,7 @@ static fst_status list_tensors(fst_loading *l) {
             fst_quantize_defaults(entry, &choice->cast, &choice->scale);
             fst_status status = l->options.rule ? apply_rule(l, &tensor, choice) : FST_OK;
             if (status) return status;
+            if (!choice->skip && unwanted) choice->skip = *unwanted++;
             if (!choice->skip) model->tensors[model->count++] = tensor;
         }
     }

@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/resource.h>
@@ -201,6 +202,24 @@ static int os_rename(const char *from, const char *to) {
     if (rename(from, to)) return -errno;
     return sync_directory_of(to);
 }
+
+/* ---- Directories that are written ------------------------------------------------------------- */
+
+static int os_create(const char *path) {
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
+    return fd < 0 ? -errno : fd;
+}
+
+static int os_make_directory(const char *path) {
+    if (mkdir(path, 0777)) return -errno;
+    return sync_directory_of(path);
+}
+
+static int os_remove_directory(const char *path) { return rmdir(path) ? -errno : 0; }
+
+static int os_real_path(const char *path, char *out) { return realpath(path, out) ? 0 : -errno; }
+
+static int os_lock(int fd) { return flock(fd, LOCK_EX | LOCK_NB) ? -errno : 0; }
 
 /* ---- Memory ---------------------------------------------------------------------------------- */
 
@@ -531,6 +550,11 @@ fst_os fst_os_calls = {
     .fsync = os_fsync,
     .rename = os_rename,
     .unlink = os_unlink,
+    .create = os_create,
+    .make_directory = os_make_directory,
+    .remove_directory = os_remove_directory,
+    .real_path = os_real_path,
+    .lock = os_lock,
     .map = os_map,
     .unmap = os_unmap,
     .keep_from_children = os_keep_from_children,

@@ -60,6 +60,14 @@ typedef struct fst_os {
     int (*fsync)(int fd);
     int (*rename)(const char *from, const char *to);  /* and syncs the directory */
     int (*unlink)(const char *path);
+    /* A file for writing: a new one, or the one of this name, emptied. Links are not followed. */
+    int (*create)(const char *path);
+    int (*make_directory)(const char *path);
+    int (*remove_directory)(const char *path);
+    /* Where a path leads to, all links followed, into PATH_MAX bytes. */
+    int (*real_path)(const char *path, char *out);
+    /* Nobody else's until it is closed; -EWOULDBLOCK when it is already. */
+    int (*lock)(int fd);
     /* Memory by the page; `size` is rounded up. NULL when there is none. Asks for huge pages. */
     void *(*map)(size_t size);
     void (*unmap)(void *memory, size_t size);

@@ -188,7 +188,8 @@ static yyjson_val *quantization_in(yyjson_val *root, int which) {
 static fst_status read_config(const fst_config_text *from, int which, config *c, fst_error *error) {
     yyjson_read_err wrong = {0};
     if (!from->text || c->path) return FST_OK;
-    yyjson_doc *doc = yyjson_read_opts((char *)from->text, from->length, YYJSON_READ_NOFLAG, NULL, &wrong);
+    yyjson_doc *doc =
+        yyjson_read_opts((char *)from->text, from->length, YYJSON_READ_ALLOW_INF_AND_NAN, NULL, &wrong);
     if (!doc) {
         fst_where where = {from->path, -1, (int64_t)wrong.pos};
         return wrong.code == YYJSON_READ_ERROR_MEMORY_ALLOCATION

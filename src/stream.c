@@ -100,8 +100,8 @@ static fst_status open_stream(fst_stream *s, const char *const *files, const fst
     return status ? status : on_device(s, begin);
 }
 
-fst_status fst_stream_open(const char *const *files, const fst_options *options, fst_stream **out,
-                           fst_error *error) {
+fst_status fst_stream_open_some(const char *const *files, const fst_options *options,
+                                const unsigned char *unwanted, fst_stream **out, fst_error *error) {
     fst_error mine = {.status = FST_OK, .file = -1, .offset = -1};
     fst_stream *s = out ? calloc(1, sizeof *s) : NULL;
     fst_status status;
@@ -113,6 +113,7 @@ fst_status fst_stream_open(const char *const *files, const fst_options *options,
     } else {
         s->error = mine;
         s->process = getpid();
+        s->loading.unwanted = unwanted;
         status = open_stream(s, files, options);
         mine = s->error;
     }
@@ -124,6 +125,11 @@ fst_status fst_stream_open(const char *const *files, const fst_options *options,
     fst_set_last_error(&mine);
     if (error) *error = mine;
     return status;
+}
+
+fst_status fst_stream_open(const char *const *files, const fst_options *options, fst_stream **out,
+                           fst_error *error) {
+    return fst_stream_open_some(files, options, NULL, out, error);
 }
 
 /* ---- The next tensor ------------------------------------------------------------------------------- */
@@ -222,6 +228,13 @@ fst_status fst_stream_next(fst_stream *s, fst_tensor *tensor, struct DLManagedTe
     if (!status) return FST_OK;
     fst_set_last_error(&mine);
     if (error) *error = mine;
+    return status;
+}
+
+fst_status fst_stream_take(fst_stream *s, fst_tensor *tensor, fst_block **block, fst_error *error) {
+    fst_status status = fst_stream_next(s, tensor, NULL, error);
+    *block = s->lent;
+    s->lent = NULL;
     return status;
 }
 

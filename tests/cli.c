@@ -205,6 +205,18 @@ TEST(cli, convert_needs_an_output) {
     check_failed(2, RUN("convert", small_file()), "fst: FST_E_ARG: convert: -o");
     check_failed(2, RUN("convert", "-o", "", small_file()), "fst: FST_E_ARG: -o:");
 }
+TEST(cli, one_directory_becomes_one) {
+    check_failed(2, RUN("convert", "-o", "out", "x", "y"),
+                 "fst: FST_E_ARG: convert: one directory becomes one");
+}
+TEST(cli, wrong_shard_size) {
+    static const char *const wrong[] = {"0", "", "-1", "0.5", "5GB", "inf", "nan", "0x10", "1e19", " 1"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        check_failed(2, RUN("convert", "--shard-size", wrong[i], "-o", "out", "/nowhere"),
+                     "fst: FST_E_ARG: --shard-size:");
+    check_failed(2, RUN("convert", "--shard-size", "5e9", "-o", "x.safetensors", "/nowhere"),
+                 "fst: FST_E_ARG: --shard-size: a file has no shards");
+}
 TEST(cli, control_characters_of_an_argument_are_escaped) {
     check_failed(2, RUN("load", "--cast", "\x1b[31m\n", "x"),
                  "fst: FST_E_ARG: --cast: there is no dtype '\\x1B[31m\\n'");
@@ -443,20 +455,20 @@ TEST(cli, nans_in_weights_are_noted) {
 
 TEST(cli, convert_writes_a_checkpoint) {
     static const uint16_t bf16[6] = {0, 0x3F80, 0xC000, 0x3F00, 0x4780, 0x4040};
-    check_good(
-        RUN("convert", "--device", "cpu", "--json", "--cast", "bf16", "-o", test_path("out"), small_file()));
+    check_good(RUN("convert", "--device", "cpu", "--json", "--cast", "bf16", "-o",
+                   test_path("out.safetensors"), small_file()));
     yyjson_doc *doc = parsed();
     CHECK(real_at(doc, "/seconds_write") > 0);
     CHECK_INT(17, uint_at(doc, "/bytes_out"));
     yyjson_doc_free(doc);
-    check_good(RUN("inspect", "--json", test_path("out")));
+    check_good(RUN("inspect", "--json", test_path("out.safetensors")));
     doc = parsed();
     CHECK_STR("pt", text_at(doc, "/files/0/metadata/format"));
     CHECK_STR("BF16", text_at(doc, "/files/0/tensors/0/dtype"));
     CHECK_INT(4096, uint_at(doc, "/files/0/tensors/0/offset"));
     yyjson_doc_free(doc);
     char file[8192];
-    CHECK_INT(4096 + 17, read_text(test_path("out"), file, sizeof file));
+    CHECK_INT(4096 + 17, read_text(test_path("out.safetensors"), file, sizeof file));
     CHECK_BYTES(bf16, file + 4096, sizeof bf16);
     CHECK_BYTES(bytes, file + 4096 + sizeof bf16, sizeof bytes);
 }
@@ -468,8 +480,8 @@ TEST(cli, convert_computes_scales) {
                                                                                      "m.weight_scale_inv"};
     for (int i = 0; i < 3; i++) {
         check_good(RUN("convert", "--device", "cpu", "--cast", "f8_e4m3", "--scale", kinds[i], "-o",
-                       test_path("out"), weights_file()));
-        check_good(RUN("inspect", "--json", test_path("out")));
+                       test_path("out.safetensors"), weights_file()));
+        check_good(RUN("inspect", "--json", test_path("out.safetensors")));
         yyjson_doc *doc = parsed();
         CHECK_STR("m.weight", text_at(doc, "/files/0/tensors/0/name"));
         CHECK_STR("F8_E4M3", text_at(doc, "/files/0/tensors/0/dtype"));
@@ -478,11 +490,11 @@ TEST(cli, convert_computes_scales) {
         CHECK_STR("F32", text_at(doc, "/files/0/tensors/1/dtype"));
         CHECK_STR("F32", text_at(doc, "/files/0/tensors/2/dtype"));
         yyjson_doc_free(doc);
-        check_good(
-            RUN("convert", "--device", "cpu", "--cast", "f32", "-o", test_path("back"), test_path("out")));
+        check_good(RUN("convert", "--device", "cpu", "--cast", "f32", "-o", test_path("back.safetensors"),
+                       test_path("out.safetensors")));
         char file[8192];
         float back[6];
-        CHECK_INT(4096 + sizeof matrix + 12, read_text(test_path("back"), file, sizeof file));
+        CHECK_INT(4096 + sizeof matrix + 12, read_text(test_path("back.safetensors"), file, sizeof file));
         memcpy(back, file + 4096, sizeof back);
         for (int k = 0; k < 6; k++) {
             float difference = back[k] - matrix[k];
@@ -492,35 +504,97 @@ TEST(cli, convert_computes_scales) {
     }
 }
 
+/* A directory with small_file's tensors. */
+static const char *small_directory(void) {
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    support_checkpoint(test_path("in/a.safetensors"), "{\"format\":\"pt\"}", small, 2, 0);
+    return test_path("in");
+}
+
+TEST(cli, convert_to_a_directory) {
+    small_directory();
+    check_good(RUN("convert", "--device", "cpu", "--json", "--cast", "bf16", "--shard-size", "1.2e1", "-o",
+                   test_path("out/"), test_path("in")));
+    yyjson_doc *doc = parsed();
+    CHECK_INT(2, uint_at(doc, "/shards"));
+    CHECK_INT(0, uint_at(doc, "/shards_kept"));
+    CHECK_INT(2, uint_at(doc, "/tensors"));
+    CHECK_INT(17, uint_at(doc, "/bytes_out"));
+    CHECK_STR("cpu", text_at(doc, "/device"));
+    yyjson_doc_free(doc);
+    check_good(RUN("inspect", "--json", test_path("out")));
+    doc = parsed();
+    CHECK_STR("BF16", text_at(doc, "/files/0/tensors/0/dtype"));
+    CHECK_STR("bytes", text_at(doc, "/files/1/tensors/0/name"));
+    yyjson_doc_free(doc);
+    check_failed(1, RUN("convert", "--device", "cpu", "-o", test_path("out"), test_path("in")),
+                 text("fst: %s: FST_E_ARG: it is not empty", test_path("out")));
+}
+
+TEST(cli, convert_to_a_directory_prints_what_it_did) {
+    small_directory();
+    check_good(RUN("convert", "--device", "cpu", "-o", test_path("out"), test_path("in")));
+    CHECK(strstr(out, "device   cpu ("));
+    CHECK(strstr(out, ": 2 tensors, 29 bytes in 1 files; 0 other files copied\n"));
+}
+
+/* The second time there is room. */
+TEST(cli, convert_to_a_directory_on_a_full_file_system) {
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    sparse_file("in/a.safetensors", "U8", "[1048576]", 1 << 20);
+    CHECK_INT(0, mkdir(test_path("d"), 0700));
+    if (mount("none", test_path("d"), "tmpfs", 0, "size=512k")) test_skip(0, "cannot mount a tmpfs");
+    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), test_path("in"));
+    int half = access(test_path("d/out/model-00001-of-00001.safetensors"), F_OK) == 0;
+    int full = strstr(err, "No space left on device") != NULL;
+    int grown = mount("none", test_path("d"), "tmpfs", MS_REMOUNT, "size=8m");
+    int again = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), test_path("in"));
+    struct stat st;
+    int there = stat(test_path("d/out/model-00001-of-00001.safetensors"), &st);
+    CHECK_INT(0, umount(test_path("d")));
+    CHECK_INT(1, status);
+    CHECK(full && !half);
+    CHECK_INT(0, grown);
+    CHECK_INT(0, again);
+    CHECK_INT(0, there);
+    CHECK_INT(4096 + (1 << 20), st.st_size);
+}
+
 TEST(cli, convert_over_its_input) {
-    check_good(RUN("convert", "--device", "cpu", "-o", small_file(), test_path("in")));
+    const char *path = test_path("in.safetensors");
+    support_checkpoint(path, NULL, small, 2, 0);
+    check_good(RUN("convert", "--device", "cpu", "-o", path, path));
     CHECK(strstr(out, "\nwritten  "));
-    check_good(RUN("convert", "--device", "cpu", "--output", test_path("in"), test_path("in")));
-    check_good(RUN("inspect", test_path("in")));
+    check_good(RUN("convert", "--device", "cpu", "--output", path, path));
+    check_good(RUN("inspect", path));
 }
 
 TEST(cli, convert_to_a_place_that_is_missing) {
-    check_failed(1, RUN("convert", "--device", "cpu", "-o", test_path("no/out"), small_file()),
-                 text("fst: %s: FST_E_IO: ", test_path("no/out")));
+    check_failed(1, RUN("convert", "--device", "cpu", "-o", test_path("no/out.safetensors"), small_file()),
+                 text("fst: %s: FST_E_IO: ", test_path("no/out.safetensors")));
 }
 
 TEST(cli, convert_to_a_device_file) {
-    check_failed(1, RUN("convert", "--device", "cpu", "-o", "/dev/null", small_file()),
-                 "fst: /dev/null: FST_E_FILE_TYPE: ");
+    const char *null = test_path("null.safetensors");
+    CHECK_INT(0, symlink("/dev/null", null));
+    check_failed(1, RUN("convert", "--device", "cpu", "-o", null, small_file()),
+                 text("fst: %s: FST_E_FILE_TYPE: ", null));
 }
 
 TEST(cli, convert_with_conflicting_metadata) {
     support_checkpoint(test_path("1"), "{\"k\":\"a\"}", small, 1, 0);
     support_checkpoint(test_path("2"), "{\"k\":\"b\"}", small + 1, 1, 0);
-    check_failed(1, RUN("convert", "--device", "cpu", "-o", test_path("out"), test_path("1"), test_path("2")),
-                 text("fst: %s: FST_E_CONFLICT: ", test_path("out")));
-    CHECK_INT(-1, access(test_path("out"), F_OK));
+    check_failed(
+        1,
+        RUN("convert", "--device", "cpu", "-o", test_path("out.safetensors"), test_path("1"), test_path("2")),
+        text("fst: %s: FST_E_CONFLICT: ", test_path("out.safetensors")));
+    CHECK_INT(-1, access(test_path("out.safetensors"), F_OK));
 }
 
 /* The old file is whole, and nothing else is left beside it. */
 static void check_old_output(const char *directory) {
     char path[512], old[64];
-    snprintf(path, sizeof path, "%s/out", directory);
+    snprintf(path, sizeof path, "%s/out.safetensors", directory);
     read_text(path, old, sizeof old);
     CHECK_STR("old", old);
     char **names;
@@ -532,15 +606,15 @@ static void check_old_output(const char *directory) {
 TEST(cli, convert_over_the_limit_of_file_sizes) {
     const char *input = sparse_file("in", "U8", "[1048576]", 1 << 20);
     CHECK_INT(0, mkdir(test_path("d"), 0700));
-    support_write(test_path("d/out"), "old", 3);
+    support_write(test_path("d/out.safetensors"), "old", 3);
     struct rlimit before, limit;
     CHECK_INT(0, getrlimit(RLIMIT_FSIZE, &before));
     limit = before;
     limit.rlim_cur = 500000;
     CHECK_INT(0, setrlimit(RLIMIT_FSIZE, &limit));
-    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), input);
+    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out.safetensors"), input);
     CHECK_INT(0, setrlimit(RLIMIT_FSIZE, &before));
-    check_failed(1, status, text("fst: %s: FST_E_IO: ", test_path("d/out")));
+    check_failed(1, status, text("fst: %s: FST_E_IO: ", test_path("d/out.safetensors")));
     check_old_output(test_path("d"));
 }
 
@@ -548,16 +622,16 @@ TEST(cli, convert_onto_a_full_file_system) {
     const char *input = sparse_file("in", "U8", "[1048576]", 1 << 20);
     CHECK_INT(0, mkdir(test_path("d"), 0700));
     if (mount("none", test_path("d"), "tmpfs", 0, "size=512k")) test_skip(0, "cannot mount a tmpfs");
-    support_write(test_path("d/out"), "old", 3);
-    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out"), input);
+    support_write(test_path("d/out.safetensors"), "old", 3);
+    int status = RUN("convert", "--device", "cpu", "-o", test_path("d/out.safetensors"), input);
     char old[64];
-    read_text(test_path("d/out"), old, sizeof old);
+    read_text(test_path("d/out.safetensors"), old, sizeof old);
     char **names;
     int rc = fst_os_calls.list(test_path("d"), &names);
     int alone = !rc && names[0] && !names[1];
     if (!rc) free(names);
     CHECK_INT(0, umount(test_path("d")));
-    check_failed(1, status, text("fst: %s: FST_E_IO: ", test_path("d/out")));
+    check_failed(1, status, text("fst: %s: FST_E_IO: ", test_path("d/out.safetensors")));
     CHECK(strstr(err, "No space left on device"));
     CHECK_STR("old", old);
     CHECK(alone);
@@ -577,13 +651,13 @@ TEST(cli, closed_standard_output) {
     posix_spawn_file_actions_init(&actions);
     for (int fd = 0; fd < 3; fd++) posix_spawn_file_actions_addclose(&actions, fd);
     small_file();
-    pid_t child =
-        spawn(ARGS("convert", "--device", "cpu", "-o", test_path("out"), test_path("in")), &actions);
+    pid_t child = spawn(
+        ARGS("convert", "--device", "cpu", "-o", test_path("out.safetensors"), test_path("in")), &actions);
     posix_spawn_file_actions_destroy(&actions);
     CHECK_INT(1, wait_for(child));
     char file[8192];
-    CHECK_INT(4096 + 29,
-              read_text(test_path("out"), file, sizeof file)); /* and nothing else was written into it */
+    CHECK_INT(4096 + 29, read_text(test_path("out.safetensors"), file,
+                                   sizeof file)); /* and nothing else was written into it */
 }
 
 TEST(cli, reader_of_standard_output_is_gone) {
@@ -645,11 +719,11 @@ static pid_t spawn_on_terminal(terminal *t, unsigned short columns, const char *
 static void check_interrupted(int signal, int want) {
     static terminal t;
     CHECK_INT(0, mkdir(test_path("d"), 0700));
-    support_write(test_path("d/out"), "old", 3);
+    support_write(test_path("d/out.safetensors"), "old", 3);
     sparse_file("in", "F64", SLOW_SHAPE, SLOW_BYTES);
-    pid_t child = spawn_on_terminal(
-        &t, 80,
-        ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o", test_path("d/out"), test_path("in")));
+    pid_t child = spawn_on_terminal(&t, 80,
+                                    ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o",
+                                         test_path("d/out.safetensors"), test_path("in")));
     int drawn = read_terminal(&t, "%"); /* it is in the middle of the load */
     kill(child, signal);
     read_terminal(&t, NULL);
@@ -660,6 +734,27 @@ static void check_interrupted(int signal, int want) {
     out_size = read_text(test_path("stdout"), out, sizeof out);
     CHECK_INT(0, out_size);
     check_old_output(test_path("d"));
+}
+
+TEST(cli, ctrl_c_leaves_no_half_file_in_a_directory) {
+    static terminal t;
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    sparse_file("in/a.safetensors", "F64", SLOW_SHAPE, SLOW_BYTES);
+    pid_t child = spawn_on_terminal(
+        &t, 80,
+        ARGS("convert", "--device", "cpu", "--cast", "f8_e4m3", "-o", test_path("out"), test_path("in")));
+    int drawn = read_terminal(&t, "%");
+    kill(child, SIGINT);
+    read_terminal(&t, NULL);
+    close(t.fd);
+    CHECK_INT(130, wait_for(child));
+    CHECK(drawn);
+    CHECK(strstr(t.text, "FST_E_CANCELLED"));
+    char **names;
+    CHECK_INT(0, fst_os_calls.list(test_path("out"), &names));
+    CHECK_STR(".fst-convert", names[0]);
+    CHECK(!names[1]);
+    free(names);
 }
 
 TEST(cli, ctrl_c_leaves_nothing_behind) { check_interrupted(SIGINT, 130); }

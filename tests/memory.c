@@ -456,3 +456,64 @@ TEST(memory, of_a_save_from_a_gpu) {
     fail_saves(FST_DEVICE_GPU(0));
     fake_gpu_end();
 }
+
+/* ---- Conversions of directories ------------------------------------------------------------------ */
+
+static void remove_output(const char *path) {
+    char **names, inner[2048];
+    if (fst_os_calls.list(path, &names)) return;
+    for (char **name = names; *name; name++) {
+        CHECK(snprintf(inner, sizeof inner, "%s/%s", path, *name) < (int)sizeof inner);
+        remove_output(inner);
+        unlink(inner);
+    }
+    free(names);
+    rmdir(path);
+}
+
+static int quick_fsync(int fd) {
+    (void)fd;
+    return 0;
+}
+
+/* Into an empty place: config.json, which comes last, is there or not. */
+static fst_status convert(const scene *s, fst_error *error) {
+    fst_options options = options_of(s);
+    fst_convert_stats stats = {.size = sizeof stats};
+    fst_convert_options more = {sizeof more, 100000};
+    int armed = atomic_exchange(&fail_at, 0);
+    remove_output(test_path("out"));
+    atomic_store(&fail_at, armed);
+    fst_status status = fst_convert_directory(s->files[0], s->files[1], &options, &more, &stats, error);
+    fst_release_cached();
+    atomic_store(&fail_at, 0);
+    CHECK_INT(status == FST_OK, access(test_path("out/config.json"), F_OK) == 0);
+    if (!status) CHECK_INT(MANY + 2, stats.tensors);
+    return status;
+}
+
+static void fail_conversions(int device) {
+    static const char config[] = "{\"text_config\":{\"dtype\":\"float32\"}}";
+    fst_release_cached(); /* of others */
+    CHECK_INT(0, mkdir(test_path("in"), 0700));
+    write_files();
+    CHECK_INT(0, rename(test_path("1.safetensors"), test_path("in/1.safetensors")));
+    CHECK_INT(0, rename(test_path("2.safetensors"), test_path("in/2.safetensors")));
+    support_write(test_path("in/config.json"), config, strlen(config));
+    support_write(test_path("in/other.json"), "{}", 2);
+    fst_os before = fst_os_calls;
+    fst_os_calls.fsync = quick_fsync;
+    scene s = {.act = convert, .files = {test_path("in"), test_path("out")}, .device = device};
+    test_path("out/config.json"); /* the harness keeps the path */
+    int failed = fail_each(&s);
+    fst_os_calls = before;
+    CHECK(failed > 80);
+}
+
+TEST(memory, of_a_conversion_on_the_cpu) { fail_conversions(FST_DEVICE_CPU); }
+
+TEST(memory, of_a_conversion_on_a_gpu) {
+    fake_gpu_begin(&(fake_gpu_options){.seed = 6});
+    fail_conversions(FST_DEVICE_GPU(0));
+    fake_gpu_end();
+}

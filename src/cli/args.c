@@ -33,9 +33,17 @@ static int set_help(arguments *args, const char *value) {
     return EXIT_OK;
 }
 
+#define SUFFIX ".safetensors"
+
+static int ends_in_suffix(const char *name) {
+    size_t length = strlen(name), suffix = strlen(SUFFIX);
+    return length >= suffix && !strcmp(name + length - suffix, SUFFIX);
+}
+
 static int set_output(arguments *args, const char *value) {
-    if (!*value) return usage_wrong("-o: the name of the file is empty");
+    if (!*value) return usage_wrong("-o: the name is empty");
     args->output = value;
+    args->to_directory = !ends_in_suffix(value);
     return EXIT_OK;
 }
 
@@ -60,6 +68,16 @@ static int set_device(arguments *args, const char *value) {
     else if (!strcmp(value, "cpu")) args->device = FST_DEVICE_CPU;
     else if (number >= 0) args->device = FST_DEVICE_GPU((int)number);
     else return usage_wrong("--device: '%s' is neither auto, cpu nor the number of a GPU", value);
+    return EXIT_OK;
+}
+
+/* Bytes: a number, also one as 5e9. */
+static int set_shard_size(arguments *args, const char *value) {
+    char *end;
+    double bytes = strtod(value, &end);
+    if (*value < '0' || *value > '9' || *end || strpbrk(value, "xX") || !(bytes >= 1 && bytes <= 1e18))
+        return usage_wrong("--shard-size: '%s' is not a number of bytes from 1 to 1e18", value);
+    args->shard_bytes = (uint64_t)bytes;
     return EXIT_OK;
 }
 
@@ -120,6 +138,7 @@ static const option_rule rules[] = {
     {"--threads", FOR_LOAD | FOR_CONVERT, 1, set_threads},
     {"--reader", FOR_LOAD | FOR_CONVERT, 1, set_reader},
     {"--cache", FOR_LOAD | FOR_CONVERT, 1, set_cache},
+    {"--shard-size", FOR_CONVERT, 1, set_shard_size},
     {"--output", FOR_CONVERT, 1, set_output},
     {"-o", FOR_CONVERT, 1, set_output},
 };
@@ -165,6 +184,17 @@ static int parse_command(const char *name, arguments *args) {
     return usage_wrong("there is no command '%s'; see fst --help", name);
 }
 
+/* A file, or a directory, which comes of one. */
+static int check_output(const arguments *args) {
+    if (!args->output) return usage_wrong("convert: -o OUT is missing");
+    if (args->to_directory && args->paths_count != 1)
+        return usage_wrong(
+            "convert: one directory becomes one; the name of a file that many become ends in " SUFFIX);
+    if (!args->to_directory && args->shard_bytes)
+        return usage_wrong("--shard-size: a file has no shards; -o with the name of a directory has");
+    return EXIT_OK;
+}
+
 static int parse_rest(arguments *args, int argc, char **argv) {
     int options = 1;
     for (int i = 2; i < argc && args->command != COMMAND_HELP; i++) {
@@ -183,9 +213,7 @@ static int parse_rest(arguments *args, int argc, char **argv) {
     if (args->scale && !takes_scales)
         return usage_wrong("--scale goes with --cast F8_E4M3, F8_E5M2 or F8_E4M3FNUZ");
     if (!args->paths_count) return usage_wrong("%s: no path is given; see fst --help", argv[1]);
-    if (args->command == COMMAND_CONVERT && !args->output)
-        return usage_wrong("convert: -o OUT.safetensors is missing");
-    return EXIT_OK;
+    return args->command == COMMAND_CONVERT ? check_output(args) : EXIT_OK;
 }
 
 int arguments_parse(int argc, char **argv, arguments *out) {

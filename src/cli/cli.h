@@ -23,6 +23,8 @@ typedef struct arguments {
     fst_reader_kind reader;
     fst_cache    cache;
     const char  *output; /* NULL when not given */
+    int          to_directory; /* `output` is one */
+    uint64_t     shard_bytes;
     const char **paths;  /* NULL-terminated; freed by arguments_free */
     size_t       paths_count;
 } arguments;
@@ -35,12 +37,15 @@ void arguments_free(arguments *args);
 
 int run_inspect(const arguments *args, FILE *out);
 int run_load(const arguments *args, FILE *out); /* load and convert: the latter writes a file as well */
+int run_convert(const arguments *args, FILE *out); /* convert to a directory */
 
 /* ---- report.c -------------------------------------------------------------------------------- */
 
 /* One line on stderr, "fst: PATH: FST_E_NAME: text"; without PATH when it is NULL or empty. */
 void report(const char *path, fst_status status, const char *text);
 void report_error(const fst_error *error);
+/* The same; returns the exit status that fits. */
+int  report_failed(const fst_error *error);
 
 /* `memory`, or the end of the process with a line on stderr when it is NULL. */
 void *must(void *memory);

@@ -12,12 +12,6 @@ static double now(void) {
     return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
 }
 
-static int failed(const fst_error *error) {
-    report_error(error);
-    int signal = *interrupt_flag();
-    return error->status == FST_E_CANCELLED && signal ? EXIT_SIGNAL + signal : EXIT_WRONG;
-}
-
 static double rate(const fst_stats *stats) {
     return stats->seconds > 0 ? (double)stats->bytes_read / stats->seconds / 1e9 : 0;
 }
@@ -158,11 +152,11 @@ int run_load(const arguments *args, FILE *out) {
     interrupt_install();
     fst_model *model;
     fst_error error;
-    if (load(args, &model, &error)) return failed(&error);
+    if (load(args, &model, &error)) return report_failed(&error);
     double seconds_write = 0;
     if (args->output && save(args, model, &seconds_write, &error)) {
         fst_model_free(model);
-        return failed(&error);
+        return report_failed(&error);
     }
     fst_stats stats = {.size = sizeof stats};
     fst_model_stats(model, &stats);

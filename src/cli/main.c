@@ -12,11 +12,12 @@ static const char usage[] =
     "usage: fst inspect [--json] PATH...\n"
     "       fst load [OPTION]... PATH...\n"
     "       fst convert [OPTION]... -o OUT.safetensors PATH...\n"
+    "       fst convert [OPTION]... -o OUTDIR DIR\n"
     "       fst --help | --version\n"
     "\n"
     "inspect  prints the names, dtypes, shapes and sizes of tensors; reads headers alone\n"
     "load     loads onto a device, prints what that took\n"
-    "convert  loads, then writes one .safetensors file\n"
+    "convert  writes one .safetensors file, or a checkpoint directory of a checkpoint directory\n"
     "\n"
     "PATH     a .safetensors file, a directory (its model.safetensors.index.json, otherwise all its\n"
     "         .safetensors files), or an index file (*.json)\n"
@@ -30,7 +31,10 @@ static const char usage[] =
     "--reader       auto, threads (pread), direct (O_DIRECT) or uring (io_uring), for what is not cached\n"
     "--cache        whether what is read stays in the page cache: auto (when it fits), keep or avoid\n"
     "--json         prints one JSON object\n"
-    "-o OUT         the file to write; one that exists is replaced once the new one is complete\n"
+    "-o OUT         a name that ends in .safetensors: the file to write; one that exists is replaced once\n"
+    "               the new one is complete. Any other: the directory to make, or to go on with after a run\n"
+    "               that was ended\n"
+    "--shard-size N bytes of tensors in one file of the directory, 5e9 without it\n"
     "--             ends the options: what follows are paths\n"
     "\n"
     "Exit status: 0; 1 when something failed; 2 when the command line is wrong; 130 after Ctrl-C.\n";
@@ -67,8 +71,8 @@ static int write_stdout(const char *data, size_t size) {
 static int run(const arguments *args, FILE *out) {
     switch (args->command) {
     case COMMAND_INSPECT: return run_inspect(args, out);
-    case COMMAND_LOAD:
-    case COMMAND_CONVERT: return run_load(args, out);
+    case COMMAND_LOAD: return run_load(args, out);
+    case COMMAND_CONVERT: return args->to_directory ? run_convert(args, out) : run_load(args, out);
     case COMMAND_HELP: return fputs(usage, out) < 0;
     case COMMAND_VERSION: return fprintf(out, "fst %s\n", fst_version()) < 0;
     }

@@ -87,6 +87,12 @@ void report_error(const fst_error *error) {
     report(error->path, error->status, text);
 }
 
+int report_failed(const fst_error *error) {
+    report_error(error);
+    int signal = *interrupt_flag();
+    return error->status == FST_E_CANCELLED && signal ? EXIT_SIGNAL + signal : EXIT_WRONG;
+}
+
 /* ---- JSON ------------------------------------------------------------------------------------ */
 
 void json_add_text(yyjson_mut_doc *doc, yyjson_mut_val *object, const char *key, const char *text) {

@@ -26,6 +26,8 @@ struct all {
     fst_status (*model_stats)(const fst_model *, fst_stats *);
     fst_status (*model_dlpack)(fst_model *, size_t, struct DLManagedTensorVersioned **);
     fst_status (*save)(const fst_model *, const char *, const fst_save_options *, fst_error *);
+    fst_status (*convert_directory)(const char *, const char *, const fst_options *,
+                                    const fst_convert_options *, fst_convert_stats *, fst_error *);
 };
 
 static const struct all all = {fst_version,
@@ -51,7 +53,8 @@ static const struct all all = {fst_version,
                                fst_model_metadata_at,
                                fst_model_stats,
                                fst_model_dlpack,
-                               fst_save};
+                               fst_save,
+                               fst_convert_directory};
 
 /* 0 when the library gives an error for a file that is not there, as it should. */
 int main(void) {

@@ -6,6 +6,9 @@
         F32, F16 and BF16 alone)
     checkpoint.py llama OUTDIR --bytes 14e9 --dtype bf16 --files 4
         Llama 3 8B's names and shapes, as many layers as fit, cut into files with an index
+    checkpoint.py fp8 OUTDIR --bytes 4e9 --files 4
+        DeepSeek V3's layers, as many as fit: F8_E4M3 weights, none of them NaN, F32 scales for 128 x 128, norms and
+        embeddings in BF16; config.json and other files beside them
     checkpoint.py many OUTDIR --tensors 20000 --bytes-each 4096 --dtype bf16 --files 2
         many small tensors
 """
@@ -68,6 +71,17 @@ class Source:
         step = max(1, BITS[dtype] // 8)
         while nbytes:
             start = self.random.randrange(PAGE // step // 2) * step
+            piece = page[start:start + min(nbytes, PAGE // 2)]
+            nbytes -= len(piece)
+            yield piece
+
+    def codes(self, nbytes):
+        """Of F8_E4M3, without NaN."""
+        if "codes" not in self.pages:
+            self.pages["codes"] = self.bits.translate(bytes(i & 0xFE if i & 0x7F == 0x7F else i for i in range(256)))
+        page = memoryview(self.pages["codes"])
+        while nbytes:
+            start = self.random.randrange(PAGE // 2)
             piece = page[start:start + min(nbytes, PAGE // 2)]
             nbytes -= len(piece)
             yield piece
@@ -177,7 +191,7 @@ def write_shards(args, tensors):
         with open(os.path.join(args.out, name), "wb") as file:
             file.write(header(shard, {"format": "pt"}))
             for _, dtype, _, nbytes in shard:
-                for piece in source.pieces(dtype, nbytes):
+                for piece in source.codes(nbytes) if dtype == "F8_E4M3" else source.pieces(dtype, nbytes):
                     file.write(piece)
     with open(os.path.join(args.out, "model.safetensors.index.json"), "w") as file:
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file)
@@ -185,6 +199,52 @@ def write_shards(args, tensors):
 
 def llama(args):
     write_shards(args, llama_tensors(int(args.bytes), args.dtype.upper()))
+
+
+def fp8_tensors(nbytes):
+    """Layers of V3 with some of its experts; for a small checkpoint, of one that is narrower by a power of two."""
+    def weight(name, rows, cols):
+        return [(f"{name}.weight", "F8_E4M3", [rows, cols]),
+                (f"{name}.weight_scale_inv", "F32", [-(-rows // 128), -(-cols // 128)])]
+
+    def layer(i, d):
+        hidden, inner, name = 7168 // d, 2048 // d, f"model.layers.{i}"
+        attention = {"q_a_proj": (1536 // d, hidden), "kv_a_proj_with_mqa": (576 // d, hidden), "o_proj": (hidden, 16384 // d)}
+        tensors = [(f"{name}.input_layernorm.weight", "BF16", [hidden])]
+        for part, shape in attention.items():
+            tensors += weight(f"{name}.self_attn.{part}", *shape)
+        tensors += [(f"{name}.mlp.gate.weight", "BF16", [256 // d, hidden])]
+        for expert in range(8):
+            for part, shape in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
+                tensors += weight(f"{name}.mlp.experts.{expert}.{part}", *shape)
+        return tensors
+
+    def ends(d):
+        return [("model.embed_tokens.weight", "BF16", [32768 // d, 7168 // d]), ("model.norm.weight", "BF16", [7168 // d])]
+
+    def total(shapes):
+        return sum(nbytes_of(dtype, shape) for _, dtype, shape in shapes)
+
+    d = 1
+    while d < 64 and total(ends(d)) + total(layer(0, d)) > nbytes:
+        d *= 2
+    count = max(1, round((nbytes - total(ends(d))) / total(layer(0, d))))
+    first, norm = ends(d)
+    shapes = [first] + [t for i in range(count) for t in layer(i, d)] + [norm]
+    return [(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in shapes]
+
+
+def fp8(args):
+    write_shards(args, fp8_tensors(int(args.bytes)))
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "rms_norm_eps": 1e-06,
+              "rope_scaling": {"mscale": 1.0, "factor": 40}, "torch_dtype": "bfloat16",
+              "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                                      "weight_block_size": [128, 128]}}
+    others = {"config.json": json.dumps(config, indent=2), "tokenizer.json": "{}", "generation_config.json": "{}",
+              "modeling_deepseek.py": "pass\n"}
+    for name, text in others.items():
+        with open(os.path.join(args.out, name), "w") as file:
+            file.write(text)
 
 
 def many(args):
@@ -196,14 +256,14 @@ def many(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, run in (("mixed", mixed), ("llama", llama), ("many", many)):
+    for kind, run in (("mixed", mixed), ("llama", llama), ("fp8", fp8), ("many", many)):
         options = kinds.add_parser(kind)
         options.set_defaults(run=run)
         options.add_argument("out")
         options.add_argument("--seed", type=int, default=1)
         if kind != "many":
             options.add_argument("--bytes", type=float, default=1e9)
-        if kind != "llama":
+        if kind in ("mixed", "many"):
             options.add_argument("--tensors", type=int, default=500)
         if kind != "mixed":
             options.add_argument("--dtype", default="bf16", choices=[d.lower() for d in BITS])
