@@ -51,7 +51,7 @@ typedef struct fst_worker {
     _Atomic uint32_t needs;       /* 1 + the block that it waits for, or allocates; 0: none */
     uint32_t needs_batch;         /* 1 + the batch whose companions it waits for; 0: none; under the lock */
     uint32_t needs_window;        /* 1 + the chunk for whose stripes it waits; 0: none; likewise */
-    atomic_int needs_slot;        /* it waits for one */
+    _Atomic uint32_t needs_slot;  /* 1 + the chunk whose slot it waits for; 0: none */
     fst_ring *ring;               /* io_uring; NULL: none yet */
     int ring_is_refused, ring_is_broken;
     const char *ring_why;         /* what the system refused of it; static text, or NULL */

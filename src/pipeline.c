@@ -1036,7 +1036,7 @@ static void await_slots(fst_worker *w, const fst_load_job *job, uint32_t chunk, 
     const struct timespec nap = {0, 20000};
     fst_engine *engine = w->engine;
     if (look < SLOT_SPINS) return;
-    atomic_store(&w->needs_slot, 1);
+    atomic_store(&w->needs_slot, chunk + 1);
     if (look < SLOT_NAPS || oldest_copying(engine)) { /* nobody says that a copy is done */
         nanosleep(&nap, NULL);
     } else {
@@ -1518,11 +1518,11 @@ static int waits_for_consumer(fst_engine *engine, const fst_load_job *job) {
     int copying = any_slot(engine, FST_SLOT_COPYING), are_free = any_slot(engine, FST_SLOT_FREE);
     for (unsigned i = 0; i < engine->threads_count; i++) {
         const fst_worker *w = &engine->workers[i];
-        uint32_t needs = atomic_load(&w->needs);
+        uint32_t needs = atomic_load(&w->needs), slot = atomic_load(&w->needs_slot);
         /* Companions that do not come lie in a slot whose worker waits for a block. */
         held_up +=
             (needs && !atomic_load(&job->blocks[needs - 1])) ||
-            (atomic_load(&w->needs_slot) && !copying && !are_free) ||
+            (slot && !atomic_load(&job->slots[slot - 1]) && !copying && !are_free) ||
             (w->needs_batch && lacks_companions(job, w->needs_batch - 1)) ||
             (w->needs_window && !copying && !windows_are_free(job, &job->plan->chunks[w->needs_window - 1]));
     }
