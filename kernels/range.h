@@ -115,13 +115,14 @@ template <int Src, int Dst> struct Range {
             const int64_t first = static_cast<int64_t>(position) - static_cast<int64_t>(before);
             const uint8_t *from = src + first * static_cast<int>(src_bits / 8);
             uint8_t *to = dst + first * static_cast<int>(dst_size);
+            const uint64_t rest = count + before - position;
+            const unsigned begin = position < before ? static_cast<unsigned>(before - position) : 0;
+            const unsigned end = static_cast<unsigned>(rest < width ? rest : width);
+            if (end - begin != width) expect_part(to + begin * dst_size);
             if (from < readable || from + sizeof in > readable_end ||
                 !load_vector(from, readable, readable_end, &in))
                 return slot(index);
             const Vector<width *dst_size> out = convert_vector<Src, Dst, width>(in, limit);
-            const uint64_t rest = count + before - position;
-            const unsigned begin = position < before ? static_cast<unsigned>(before - position) : 0;
-            const unsigned end = static_cast<unsigned>(rest < width ? rest : width);
             if (end - begin == width) store_aligned(to, out);
             else store_part<dst_size>(to, out, begin * dst_size, end * dst_size);
             return;
