@@ -555,7 +555,7 @@ def transpose(src, dst, kernel=None):
     width = 8 if (a, b) == (1, 8) else 16 // a
     across, down = side // (8 * width), side // (128 // b)
     arguments = (words(SRC, DST, side, side, side * a, side * b, 0, 0, 0x7F800000, SRC + side * side * a, 1) +
-                 divisor(across * down) + divisor(across) + struct.pack("<?3xI", True, 16) + words(0))
+                 divisor(across * down) + divisor(across) + struct.pack("<?3xII4x", True, 16, 0) + words(0))
     threads = 8 * 32 // (1 if b < 4 else b // 4)
 
     def matrix(name, row_is_first):
