@@ -731,7 +731,7 @@ GROUPS = [
     ("8-bit float × scale → F32", r"scale.*, F8\w+ x.*->F32"),
     ("8-bit float × scale → BF16", r"scale.*, F8\w+ x.*->BF16"),
     ("8-bit float × scale → F16", r"scale.*, F8\w+ x.*->F16"), ("I8 × scale → BF16", r"scale.*, I8 "),
-    ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale|NVFP4).*, F4 x.*->BF16"),
+    ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale.*, F4 x|NVFP4).*->BF16"),
     ("F4 × scale → F16", r"scale.*, F4 x.*->F16"),
     *((f"quantize {src}, {kind}", f"quantize ({kind.replace(', ', '|')}), {src}-")
       for src in ("F32", "BF16", "F16") for kind in ("tensor", "row, block")),
