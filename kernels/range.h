@@ -3,6 +3,7 @@
 #define FST_RANGE_H
 
 #include "nvidia.h"
+#include "x86.h"
 
 namespace {
 
@@ -140,6 +141,9 @@ template <int Src, int Dst> struct Range {
         } else if constexpr (by_element && src_bits < 8) {
             groups(begin, end);
         } else {
+            if constexpr (by_element && src_bits >= 8)
+                begin +=
+                    cast_vectors<Src, Dst>(from + begin * (src_bits / 8), to + begin * dst_size, end - begin);
             FST_ROLLED
             for (uint64_t i = begin; i < end; i++) store(to, i, load_code<src_bits>(from, i));
         }
