@@ -39,5 +39,26 @@ inline Divisor divisor(uint64_t value) {
     return d;
 }
 
+// The same of numbers below 2^31, in 32 bits. (Exact: the magic number is less than 2^l / d too large, relatively less
+// than 2^-31, where 2^l is the power of two that d does not exceed.)
+struct Divisor31 {
+    uint32_t value, magic, shift;
+
+    FST_INLINE uint32_t divide(uint32_t n) const {
+#ifdef __CUDA_ARCH__
+        return __umulhi(n * 2, magic) >> shift;
+#else
+        return static_cast<uint32_t>(static_cast<uint64_t>(n * 2) * magic >> 32) >> shift;
+#endif
+    }
+};
+
+// `value` is neither 0 nor above 2^31.
+inline Divisor31 divisor31(uint64_t value) {
+    const uint32_t shift = value == 1 ? 0 : 64 - static_cast<unsigned>(__builtin_clzll(value - 1));
+    return {static_cast<uint32_t>(value),
+            static_cast<uint32_t>(((static_cast<uint64_t>(1) << (31 + shift)) + value - 1) / value), shift};
+}
+
 } // namespace
 #endif

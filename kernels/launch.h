@@ -40,16 +40,10 @@ template <class Body> int launch(fst_queue stream, const Body &body, uint64_t bl
     return launch_kernel<Body>(stream, run<Body>, body, blocks);
 }
 
-// What registers must leave room for: blocks a multiprocessor on NVIDIA, waves a SIMD on AMD.
-#ifdef __CUDACC__
-constexpr int resident = 6;
-#else
-constexpr int resident = 4;
-#endif
-
-// A body in two phases, `before` and `after` a barrier, that share a Body::Shared.
+// A body in two phases, `before` and `after` a barrier, that share a Body::Shared. Its registers must leave room for
+// Body::resident blocks a multiprocessor on NVIDIA, waves a SIMD on AMD.
 template <class Body>
-__global__ void __launch_bounds__(Body::threads, resident) run_phases(const Body body, uint64_t first) {
+__global__ void __launch_bounds__(Body::threads, Body::resident) run_phases(const Body body, uint64_t first) {
     __shared__ typename Body::Shared shared;
     body.before(first + blockIdx.x, threadIdx.x, shared);
     __syncthreads();

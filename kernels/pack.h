@@ -51,6 +51,16 @@ template <class T> FST_FN T *global(uint64_t address) {
 
 #ifndef FST_BY_ELEMENT
 
+// Tells that part of the memory there will be written, and what is beside it stays. (NVIDIA's L2 then reads it while other
+// work goes on, and not when it must make room.)
+FST_FN void expect_part(const uint8_t *at) {
+#ifdef __CUDA_ARCH__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)));
+#else
+    (void)at;
+#endif
+}
+
 // A vector as 32-bit words, in the order of memory. Fewer than 4 bytes are the low part of a word; what is above
 // them may be anything.
 template <unsigned bytes> struct Vector {

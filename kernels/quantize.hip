@@ -42,11 +42,13 @@ template <int Dst> FST_FN uint32_t scale_of(uint32_t amax) {
     return scale == 0 ? 0x3F800000 : scale;
 }
 
-FST_FN bool is_usual(float scale) { return scale > 0x1p-60f && scale < 0x1p60f; }
+// False for NaN.
+FST_FN bool is_usual(float scale) { return scale > 0x1p-60f && scale < 0x1p125f; }
 
 // Divides by one scale, rounded to nearest like a division, but by multiplications: with r = RN(1/s), the
 // correction of x*r by its exact remainder rounds right (Markstein 1990), as long as nothing under- or
-// overflows. Scales outside 2^-60..2^60 take the division.
+// overflows. Scales below 2^-60 take the division. Large ones (none is beyond 2^121) make quotients underflow, but
+// only such as are far below the least code: their sign is right, and that is all that is left of them.
 class Quotient {
   public:
     FST_INLINE explicit Quotient(uint32_t scale)
@@ -72,11 +74,14 @@ class Quotient {
     bool usual_;
 };
 
-// False when there may be NaN or Inf under this scale (they make it NaN, or that of the largest finite number), and
-// when it is not a usual one.
+// Whether there may be Inf under this scale: it is that of the largest finite number then.
+template <int Src, int Dst> FST_FN bool is_largest(uint32_t scale) {
+    return scale == scale_of<Dst>(to_f32<Src>(infinity<Src> - 1));
+}
+
+// False when there may be NaN (they make the scale NaN) or Inf under this scale, and when it is not a usual one.
 template <int Src, int Dst> FST_FN bool is_tame(uint32_t scale) {
-    const float s = fst_float_of_bits32(scale);
-    return is_usual(s) && scale != scale_of<Dst>(to_f32<Src>(infinity<Src> - 1));
+    return is_usual(fst_float_of_bits32(scale)) && !is_largest<Src, Dst>(scale);
 }
 
 // NaN results have the sign of x, whatever a device's division makes of it.
@@ -94,6 +99,14 @@ FST_FN void count_nans(uint64_t address, uint64_t found) {
 #else
     __atomic_fetch_add(nans, found, __ATOMIC_RELAXED);
 #endif
+}
+
+// The same number, of which NVIDIA's compiler does not know that it is.
+FST_FN unsigned anew(unsigned n) {
+#ifdef __CUDA_ARCH__
+    asm volatile("" : "+r"(n));
+#endif
+    return n;
 }
 
 // `count` neighbouring elements. All are addresses (global() in pack.h).
@@ -174,6 +187,17 @@ template <int Src, unsigned n> FST_FN uint32_t plain_amax(const Vector<16> (&in)
     if (size_of<Src> == 4) return a;
     return (a & 0xFFFF) > a >> 16 ? a & 0xFFFF : a >> 16;
 }
+
+template <int Src, unsigned n> FST_FN uint32_t nans_of(const Vector<16> (&in)[n]) {
+    uint32_t found = 0; // of 16 bits: in either half
+    FST_UNROLLED
+    for (unsigned i = 0; i < 4 * n; i++) {
+        const uint32_t word = in[i / 4].word[i % 4];
+        if (size_of<Src> == 4) found += ((word & 0x7FFFFFFF) + to_nan<Src>()) >> 31;
+        else found += ((word & 0x7FFF7FFF) + twice(to_nan<Src>())) >> 15 & 0x00010001;
+    }
+    return size_of<Src> == 4 ? found : (found & 0xFFFF) + (found >> 16);
+}
 #endif
 
 template <int Src> FST_FN uint32_t amax_of_vector(const Vector<16> &in, uint32_t *nans) {
@@ -228,6 +252,32 @@ template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, c
     }
     return out;
 }
+
+// Numbers that may be Inf, with the largest finite number for it.
+template <int Src> FST_FN Vector<16> without_infinity(const Vector<16> &in) {
+    Vector<16> out;
+    FST_UNROLLED
+    for (unsigned i = 0; i < 4; i++) {
+        const uint32_t word = in.word[i];
+        if (size_of<Src> == 4) out.word[i] = word - ((word & 0x7FFFFFFF) == infinity<Src>);
+        else out.word[i] = word - (((word & 0x7FFF7FFF) + twice(0x8000 - infinity<Src>)) >> 15 & 0x00010001);
+    }
+    return out;
+}
+
+// Under a scale that is NaN.
+template <int Src, int Dst> FST_FN Codes<Src> nan_codes(const Vector<16> &in) {
+    const uint32_t nan = four(static_cast<uint32_t>(fst_float_of(Dst).nan));
+    Codes<Src> out;
+    FST_UNROLLED
+    for (unsigned i = 0; i < 16 / size_of<Src>; i += 4) {
+        uint32_t signs;
+        if constexpr (size_of<Src> == 2) signs = permute(in.word[i / 2], in.word[i / 2 + 1], 0x7531);
+        else signs = permute(permute(in.word[0], in.word[1], 0x0073), permute(in.word[2], in.word[3], 0x0073), 0x5410);
+        out.word[i / 4] = fst_is_fnuz(fst_float_of(Dst)) ? nan : nan | (signs & four(0x80));
+    }
+    return out;
+}
 #else
 template <int Dst> FST_FN uint32_t tame_divisor(uint32_t scale) { return scale; }
 
@@ -248,8 +298,7 @@ template <int Src, int Dst> FST_FN Codes<Src> tame_codes(const Vector<16> &in, c
 template <int Src> struct Strip {
     static constexpr unsigned size = size_of<Src>, width = 16 / size;
 
-    uint64_t src, dst, src_step,
-        dst_step;                 // addresses of the first vector's first element; src_step % 16 is 0
+    uint64_t src, dst, step;      // addresses of the first vector's first element; source bytes, % 16 is 0
     uint64_t col, col_step, cols; // its place in a row of so many; wraps around before the row
     uint64_t all_begin, all_end;  // the whole source: nothing outside it is read
     uint32_t count;               // of vectors
@@ -264,21 +313,32 @@ template <int Src> struct Strip {
             FST_UNROLLED
             for (unsigned k = 0; k < n; k++) {
                 in[k] = {};
-                if (k < count) in[k] = load_aligned<16>(global<const uint8_t>(src + k * src_step));
+                if (k < count) in[k] = load_aligned<16>(global<const uint8_t>(src + k * step));
             }
             return count < n ? (1u << count) - 1 : (1u << n) - 1;
         }
 #if FST_PACKED
-        const uint64_t skew = src % 16, behind = skew ? 16 : 0;
+        // Only the first and the last can be ragged or lie at an end of the source: a step is 32 bytes at least.
+        const uint32_t last = count - 1;
+        loaded = count < n ? (1u << count) - 1 : (1u << n) - 1;
+        if (!is_near(0)) loaded &= ~1u;
+        if (last < n && !is_near(last)) loaded &= ~(1u << last);
+        const unsigned skew = src % 16;
+        const uint64_t behind = skew ? 16 : 0;
+        uint64_t low = src - skew;
         FST_UNROLLED
         for (unsigned k = 0; k < n; k++) {
-            const uint64_t low = src - skew + k * src_step, high = low + behind;
-            const bool inside = (k < count) & is_whole(k) & (low >= all_begin) & (high + 16 <= all_end);
+#ifdef __CUDA_ARCH__ // four at a time: there are no registers for more
+            if (size == 2 && k == 4) asm volatile("" : "+l"(low) : "r"(in[3].word[0]));
+#endif
+            const uint8_t *from = global<const uint8_t>(low + k * step);
             Vector<16> a = {}, b = {};
-            if (inside) a = load_aligned<16>(global<const uint8_t>(low));
-            if (inside) b = load_aligned<16>(global<const uint8_t>(high));
-            in[k] = shift_pair(a, b, static_cast<unsigned>(skew));
-            loaded |= static_cast<uint32_t>(inside) << k;
+            if (loaded >> k & 1) a = load_aligned<16>(from), b = load_aligned<16>(from + behind);
+            in[k] = shift_pair(a, b, skew);
+        }
+        if (is_cut()) { // not above: loads would wait for one another
+            FST_UNROLLED
+            for (unsigned k = 0; k < n; k++) cut(&in[k]);
         }
 #else // AMD's compiler would keep all conditions, in more registers than there are
         FST_UNROLLED
@@ -298,7 +358,7 @@ template <int Src> struct Strip {
 
     // Any vector, with zeros for the elements that do not exist.
     FST_INLINE Vector<16> load_any(uint32_t k) const {
-        const uint8_t *from = global<const uint8_t>(src + k * src_step);
+        const uint8_t *from = global<const uint8_t>(src + k * step);
         Vector<16> in = {};
         if (is_whole(k) && load_near(k, &in)) return in;
         FST_UNROLLED
@@ -307,22 +367,54 @@ template <int Src> struct Strip {
         return in;
     }
 
-    FST_INLINE void store(uint32_t k, const Codes<Src> &codes) const {
-        uint8_t *to = global<uint8_t>(dst + k * dst_step);
+    // The vectors that all threads of a warp have: those of a tile's whole rows, side by side.
+    FST_INLINE uint32_t shared_of(uint32_t loaded) const {
+#if defined(__CUDA_ARCH__) && FST_PACKED >= 89
+        return unit != width ? __reduce_and_sync(~0u, loaded) : 0;
+#else
+        (void)loaded;
+        return 0;
+#endif
+    }
+
+    // A vector among `shared` is stored by all threads of a warp: aligned ones, each of what two neighbours have. The first
+    // of a row takes the bytes before the row's first aligned address and those behind its last.
+    FST_INLINE void store(uint32_t k, const Codes<Src> &codes, uint32_t shared = 0) const {
+        uint8_t *to = global<uint8_t>(dst + k * (step / size));
         if (unit == width) return store_aligned(to, codes);
+#ifdef __CUDA_ARCH__
+        if (shared >> k & 1) return store_shared(to, codes);
+#else
+        (void)shared;
+#endif
         if (unit >= 4) return store_units<4>(to, codes);
         if (unit == 2) return store_units<2>(to, codes);
         store_units<1>(to, codes);
     }
+    // The vectors are those of a tile that it has only in part, all of them.
+    FST_INLINE bool is_cut() const { return (col_step == 0) & (count != 0) & (cols - col < width); }
+
     FST_INLINE void store_any(uint32_t k, const Codes<Src> &codes) const {
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
-            if (exists(k, i)) store_piece<1>(global<uint8_t>(dst + k * dst_step), codes, i);
+            if (exists(k, i)) store_piece<1>(global<uint8_t>(dst + k * (step / size)), codes, i);
     }
 
   private:
+    // Whole or a tile's, and what must be read for it inside the source.
+    FST_INLINE bool is_near(uint32_t k) const {
+        const uint64_t low = src / 16 * 16 + k * step, high = low + (src % 16 ? 32 : 16);
+        return (is_whole(k) | (col_step == 0)) & (low >= all_begin) & (high <= all_end);
+    }
+    // Zeros for what a tile's last vectors have beyond its columns.
+    FST_INLINE void cut(Vector<16> *in) const {
+        const unsigned bytes = static_cast<unsigned>(cols - col) * size;
+        FST_UNROLLED
+        for (unsigned i = 0; i < 4; i++)
+            in->word[i] &= bytes >= 4 * i + 4 ? ~0u : bytes > 4 * i ? 0xFFFFu : 0;
+    }
     FST_INLINE bool load_near(uint32_t k, Vector<16> *in) const {
-        return load_vector(global<const uint8_t>(src + k * src_step), global<const uint8_t>(all_begin),
+        return load_vector(global<const uint8_t>(src + k * step), global<const uint8_t>(all_begin),
                            global<const uint8_t>(all_end), in);
     }
     FST_INLINE bool exists(uint32_t k, unsigned i) const { return col + k * col_step + i < cols; }
@@ -330,6 +422,29 @@ template <int Src> struct Strip {
         const uint64_t at = col + k * col_step;
         return (at < cols) & (cols - at >= width);
     }
+#ifdef __CUDA_ARCH__
+    FST_INLINE void store_shared(uint8_t *to, const Codes<Src> &codes) const {
+        constexpr unsigned lanes = 128 / width; // of a row
+        const unsigned skew = static_cast<unsigned>(dst % width), lane = threadIdx.x % lanes;
+        Codes<Src> before;
+        FST_UNROLLED
+        for (unsigned i = 0; i < Codes<Src>::words; i++)
+            before.word[i] = __shfl_sync(~0u, codes.word[i], lane + lanes - 1, lanes);
+        // One path for all lanes: rows of a warp differ in their alignment.
+        const Codes<Src> both = shift_pair(skew ? before : codes, codes, (width - skew) % width);
+        if (lane == 0 && skew) store_around(to - skew, both, skew);
+        else store_aligned(to - skew, both);
+    }
+    FST_INLINE void store_around(uint8_t *to, const Codes<Src> &codes, unsigned skew) const {
+        if (unit == 4) {
+            FST_UNROLLED
+            for (unsigned at = 0; at < width; at += 4) store_piece<4>(at < skew ? to + 128 : to, codes, at);
+        } else {
+            FST_UNROLLED
+            for (unsigned at = 0; at < width; at++) store_piece<1>(at < skew ? to + 128 : to, codes, at);
+        }
+    }
+#endif
     template <unsigned bytes> static FST_INLINE void store_units(uint8_t *to, const Codes<Src> &codes) {
         FST_UNROLLED
         for (unsigned at = 0; at < width; at += bytes) store_piece<bytes>(to, codes, at);
@@ -342,7 +457,8 @@ FST_FN uint32_t amax_of(const Strip<Src> &strip, const Vector<16> (&in)[n], uint
     uint32_t amax = 0;
 #if FST_PACKED >= 90
     amax = plain_amax<Src>(in);
-    if (amax >= infinity<Src>) amax = 0, loaded = 0; // once more, with care
+    if (amax == infinity<Src>) amax--;
+    if (amax > infinity<Src>) *nans += nans_of<Src>(in);
 #else
     FST_UNROLLED
     for (unsigned k = 0; k < n; k++) {
@@ -360,9 +476,35 @@ FST_FN uint32_t amax_of(const Strip<Src> &strip, const Vector<16> (&in)[n], uint
     return amax;
 }
 
+#if FST_PACKED >= 89
+template <int Src> FST_FN void store_codes(const Strip<Src> &strip, uint32_t k, const Codes<Src> &codes, uint32_t shared) {
+    if (strip.is_cut()) strip.store_any(k, codes);
+    else strip.store(k, codes, shared);
+}
+#endif
+
 template <int Src, int Dst, unsigned n>
 FST_FN void encode_strip(const Strip<Src> &strip, const Vector<16> (&in)[n], uint32_t loaded,
                          uint32_t scale) {
+#if FST_PACKED >= 89
+    if (is_usual(fst_float_of_bits32(scale))) {
+        const Quotient quotient(tame_divisor<Dst>(scale));
+        const bool largest = is_largest<Src, Dst>(scale);
+        const uint32_t shared = strip.shared_of(strip.is_cut() ? 0 : loaded);
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+            const Codes<Src> codes =
+                tame_codes<Src, Dst>(largest ? without_infinity<Src>(in[k]) : in[k], quotient);
+            if (loaded >> k & 1) store_codes<Src>(strip, k, codes, shared);
+        }
+    } else if (scale == 0x7FC00000) {
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++)
+            if (loaded >> k & 1) store_codes<Src>(strip, k, nan_codes<Src, Dst>(in[k]), 0);
+    } else {
+        loaded = 0;
+    }
+#else
     if (is_tame<Src, Dst>(scale)) {
         const Quotient quotient(tame_divisor<Dst>(scale));
         FST_UNROLLED
@@ -374,6 +516,7 @@ FST_FN void encode_strip(const Strip<Src> &strip, const Vector<16> (&in)[n], uin
     } else {
         loaded = 0;
     }
+#endif
     uint32_t k = strip.begin_rest(loaded, n);
     if (k >= strip.count) return;
     const Quotient quotient(scale);
@@ -423,6 +566,8 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
 
     FST_INLINE void finish(uint64_t block, unsigned thread, const State &state, uint32_t amax) const {
         const uint32_t scale = scale_of<Dst>(amax);
+        // Where registers would not do for the place too, it is computed once more: they are for what was read.
+        if (src_size == 2) thread = anew(thread);
         if (thread == 0) global<uint32_t>(scales)[block] = scale;
 #ifdef FST_BY_ELEMENT
         (void)state;
@@ -468,7 +613,6 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
         return {src + at * src_size,
                 dst + at,
                 next * src_size,
-                next,
                 col,
                 row ? threads * width : 0,
                 place.cols,
@@ -509,7 +653,6 @@ FST_FN Strip<Src> strip_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t 
     return {src + col * size,
             dst + col,
             threads * 16,
-            threads * width,
             col,
             threads * width,
             count,

@@ -3,6 +3,7 @@
 #define FST_RANGE_H
 
 #include "nvidia.h"
+#include "x86.h"
 
 namespace {
 
@@ -115,13 +116,14 @@ template <int Src, int Dst> struct Range {
             const int64_t first = static_cast<int64_t>(position) - static_cast<int64_t>(before);
             const uint8_t *from = src + first * static_cast<int>(src_bits / 8);
             uint8_t *to = dst + first * static_cast<int>(dst_size);
+            const uint64_t rest = count + before - position;
+            const unsigned begin = position < before ? static_cast<unsigned>(before - position) : 0;
+            const unsigned end = static_cast<unsigned>(rest < width ? rest : width);
+            if (end - begin != width) expect_part(to + begin * dst_size);
             if (from < readable || from + sizeof in > readable_end ||
                 !load_vector(from, readable, readable_end, &in))
                 return slot(index);
             const Vector<width *dst_size> out = convert_vector<Src, Dst, width>(in, limit);
-            const uint64_t rest = count + before - position;
-            const unsigned begin = position < before ? static_cast<unsigned>(before - position) : 0;
-            const unsigned end = static_cast<unsigned>(rest < width ? rest : width);
             if (end - begin == width) store_aligned(to, out);
             else store_part<dst_size>(to, out, begin * dst_size, end * dst_size);
             return;
@@ -139,6 +141,9 @@ template <int Src, int Dst> struct Range {
         } else if constexpr (by_element && src_bits < 8) {
             groups(begin, end);
         } else {
+            if constexpr (by_element && src_bits >= 8)
+                begin +=
+                    cast_vectors<Src, Dst>(from + begin * (src_bits / 8), to + begin * dst_size, end - begin);
             FST_ROLLED
             for (uint64_t i = begin; i < end; i++) store(to, i, load_code<src_bits>(from, i));
         }

@@ -10,6 +10,7 @@ namespace {
 struct Box {
     uint32_t ndim;
     Divisor extent[FST_ROWS_DIMS];
+    Divisor31 extent31[FST_ROWS_DIMS];
     uint64_t src_stride[FST_ROWS_DIMS], dst_stride[FST_ROWS_DIMS];
     uint64_t rows;
 };
@@ -22,7 +23,9 @@ template <int Src, int Dst> struct Rows {
     uint64_t readable_end; // of the whole source
     Box box;
     Divisor slots; // of a row; elements when rows are too short for vectors
+    Divisor31 slots31;
     uint32_t single;
+    uint32_t small; // all slots are counted in 31 bits
 
     FST_INLINE uint64_t blocks() const {
         return by_element ? 1 : box.rows * slots.value / threads + (box.rows * slots.value % threads != 0);
@@ -33,15 +36,26 @@ template <int Src, int Dst> struct Rows {
             for (uint64_t i = 0; i < box.rows; i++) row(i).elements(0, cols);
             return;
         }
-        const uint64_t index = block * threads + thread, i = slots.divide(index),
-                       slot = index - i * slots.value;
-        if (i >= box.rows) return;
-        const Row range = row(i);
-        if (single) range.elements(slot, slot + 1);
-        else if (slot < range.slots()) range.slot_of_many(slot);
+        if (small) {
+            const uint32_t index = static_cast<uint32_t>(block) * threads + thread,
+                           i = slots31.divide(index);
+            if (i < static_cast<uint32_t>(box.rows)) slot_of(row31(i), index - i * slots31.value);
+        } else {
+            const uint64_t index = block * threads + thread, i = slots.divide(index);
+            if (i < box.rows) slot_of(row(i), index - i * slots.value);
+        }
     }
 
   private:
+    FST_INLINE void slot_of(const Row &range, uint64_t slot) const {
+        if (single) range.elements(slot, slot + 1);
+        else if (slot < range.slots()) range.slot_of_many(slot);
+    }
+    FST_INLINE Row row_at(uint64_t from, uint64_t to) const {
+        return {
+            global<const uint8_t>(from),        global<uint8_t>(to), cols, limit, global<const uint8_t>(src),
+            global<const uint8_t>(readable_end)};
+    }
     FST_INLINE Row row(uint64_t i) const {
         uint64_t from = src, to = dst;
         FST_ROLLED
@@ -51,9 +65,19 @@ template <int Src, int Dst> struct Rows {
             from += at * box.src_stride[d], to += at * box.dst_stride[d];
             i = rest;
         }
-        return {
-            global<const uint8_t>(from),        global<uint8_t>(to), cols, limit, global<const uint8_t>(src),
-            global<const uint8_t>(readable_end)};
+        return row_at(from, to);
+    }
+    FST_INLINE Row row31(uint32_t i) const {
+        uint64_t from = src, to = dst;
+        const uint32_t last = box.ndim - 1; // without dimensions, any: there is one row
+        FST_ROLLED
+        for (unsigned d = 0; d < last && i; d++) {
+            const uint32_t rest = box.extent31[d].divide(i), at = i - rest * box.extent31[d].value;
+            from += at * box.src_stride[d], to += at * box.dst_stride[d];
+            i = rest;
+        }
+        if (i) from += i * box.src_stride[last], to += i * box.dst_stride[last];
+        return row_at(from, to);
     }
 };
 
@@ -68,7 +92,7 @@ typedef int rows_fn(fst_queue, const Plan &, unsigned flags);
 template <int Src, int Dst> int rows(fst_queue stream, const Plan &plan, unsigned flags) {
     using Row = Range<Src, Dst>;
     Rows<Src, Dst> body = {
-        plan.src, plan.dst, plan.cols, limit_of<Src, Dst>(flags), plan.src + plan.src_bytes, plan.box, {}, 0};
+        plan.src, plan.dst, plan.cols, limit_of<Src, Dst>(flags), plan.src + plan.src_bytes, plan.box, {}, {}, 0, 0};
     uint64_t bits = plan.dst; // its low ones are 0 where all rows start at a whole vector
     for (unsigned d = 0; d < plan.box.ndim; d++) bits |= plan.box.dst_stride[d];
     const bool aligned = bits % (Row::width * Row::dst_size) == 0;
@@ -81,6 +105,12 @@ template <int Src, int Dst> int rows(fst_queue stream, const Plan &plan, unsigne
     body.slots = divisor(slots);
     uint64_t all;
     if (__builtin_mul_overflow(slots, plan.box.rows, &all)) return FST_K_SIZE;
+    body.small = all <= 1u << 30;
+    if (body.small) {
+        body.slots31 = divisor31(slots);
+        for (unsigned d = 0; d < plan.box.ndim; d++)
+            body.box.extent31[d] = divisor31(body.box.extent[d].value);
+    }
     return launch(stream, body, body.blocks());
 }
 

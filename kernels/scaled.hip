@@ -65,17 +65,25 @@ template <int Src> FST_FN bool is_plain(uint32_t scale) {
 template <int Src, int Dst> struct Scaled {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
-    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
+    static constexpr uint32_t width = by_element ? 1u << 16 : 16 / dst_size;
 #ifndef FST_BY_ELEMENT
-    static constexpr unsigned in_bytes = static_cast<unsigned>(width) * src_bits / 8;
+    static constexpr unsigned in_bytes = width * src_bits / 8;
 #endif
 
-    uint64_t src, dst, scales, first, count;
+    // Where the first element is: its row and column, and its block's row and that block's own first row.
+    struct Place {
+        uint64_t row, col, down, top;
+    };
+
+    uint64_t src, dst, scales;
+    uint32_t count;
+    Place first;
     Divisor cols, block_rows, block_cols; // every kind as blocks: a row is 1 x cols, a tensor rows x cols
+    Divisor31 cols31, block_rows31, block_cols31;
     uint64_t grid_cols;
     int scale_dtype;
     bool one;       // scale for everything
-    bool flat;      // scales follow the elements: blocks of one row that fill it
+    bool small;     // rows, columns and elements are counted in 31 bits, from first.top and column 0 on
     bool straddles; // some vectors lie under several scales
     bool aligned;   // all vectors of codes
 
@@ -87,24 +95,22 @@ template <int Src, int Dst> struct Scaled {
     }
 
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const uint64_t position = (block * threads + thread) * width, before = skew();
+        const uint32_t position = (static_cast<uint32_t>(block) * threads + thread) * width, before = skew();
         if (position >= count + before) return;
-        const uint64_t begin = position > before ? position - before : 0;
-        const uint64_t end = position + width - before < count ? position + width - before : count;
+        const uint32_t begin = position > before ? position - before : 0;
+        const uint32_t end = position + width - before < count ? position + width - before : count;
 #ifndef FST_BY_ELEMENT
         // The codes are on their way while the place of their scale is computed.
         Vector<in_bytes> in = {};
         if (end - begin == width && load(begin, &in)) {
-            if (!straddles) {
-                const uint32_t scale = load_scale(scales, scale_dtype, one ? 0 : cell_of(first + begin));
-                return vector(begin, in, scale, scale, width);
-            }
-            if (under_two(begin, in)) return;
+            if (one) return under_one(begin, in, 0);
+            if (small && !straddles) return under_one(begin, in, spot_of(begin).cell);
+            if (small && under_two(begin, in)) return;
         }
 #endif
         if (one) return elements(begin, end, load_scale(scales, scale_dtype, 0));
-        const uint64_t row = cols.divide(first + begin);
-        segments(begin, end, row, first + begin - row * cols.value);
+        const uint64_t down = cols.divide(first.col + begin);
+        segments(begin, end, first.row + down, first.col + begin - down * cols.value);
     }
 
   private:
@@ -123,41 +129,40 @@ template <int Src, int Dst> struct Scaled {
     }
 
 #ifndef FST_BY_ELEMENT
-    FST_INLINE uint64_t cell_of(uint64_t i) const {
-        if (flat) return block_cols.divide(i);
-        const uint64_t row = cols.divide(i);
-        return block_rows.divide(row) * grid_cols + block_cols.divide(i - row * cols.value);
+    // The scale of an element, and where that is.
+    struct Spot {
+        uint32_t row, col, down, across; // from first.top, column 0 and the scale there on
+        uint64_t cell;
+    };
+    FST_INLINE Spot spot_of(uint32_t i) const {
+        const uint32_t at = static_cast<uint32_t>(first.col) + i;
+        const uint32_t rows = cols31.divide(at), col = at - rows * cols31.value;
+        const uint32_t row = static_cast<uint32_t>(first.row - first.top) + rows;
+        const uint32_t down = block_rows31.divide(row), across = block_cols31.divide(col);
+        return {row, col, down, across, (first.down + down) * grid_cols + across};
     }
 
-    // The scale of an element, how many elements of its row are under it from there on, and the same of what follows.
-    struct Cells {
-        uint64_t here, left, next, next_left;
-    };
-    FST_INLINE Cells cells_of(uint64_t i) const {
-        if (flat) {
-            const uint64_t cell = block_cols.divide(i);
-            return {cell, (cell + 1) * block_cols.value - i, cell + 1, block_cols.value};
-        }
-        const uint64_t row = cols.divide(i), col = i - row * cols.value, down = block_rows.divide(row);
-        const uint64_t across = block_cols.divide(col), here = down * grid_cols + across;
-        const uint64_t stop = (across + 1) * block_cols.value;
-        if (stop < cols.value)
-            return {here, stop - col, here + 1, smaller(block_cols.value, cols.value - stop)};
-        const bool below =
-            row + 1 == (down + 1) * block_rows.value; // the next row begins another row of blocks
-        return {here, cols.value - col, (below ? down + 1 : down) * grid_cols,
-                smaller(block_cols.value, cols.value)};
+    FST_INLINE void under_one(uint32_t begin, const Vector<in_bytes> &in, uint64_t cell) const {
+        const uint32_t scale = load_scale(scales, scale_dtype, cell);
+        vector(begin, in, scale, scale, width);
     }
-    static FST_INLINE uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
     // Almost always a vector lies under one scale or two. Lanes of a warp differ in that: one path for both.
-    FST_INLINE bool under_two(uint64_t begin, const Vector<in_bytes> &in) const {
-        const Cells cells = cells_of(first + begin);
-        if (cells.left + cells.next_left < width) return false;
-        const bool two = cells.left < width;
-        const uint32_t scale = load_scale(scales, scale_dtype, cells.here);
-        const uint32_t scale2 = load_scale(scales, scale_dtype, two ? cells.next : cells.here);
-        vector(begin, in, scale, scale2, two ? static_cast<unsigned>(cells.left) : width);
+    FST_INLINE bool under_two(uint32_t begin, const Vector<in_bytes> &in) const {
+        const Spot spot = spot_of(begin);
+        const uint32_t stop = (spot.across + 1) * block_cols31.value;
+        const bool inside = stop < cols31.value; // what follows is in the same row
+        const uint32_t left = (inside ? stop : cols31.value) - spot.col;
+        const uint32_t rest = inside ? cols31.value - stop : cols31.value;
+        if (left + (rest < block_cols31.value ? rest : block_cols31.value) < width) return false;
+        const bool two = left < width;
+        // The next row may begin another row of blocks.
+        const bool below = spot.row + 1 == (spot.down + 1) * block_rows31.value;
+        const uint64_t line = (first.down + spot.down + below) * grid_cols;
+        const uint32_t scale = load_scale(scales, scale_dtype, spot.cell);
+        const uint32_t scale2 =
+            load_scale(scales, scale_dtype, !two ? spot.cell : inside ? spot.cell + 1 : line);
+        vector(begin, in, scale, scale2, two ? left : width);
         return true;
     }
 #endif
@@ -209,11 +214,11 @@ template <int Src, int Dst> struct Scaled {
             *in = load_aligned<in_bytes>(from + begin * src_bits / 8);
             return true;
         }
-        return load_vector(from + begin * src_bits / 8, from, from + (count * src_bits + 7) / 8, in);
+        return load_vector(from + begin * src_bits / 8, from, from + (static_cast<uint64_t>(count) * src_bits + 7) / 8, in);
     }
     // The first `split` elements under one scale, the others under another.
     FST_INLINE void vector(uint64_t begin, const Vector<in_bytes> &in, uint32_t scale, uint32_t scale2,
-                           uint64_t split) const {
+                           uint32_t split) const {
         Vector<16> out = {};
 #if FST_PACKED
         if (static_cast<int>(is_plain<Src>(scale)) & static_cast<int>(is_plain<Src>(scale2))) {
@@ -239,27 +244,42 @@ template <int Src, int Dst> struct Scaled {
 
 typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const Divisor &);
 
+// In pieces whose elements are counted in 31 bits.
 template <int Src, int Dst>
 int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_rows,
            const Divisor &block_cols) {
-    Scaled<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                             reinterpret_cast<uint64_t>(args->dst),
-                             reinterpret_cast<uint64_t>(args->scales),
-                             args->first,
-                             args->count,
-                             divisor(args->cols),
-                             block_rows,
-                             block_cols,
-                             (args->cols - 1) / block_cols.value + 1,
-                             args->scale_dtype,
-                             args->scales_count == 1,
-                             block_rows.value == 1 && args->cols % block_cols.value == 0,
-                             false,
-                             false};
-    const uint64_t across = body.grid_cols == 1 ? 0 : block_cols.value;
-    body.straddles = !body.one && (args->cols | across | (args->first - body.skew())) % body.width != 0;
-    body.aligned = (body.src - body.skew() * body.src_bits / 8) % (body.width * body.src_bits / 8) == 0;
-    return launch(stream, body, body.blocks());
+    using Body = Scaled<Src, Dst>;
+    constexpr uint64_t most = 1u << 29;
+    const uint64_t cols = args->cols, grid_cols = (cols - 1) / block_cols.value + 1;
+    const uint64_t high = block_rows.value < args->rows ? block_rows.value : args->rows,
+                   across = block_cols.value < cols ? block_cols.value : cols;
+    const bool small = cols < most && high < most;
+    int code = FST_K_OK;
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+        const uint64_t first = args->first + done, row = first / cols, down = row / block_rows.value;
+        Body body = {reinterpret_cast<uint64_t>(args->src) + done * Body::src_bits / 8,
+                     reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
+                     reinterpret_cast<uint64_t>(args->scales),
+                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     {row, first % cols, down, down * block_rows.value},
+                     divisor(cols),
+                     block_rows,
+                     block_cols,
+                     divisor31(small ? cols : 1),
+                     divisor31(small ? high : 1),
+                     divisor31(small ? across : 1),
+                     grid_cols,
+                     args->scale_dtype,
+                     args->scales_count == 1,
+                     small,
+                     false,
+                     false};
+        const uint64_t step = grid_cols == 1 ? 0 : block_cols.value;
+        body.straddles = !body.one && (cols | step | (first - body.skew())) % body.width != 0;
+        body.aligned = (body.src - body.skew() * body.src_bits / 8) % (body.width * body.src_bits / 8) == 0;
+        code = launch(stream, body, body.blocks());
+    }
+    return code;
 }
 
 template <int Src> scaled_fn *find_to(int dst) {

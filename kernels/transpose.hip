@@ -11,6 +11,16 @@ namespace {
 // their size stays, on the way out. Columns lie one after the other, 32 words each, in groups of 4 words; the groups of
 // a column change places by the number of the vector that it was loaded in, so that the threads of a warp touch all 32
 // banks both ways.
+//
+// NVIDIA's L2 is slow where a sector of 32 bytes is written in parts. Where rows of the destination are not aligned, a
+// tile there also loads the source rows of the 32 bytes before it, and stores what lies between aligned addresses. Its
+// columns are 10 groups of words long then; those of one vector begin one group later than those of the vector before.
+#if defined(__CUDACC__) || defined(FST_NVIDIA_SHAPE)
+constexpr unsigned most_reach = 32;
+#else
+constexpr unsigned most_reach = 0;
+#endif
+
 template <int Src, int Dst> struct Transpose {
     static constexpr unsigned src_size = bits_of<Src>::value / 8, dst_size = bits_of<Dst>::value / 8;
     static constexpr unsigned width =
@@ -22,11 +32,18 @@ template <int Src, int Dst> struct Transpose {
     static constexpr unsigned bytes = width * src_size; // that a thread loads of a row
     static constexpr unsigned loads = 8 * 32 / words;   // vectors (of `each` rows) in a tile
     static constexpr unsigned threads = by_element ? 1 : loads;
+#ifdef __CUDACC__
+    static constexpr int resident = each == 4 ? 4 : each == 2 ? 6 : 2048 / threads; // blocks: rows at a time need registers
+#else
+    static constexpr int resident = 4; // waves
+#endif
     static constexpr bool late = src_size == dst_size; // cast on the way out: fewer elements at a time
     static constexpr int Held = late ? Src : Dst;      // what shared memory holds
 
+    static constexpr unsigned column_groups = 8 + most_reach / 16;
+
     struct Shared {
-        alignas(16) uint32_t word[by_element ? 1 : tile_cols * 32];
+        alignas(16) uint32_t word[by_element ? 1 : tile_cols * column_groups * 4 + (most_reach ? 8 * 4 : 0)];
     };
 
     uint64_t src, dst, rows, cols, src_stride, dst_stride, src_batch, dst_batch; // strides in bytes
@@ -34,6 +51,7 @@ template <int Src, int Dst> struct Transpose {
     Divisor tiles, tiles_across; // of a matrix; of a row of tiles
     bool aligned;                // all rows of the source
     unsigned unit;               // what all rows of the destination are aligned to, at most 16
+    unsigned reach;              // bytes of a column that a tile has before its own: none, or most_reach
 
     FST_INLINE uint64_t blocks() const { return batches * tiles.value; }
 
@@ -64,29 +82,45 @@ template <int Src, int Dst> struct Transpose {
 #else
     FST_INLINE void before(uint64_t block, unsigned thread, Shared &shared) const {
         const Tile t = tile(block);
-        const unsigned across = thread % 8, group = thread / 8; // which vector of a row, which rows
-        const uint64_t col = t.col + across * width, row = t.row + group * each;
-        if (col >= cols || row >= rows) return;
-        Vector<bytes> in[each];
-        if (aligned && cols - col >= width) load_aligned_rows(t, row, col, in);
-        else load_rows(t, row, col, in);
-        Vector<width * dst_size> line[each];
+        const unsigned across = thread % 8, groups = (128 + reach) / 4 / words;
+        const uint64_t col = t.col + across * width;
+        if (col >= cols) return;
+        unsigned group = thread / 8;
+        do {
+            const uint64_t row = t.row + group * each - (most_reach ? reach / dst_size : 0); // may wrap around
+            if (row < rows) load(t, row, col, across, group, shared);
+            group += threads / 8;
+        } while (most_reach && group < groups);
+    }
+
+#if defined(__CUDACC__) || defined(FST_NVIDIA_SHAPE)
+    // Each thread stores vectors that are aligned to 16 bytes, those of a row as the row's address is to 32.
+    FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
+        constexpr unsigned per = 16 / dst_size;
+        const Tile t = tile(block);
         FST_UNROLLED
-        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Held, width>(in[i], limit);
-        // Columns of one vector have their groups in the same order.
-        const unsigned first = place(across * width, group * words / 4) + group * words % 4;
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++) {
-            const unsigned at = first + i * 32;
-            if constexpr (dst_size == 8) {
-                *reinterpret_cast<uint2 *>(&shared.word[at]) =
-                    make_uint2(line[0].word[2 * i], line[0].word[2 * i + 1]);
+        for (unsigned i = thread; i < tile_cols * 8; i += threads) {
+            const unsigned column = i / 8, group = i % 8;
+            const uint64_t col = t.col + column;
+            uint8_t *to = t.dst + col * dst_stride + t.row * dst_size;
+            const unsigned skew = reach ? static_cast<unsigned>(reinterpret_cast<uintptr_t>(to) % most_reach) : 0;
+            const int64_t row = static_cast<int64_t>(t.row + group * per) - static_cast<int>(skew / dst_size);
+            if (col >= cols || row >= static_cast<int64_t>(rows) || row <= -static_cast<int>(per)) continue;
+            const unsigned at = reach - skew + group * 16;
+            Vector<16> v = held(shared, column, at / 16);
+            if (reach) v = shift_pair(v, held(shared, column, at % 16 ? at / 16 + 1 : at / 16), at % 16);
+            to += static_cast<int>(group * 16) - static_cast<int>(skew);
+            if (row >= 0 && rows - static_cast<uint64_t>(row) >= per) {
+                store_aligned(to, out(v));
             } else {
-                shared.word[at] = column_word(line, i);
+                const unsigned begin = row < 0 ? static_cast<unsigned>(-row) : 0;
+                const uint64_t rest = rows - static_cast<uint64_t>(row);
+                store_part<dst_size>(to, out(v), begin * dst_size,
+                                     static_cast<unsigned>(rest < per ? rest : per) * dst_size);
             }
         }
     }
-
+#else
     // A destination row is aligned only as its address is. The vectors of a whole tile's are aligned ones nevertheless:
     // the first is made of what the tile has before the first aligned address and behind the last.
     FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
@@ -114,6 +148,7 @@ template <int Src, int Dst> struct Transpose {
         }
     }
 #endif
+#endif
 
   private:
     FST_INLINE void store(uint8_t *to, uint64_t i, uint64_t code) const {
@@ -124,7 +159,31 @@ template <int Src, int Dst> struct Transpose {
 #ifndef FST_BY_ELEMENT
     // Where a group of 4 words of a column begins.
     static FST_INLINE unsigned place(unsigned column, unsigned group) {
+        if (most_reach) return (column * column_groups + column / width + group) * 4;
         return column * 32 + (group ^ column / width % 8) * 4;
+    }
+
+    // The vectors of the rows of one group, into shared memory.
+    FST_INLINE void load(const Tile &t, uint64_t row, uint64_t col, unsigned across, unsigned group,
+                         Shared &shared) const {
+        Vector<bytes> in[each];
+        if (aligned && cols - col >= width) load_aligned_rows(t, row, col, in);
+        else load_rows(t, row, col, in);
+        Vector<width * dst_size> line[each];
+        FST_UNROLLED
+        for (unsigned i = 0; i < each; i++) line[i] = convert_vector<Src, Held, width>(in[i], limit);
+        // Columns of one vector have their groups in the same order.
+        const unsigned first = place(across * width, group * words / 4) + group * words % 4;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++) {
+            const unsigned at = first + i * column_groups * 4;
+            if constexpr (dst_size == 8) {
+                *reinterpret_cast<uint2 *>(&shared.word[at]) =
+                    make_uint2(line[0].word[2 * i], line[0].word[2 * i + 1]);
+            } else {
+                shared.word[at] = column_word(line, i);
+            }
+        }
     }
 
     // `width` elements of `each` rows from (row, col) on; what is beyond the matrix is 0.
@@ -188,6 +247,7 @@ template <int Src, int Dst> struct Transpose {
         return convert_vector<Held, Dst, 16 / dst_size>(held, limit);
     }
 
+#if !defined(__CUDACC__) && !defined(FST_NVIDIA_SHAPE)
     // The bytes from `skew` on to where they belong in the vector at `to`; those before, to the vector behind the tile's
     // other seven.
     FST_INLINE void store_around(uint8_t *to, const Vector<16> &v, unsigned skew) const {
@@ -211,6 +271,7 @@ template <int Src, int Dst> struct Transpose {
             if (at < n) store_piece<dst_size>(to, v, at);
     }
 #endif
+#endif
 };
 
 typedef int transpose_fn(fst_queue, const fst_transpose_args *, uint64_t src_bytes);
@@ -218,15 +279,16 @@ typedef int transpose_fn(fst_queue, const fst_transpose_args *, uint64_t src_byt
 template <int Src, int Dst>
 int transpose(fst_queue stream, const fst_transpose_args *args, uint64_t src_bytes) {
     using Body = Transpose<Src, Dst>;
-    const uint64_t src = reinterpret_cast<uint64_t>(args->src);
-    const uint64_t across = (args->cols - 1) / Body::tile_cols + 1,
-                   down = (args->rows - 1) / Body::tile_rows + 1;
-    const uint64_t dst = reinterpret_cast<uint64_t>(args->dst);
+    const uint64_t src = reinterpret_cast<uint64_t>(args->src), dst = reinterpret_cast<uint64_t>(args->dst);
     const uint64_t src_stride = args->src_stride * Body::src_size,
                    src_batch = args->src_batch_stride * Body::src_size;
     const uint64_t dst_stride = args->dst_stride * Body::dst_size,
                    dst_batch = args->dst_batch_stride * Body::dst_size;
     const uint64_t bits = dst | dst_stride | dst_batch | 16; // the lowest
+    const unsigned reach = bits % 16 ? most_reach : 0;
+    // The last tile's rows may end before the last row: by less than the reach.
+    const uint64_t across = (args->cols - 1) / Body::tile_cols + 1,
+                   down = (args->rows - 1 + (reach ? reach / Body::dst_size - 1 : 0)) / Body::tile_rows + 1;
     const Body body = {src,
                        dst,
                        args->rows,
@@ -241,7 +303,8 @@ int transpose(fst_queue stream, const fst_transpose_args *args, uint64_t src_byt
                        divisor(across * down),
                        divisor(across),
                        (src | src_stride | src_batch) % 16 == 0,
-                       static_cast<unsigned>(bits & (0 - bits))};
+                       static_cast<unsigned>(bits & (0 - bits)),
+                       reach};
 #ifdef FST_BY_ELEMENT
     return launch(stream, body, body.blocks());
 #else

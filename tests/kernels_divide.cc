@@ -58,3 +58,35 @@ TEST(kernels_divide, by_any_number) {
         for (int j = 0; j < 4; j++) check(random() >> random() % 64, divisor(value));
     }
 }
+
+static void check31(uint32_t n, const Divisor31 &d) {
+    if (d.divide(n) != n / d.value)
+        test_fail(__FILE__, __LINE__, "%u / %u: want %u, got %u", n, d.value, n / d.value, d.divide(n));
+}
+
+static void check_around31(uint32_t value, std::mt19937_64 &random) {
+    constexpr uint32_t last = (1u << 31) - 1;
+    const Divisor31 d = divisor31(value);
+    const uint32_t most = last / value;
+    for (uint32_t i = 0; i < 4; i++) check31(i, d), check31(last - i, d);
+    for (int i = 0; i < 8; i++) {
+        const uint32_t multiple =
+            (i == 0 ? most : i == 1 && most ? 1 : most ? static_cast<uint32_t>(random() % most) : 0) * value;
+        check31(multiple, d);
+        if (multiple) check31(multiple - 1, d);
+        if (multiple < last) check31(multiple + 1, d);
+        check31(last - multiple < value - 1 ? last : multiple + value - 1, d);
+    }
+}
+
+TEST(kernels_divide, in_31_bits) {
+    std::mt19937_64 random;
+    for (unsigned k = 0; k <= 31; k++)
+        for (int step = -2; step <= 2; step++) {
+            const int64_t value = (int64_t(1) << k) + step;
+            if (value > 0 && value <= int64_t(1) << 31) check_around31(static_cast<uint32_t>(value), random);
+        }
+    for (uint32_t value = 1; value < 70000; value++) check_around31(value, random);
+    for (int i = 0; i < 200000; i++)
+        check_around31((static_cast<uint32_t>(random()) >> 1 >> random() % 31) + 1, random);
+}

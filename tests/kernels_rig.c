@@ -106,6 +106,56 @@ const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t 
     return rig->host + begin;
 }
 
+/* Where a queued cast puts its result, and which one it is. */
+struct rig_place {
+    size_t begin, size;
+    fst_cast_args args;
+};
+enum { RIG_PLACES = 2048 };
+
+void rig_queue(test_rig *rig) {
+    memset(rig->host, 0xA5, rig->capacity);
+    rig_upload(rig, rig->dst, rig->host, rig->capacity);
+    rig->places = malloc(RIG_PLACES * sizeof *rig->places);
+    CHECK(rig->places);
+    rig->places_count = rig->used = 0;
+}
+
+void rig_queue_cast(test_rig *rig, int src, int dst, unsigned flags, size_t src_skew, size_t dst_skew,
+                    uint64_t count) {
+    const size_t size = (size_t)count * fst_type_bits(dst) / 8;
+    const size_t begin = (rig->used + 15) / 16 * 16 + RIG_GUARD + dst_skew;
+    CHECK(rig->places_count < RIG_PLACES && begin + size + RIG_GUARD <= rig->capacity);
+    const fst_cast_args args = {rig->src + src_skew, rig->dst + begin, count, src, dst, flags};
+    CHECK_INT(0, rig->gpu.kernels->cast(rig->stream, &args));
+    rig->places[rig->places_count++] = (struct rig_place){begin, size, args};
+    rig->used = begin + size;
+}
+
+static void fail_at(const test_rig *rig, const struct rig_place *place, size_t byte) {
+    const fst_cast_args *a = &place->args;
+    test_fail(__FILE__, __LINE__, "%s: %s to %s, %zu elements from +%zu to +%zu: byte %td is %02X",
+              rig->gpu.kernels->target, rig_dtype_name(a->src_dtype), rig_dtype_name(a->dst_dtype),
+              (size_t)a->count, (size_t)((uintptr_t)a->src % 16), (size_t)((uintptr_t)a->dst % 16),
+              (ptrdiff_t)byte - (ptrdiff_t)place->begin, rig->host[byte]);
+}
+
+void rig_expect_queued(test_rig *rig, const uint8_t *want) {
+    size_t at = 0;
+    rig_download(rig, rig->capacity);
+    for (size_t i = 0; i < rig->places_count; i++) {
+        const struct rig_place *place = &rig->places[i];
+        for (; at < place->begin; at++)
+            if (rig->host[at] != 0xA5) fail_at(rig, place, at);
+        for (; at < place->begin + place->size; at++)
+            if (rig->host[at] != want[at - place->begin]) fail_at(rig, place, at);
+    }
+    for (; at < rig->capacity; at++)
+        if (rig->host[at] != 0xA5) fail_at(rig, &rig->places[rig->places_count - 1], at);
+    free(rig->places);
+    rig->places = NULL;
+}
+
 uint64_t rig_random(uint64_t *state) { /* splitmix64 */
     uint64_t z = *state += 0x9E3779B97F4A7C15;
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;

@@ -23,6 +23,8 @@ typedef struct test_rig {
     uint8_t   *host;       /* as many for what comes back */
     size_t     capacity;
     int        saved;
+    struct rig_place *places; /* of queued casts */
+    size_t     places_count, used;
 } test_rig;
 
 /* The i-th: the CPU's levels, the device's shape run on the CPU, and the GPU that FST_TEST_DEVICE names, or
@@ -38,6 +40,14 @@ void rig_upload(test_rig *rig, void *device, const void *host, size_t size);
  * result changed. The result, valid until the next call. */
 const uint8_t *rig_cast(test_rig *rig, int src, int dst, unsigned flags, size_t src_skew, size_t dst_skew,
                         uint64_t count);
+
+/* Many casts with one wait: rig_queue_cast puts each result in a place of its own, so many bytes behind an address that
+ * is aligned to 16; rig_expect_queued waits, and checks that each is the beginning of `want` and that nothing else of
+ * dst changed. */
+void rig_queue(test_rig *rig);
+void rig_queue_cast(test_rig *rig, int src, int dst, unsigned flags, size_t src_skew, size_t dst_skew,
+                    uint64_t count);
+void rig_expect_queued(test_rig *rig, const uint8_t *want);
 
 /* Puts the first `size` bytes of dst into rig->host. */
 void rig_download(test_rig *rig, size_t size);

@@ -491,6 +491,12 @@ def divisor(value):
     return struct.pack("<QQI4x", value, magic & MASK64, shift)
 
 
+def divisor31(value):
+    """The same of Divisor31."""
+    shift = (value - 1).bit_length()
+    return struct.pack("<III", value, -(-(1 << (31 + shift)) // value), shift)
+
+
 def words(*values):
     return struct.pack(f"<{len(values)}Q", *values)
 
@@ -533,10 +539,11 @@ def rows(name, src, dst, cols, src_step, dst_step):
     """Rows of so many elements, steps in elements too."""
     a, b = bits_of(src) // 8, bits_of(dst) // 8
     strides = words(src_step * a, *[0] * (ROWS_DIMS - 1), dst_step * b, *[0] * (ROWS_DIMS - 1))
-    box = struct.pack("<I4x", 1) + divisor(BIG // 1024) + bytes(24 * (ROWS_DIMS - 1)) + strides + words(BIG // 1024)
+    box = (struct.pack("<I4x", 1) + divisor(BIG // 1024) + bytes(24 * (ROWS_DIMS - 1)) + divisor31(BIG // 1024) +
+           bytes(12 * (ROWS_DIMS - 1) + 4) + strides + words(BIG // 1024))
     width = 16 // max(a, b)
     arguments = (words(SRC, DST, cols, 0x7F800000, SRC + BIG * a * 4) + box + divisor(cols // width) +
-                 struct.pack("<I4x", 0) + words(0))
+                 divisor31(cols // width) + struct.pack("<II4x", False, True) + words(0))
     copy = src == dst
     return Case(f"{name}{'' if copy else f' {src}->{dst}'}", vector(src, dst),
                 [Step(f"Rows<{number(src)}, {number(dst)}>", arguments, 1, bytes([7]) if copy else one_two(src),
@@ -548,7 +555,7 @@ def transpose(src, dst, kernel=None):
     width = 8 if (a, b) == (1, 8) else 16 // a
     across, down = side // (8 * width), side // (128 // b)
     arguments = (words(SRC, DST, side, side, side * a, side * b, 0, 0, 0x7F800000, SRC + side * side * a, 1) +
-                 divisor(across * down) + divisor(across) + struct.pack("<?3xI", True, 16) + words(0))
+                 divisor(across * down) + divisor(across) + struct.pack("<?3xII4x", True, 16, 0) + words(0))
     threads = 8 * 32 // (1 if b < 4 else b // 4)
 
     def matrix(name, row_is_first):
@@ -568,10 +575,10 @@ def transpose(src, dst, kernel=None):
 def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scale="F32"):
     """One scale for block_rows x block_cols; each is 2."""
     one = (block_rows, block_cols) == (rows, cols)
-    flat = block_rows == 1 and cols % block_cols == 0
-    arguments = (words(SRC, DST, SCALES, 0, rows * cols) + divisor(cols) + divisor(block_rows) + divisor(block_cols) +
-                 words(-(-cols // block_cols)) + struct.pack("<i????", number(scale), one, flat, False, True) +
-                 words(0))
+    sides = (cols, block_rows, block_cols)
+    arguments = (words(SRC, DST, SCALES) + struct.pack("<I4x", rows * cols) + words(0, 0, 0, 0) +
+                 b"".join(map(divisor, sides)) + b"".join(map(divisor31, sides)) + bytes(4) +
+                 words(-(-cols // block_cols)) + struct.pack("<i????", number(scale), one, True, False, True) + words(0))
     a, b = bits_of(src), bits_of(dst)
     source = bytes([1]) if src == "I8" else one_two(src)
     target = codes(dst, (ONE[dst][0] + (1 << ONE[dst][1]))) if src == "I8" else one_two(dst, 2)
@@ -680,7 +687,7 @@ def at_offset(what):
 def buffers(step):
     """The memory that a step sees. Scales are 2, but what Encode finds is that of a largest 2."""
     memory = Memory()
-    scale = step.kernel.startswith("Scaled<") and struct.unpack_from("<i", step.arguments, 120)[0]
+    scale = step.kernel.startswith("Scaled<") and struct.unpack_from("<i", step.arguments, 184)[0]
     each = b"\x80" if scale == number("F8_E8M0") else struct.pack("<f", 2)
     if step.kernel.startswith("Nvfp4<"):
         each = b"\x40"
@@ -752,7 +759,7 @@ GROUPS = [
     ("8-bit float × scale → F32", r"scale.*, F8\w+ x.*->F32"),
     ("8-bit float × scale → BF16", r"scale.*, F8\w+ x.*->BF16"),
     ("8-bit float × scale → F16", r"scale.*, F8\w+ x.*->F16"), ("I8 × scale → BF16", r"scale.*, I8 "),
-    ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale|NVFP4).*, F4 x.*->BF16"),
+    ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale.*, F4 x|NVFP4).*->BF16"),
     ("F4 × scale → F16", r"scale.*, F4 x.*->F16"),
     ("bitsandbytes' 4 bits → BF16", r"bnb4"), ("I8 with zero points, over 127 → BF16", r"(zero|over).*I8->"),
     ("F8_E4M3 ÷ scale → BF16", r"divided"),
