@@ -86,6 +86,7 @@ typedef struct load_case {
     fst_reader_kind reader;
     fst_cache cache;
     int stream, is_tuning;
+    unsigned flags; /* of fst_options */
     unsigned threads, slots; /* 0: the library's choice */
     size_t slot_bytes;
     load_sample *samples;

@@ -82,7 +82,11 @@ static void add_cases(load_bench *b) {
         return;
     }
     add_casts(b, "warm", &b->given);
-    if (b->o.stream) add_case(b, "warm stream", &(load_case){.state = LOAD_WARM, .stream = 1});
+    if (b->o.stream) {
+        add_case(b, "warm stream", &(load_case){.state = LOAD_WARM, .stream = 1});
+        add_case(b, "warm stream as ready",
+                 &(load_case){.state = LOAD_WARM, .stream = 1, .flags = FST_AS_READY});
+    }
     if (b->o.tmpfs) add_casts(b, "tmpfs", &b->tmpfs);
     if (b->o.cold && !b->given.in_memory) add_cold(b);
 }

@@ -127,6 +127,7 @@ void load_set_options(const load_case *c, int device, fst_options *options) {
     options->threads = c->threads;
     options->slot_bytes = c->slot_bytes;
     options->reader = c->reader;
+    options->flags = c->flags;
     options->cache = c->cache;
     fst_pipeline_tuning.slots = c->slots;
 }

@@ -101,7 +101,7 @@ class Load(unittest.TestCase):
         before = set(os.listdir(memory))
         out, text = self.measure(args.bench, "--device", "cpu", "--cast", "f16", "--cast", "F8_E4M3", "--stream", "--cold",
                                  "--advise", "--cold-runs", 2, "--first", 3, "--tmpfs", memory, "--timeline", self.svg, checkpoint)
-        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm to F8_E4M3", "warm stream",
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm to F8_E4M3", "warm stream", "warm stream as ready",
                                       "tmpfs as is", "tmpfs to F16", "tmpfs to F8_E4M3"] +
                                 (["cold", "after cold", "half cached", "cold direct", "cold uring", "cold uring direct"]
                                  if out["cold_by"] else []))
@@ -163,7 +163,7 @@ class Load(unittest.TestCase):
         """The same program with copies, pinned memory and the driver's word on device memory."""
         out, _ = self.measure(args.fake, "--device", 0, "--cast", "F16", "--stream", "--threads", 2, "--slot", "256K",
                               "--slots", 6, "--timeline", self.svg, checkpoint, FST_TEST_DEVICE="0")
-        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm stream"])
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm to F16", "warm stream", "warm stream as ready"])
         self.assertEqual("fake:0", out["device"])
         for r in runs.values():
             self.assertEqual((2, 6, 256 << 10), (r["threads"], r["slots"], r["slot_bytes"]))
