@@ -909,8 +909,8 @@ static void trace_copy(const fst_worker *w, const fst_load_job *job, const fst_s
 
 /* ---- Slots --------------------------------------------------------------------------------------- */
 
-static void set_state(fst_engine *engine, fst_slot *s, fst_slot_state state) {
-    atomic_store(&s->state, state);
+/* Something became of a slot. */
+static void announce(fst_engine *engine) {
     if (engine->gpu->host_access) return; /* nobody waits for another's slot */
     pthread_mutex_lock(&engine->lock);
     pthread_cond_broadcast(&engine->moved);
@@ -927,6 +927,11 @@ static int finish_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     else if (!code && finished) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     if (code) fail_device(w, job, code, "a kernel's launch");
     return code == 0;
+}
+
+static void set_state(fst_engine *engine, fst_slot *s, fst_slot_state state) {
+    atomic_store(&s->state, (int)state);
+    announce(engine);
 }
 
 static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
@@ -1008,7 +1013,14 @@ static unsigned strips_of(const fst_engine *engine, const fst_plan_chunk *chunk)
 
 /* ---- Who gets a slot ------------------------------------------------------------------------------- */
 
-/* The slot that was first to be copied of those that are. */
+/* Whether a slot is in this state. */
+static int any_slot(const fst_engine *engine, fst_slot_state state) {
+    for (unsigned i = 0; i < engine->slots_count; i++)
+        if (atomic_load(&engine->slots[i].state) == (int)state) return 1;
+    return 0;
+}
+
+/* The slot that was first to be copied of those that are. Who holds `giving` may ask, or who is the last at the job. */
 static fst_slot *oldest_copying(fst_engine *engine) {
     fst_slot *oldest = NULL;
     for (unsigned i = 0; i < engine->slots_count; i++) {
@@ -1037,7 +1049,7 @@ static void await_slots(fst_worker *w, const fst_load_job *job, uint32_t chunk, 
     fst_engine *engine = w->engine;
     if (look < SLOT_SPINS) return;
     atomic_store(&w->needs_slot, chunk + 1);
-    if (look < SLOT_NAPS || oldest_copying(engine)) { /* nobody says that a copy is done */
+    if (look < SLOT_NAPS || any_slot(engine, FST_SLOT_COPYING)) { /* nobody says that a copy is done */
         nanosleep(&nap, NULL);
     } else {
         pthread_mutex_lock(&engine->lock);
@@ -1074,7 +1086,7 @@ static void give_slot(fst_worker *w, const fst_load_job *job, uint32_t waits_for
         atomic_store(&engine->next_slot, chunk + 1);
     }
     atomic_flag_clear(&engine->giving);
-    if (s) set_state(engine, s, FST_SLOT_FILLING);
+    if (s) announce(engine);
 }
 
 static int finish_read(fst_worker *w, const fst_load_job *job);
@@ -1502,13 +1514,6 @@ fst_status fst_pipeline_run(fst_engine *engine, const fst_load_job *job, fst_pip
 }
 
 /* ---- Tensor by tensor ---------------------------------------------------------------------------- */
-
-/* Whether a slot is in this state. */
-static int any_slot(const fst_engine *engine, fst_slot_state state) {
-    for (unsigned i = 0; i < engine->slots_count; i++)
-        if (atomic_load(&engine->slots[i].state) == (int)state) return 1;
-    return 0;
-}
 
 /* Whether nobody goes on before the consumer gives memory back. Who has not woken up yet, but has a block by now, will.
  * The lock is held. */
