@@ -79,6 +79,9 @@ progress progress_new(const char *label);
 int      progress_tick(void *arg, const fst_progress *now); /* an fst_progress_fn */
 void     progress_clear(progress *bar);
 
+/* What the arguments ask for, with `bar` as progress; Ctrl-C cancels. */
+fst_options options_for(const arguments *args, progress *bar);
+
 /* ---- interrupt.c ----------------------------------------------------------------------------- */
 
 /* From here on Ctrl-C (also SIGTERM and SIGHUP) sets what interrupt_flag points to. The second one kills. */

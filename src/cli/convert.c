@@ -7,16 +7,7 @@
 
 static fst_status convert(const arguments *args, fst_convert_stats *stats, fst_error *error) {
     progress bar = progress_new("convert");
-    fst_options options = FST_OPTIONS_INIT;
-    options.cast = args->cast;
-    options.scale = args->scale;
-    options.device = args->device;
-    options.threads = args->threads;
-    options.reader = args->reader;
-    options.cache = args->cache;
-    options.progress = progress_tick;
-    options.progress_arg = &bar;
-    options.cancel = interrupt_flag();
+    fst_options options = options_for(args, &bar);
     fst_convert_options more = {sizeof more, args->shard_bytes};
     fst_status status = fst_convert_directory(args->paths[0], args->output, &options, &more, stats, error);
     progress_clear(&bar);

@@ -123,16 +123,7 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
 
 static fst_status load(const arguments *args, fst_model **model, fst_error *error) {
     progress bar = progress_new("load");
-    fst_options options = FST_OPTIONS_INIT;
-    options.cast = args->cast;
-    options.scale = args->scale;
-    options.device = args->device;
-    options.threads = args->threads;
-    options.reader = args->reader;
-    options.cache = args->cache;
-    options.progress = progress_tick;
-    options.progress_arg = &bar;
-    options.cancel = interrupt_flag();
+    fst_options options = options_for(args, &bar);
     fst_status status = fst_load(args->paths, &options, model, error);
     progress_clear(&bar);
     return status;

@@ -65,3 +65,17 @@ void progress_clear(progress *bar) {
     fflush(stderr);
     bar->drawn = 0;
 }
+
+fst_options options_for(const arguments *args, progress *bar) {
+    fst_options options = FST_OPTIONS_INIT;
+    options.cast = args->cast;
+    options.scale = args->scale;
+    options.device = args->device;
+    options.threads = args->threads;
+    options.reader = args->reader;
+    options.cache = args->cache;
+    options.progress = progress_tick;
+    options.progress_arg = bar;
+    options.cancel = interrupt_flag();
+    return options;
+}
