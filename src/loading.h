@@ -51,6 +51,12 @@ fst_status fst_loading_fill_names(fst_loading *l);
 fst_status fst_loading_check_files(fst_loading *l);
 void       fst_loading_close(fst_loading *l);
 
+/* ---- companions.c ---- */
+
+/* What of quantized weights only small companions' bytes tell: shapes of packed ones, and, of those that a load
+ * dequantizes, whether the groups of their columns are there. FST_E_QUANTIZED, FST_E_IO. */
+fst_status fst_loading_read_companions(fst_loading *l, fst_error *error);
+
 /* ---- load.c ---- */
 
 /* Checks what the caller gave and fills in l->options. */

@@ -58,7 +58,8 @@ typedef struct fst_plan_piece {
     uint64_t dst_offset;    /* bytes from the start of the result's data */
     uint64_t count;         /* elements */
     uint64_t first;         /* of codes: the first element's place in its matrix, */
-    uint32_t matrix;        /* one of the stack */
+    uint32_t matrix;        /* one of the stack; of packed integers first and count are words, or bytes of INT4_ROWS, and
+                             * dst_offset is the matrix' start */
 } fst_plan_piece;
 
 typedef enum fst_run_kind { FST_RUN_PLACE, FST_RUN_CONVERT } fst_run_kind;

@@ -107,7 +107,7 @@ unsigned support_threads(void) {
 
 /* ---- A device that runs late ---- */
 
-typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_SCALED, OP_EVENT, OP_FOLLOW } op_kind;
+typedef enum op_kind { OP_COPY, OP_CAST, OP_BATCH, OP_SCALED, OP_PACKED, OP_EVENT, OP_FOLLOW } op_kind;
 
 typedef struct op {
     op_kind kind;
@@ -118,6 +118,7 @@ typedef struct op {
     fst_cast_args cast;
     fst_batch_args batch;
     fst_scaled_args scaled;
+    fst_packed_args packed;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -156,6 +157,7 @@ static void run_one(stream *s) {
     if (o->kind == OP_CAST) fst_kernels_cpu()->cast(NULL, &o->cast);
     if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
     if (o->kind == OP_SCALED) fst_kernels_cpu()->scaled(NULL, &o->scaled);
+    if (o->kind == OP_PACKED) fst_kernels_cpu()->packed(NULL, &o->packed);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -372,6 +374,11 @@ static int fake_scaled(fst_queue to, const fst_scaled_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_packed(fst_queue to, const fst_packed_args *args) {
+    op o = {.kind = OP_PACKED, .packed = *args};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -397,7 +404,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .copy_on_device = fake_copy,
     };
     static const fst_kernels kernels = {
-        .cast = fake_cast, .batch = fake_batch, .scaled = fake_scaled, .target = "fake"};
+        .cast = fake_cast, .batch = fake_batch, .scaled = fake_scaled, .packed = fake_packed, .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
                                 .dlpack_type = 2,
