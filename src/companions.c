@@ -187,9 +187,9 @@ static fst_status read_index(const fst_loading *l, fst_error *error, fst_quantiz
 /* A weight that a load keeps as stored needs neither. */
 static fst_status read_weight(const fst_loading *l, fst_error *error, fst_quantized *w, fst_dtype cast) {
     fst_status status = FST_OK;
-    if (!l->opens_only && cast == FST_NATIVE) return FST_OK;
+    if (cast == FST_NATIVE) return FST_OK;
     if (w->format == FST_FORMAT_PACKED) status = read_shape(l, error, w);
-    if (status || l->opens_only || w->companions[FST_COMPANION_GROUPS] == FST_NO_TENSOR) return status;
+    if (status || w->companions[FST_COMPANION_GROUPS] == FST_NO_TENSOR) return status;
     return read_index(l, error, w);
 }
 
@@ -197,6 +197,7 @@ fst_status fst_loading_read_companions(fst_loading *l, fst_error *error) {
     const fst_scheme *scheme = l->model->scheme;
     fst_status status = FST_OK;
     uint32_t tensor = 0;
+    if (l->opens_only) return FST_OK; /* headers are all that it reads */
     for (size_t i = 0; i < l->total && !status && scheme->count; i++) {
         if (l->choices[i].skip) continue;
         if (scheme->roles[tensor] == FST_ROLE_CODES)

@@ -53,8 +53,8 @@ void       fst_loading_close(fst_loading *l);
 
 /* ---- companions.c ---- */
 
-/* What of quantized weights only small companions' bytes tell: shapes of packed ones, and, of those that a load
- * dequantizes, whether the groups of their columns are there. FST_E_QUANTIZED, FST_E_IO. */
+/* What only small companions' bytes tell of the quantized weights that a load dequantizes: shapes of packed ones, and
+ * whether the groups of their columns are there. FST_E_QUANTIZED, FST_E_IO, FST_E_CHANGED. */
 fst_status fst_loading_read_companions(fst_loading *l, fst_error *error);
 
 /* ---- load.c ---- */

@@ -547,7 +547,7 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     int is_gptq = out == q->shape[1] && z->shape[0] == g;
     const char *method = f->config.method;
     if (is_gptq && strcmp(method, "awq") == 0) return contradicts(f, codes, "GPTQ's");
-    if ((is_awq || is_gemv) && strcmp(method, "gptq") == 0) return contradicts(f, codes, "AWQ's");
+    if ((is_awq || is_gemv) && !is_gptq && strcmp(method, "gptq") == 0) return contradicts(f, codes, "AWQ's");
     if (is_gemv && strcmp(method, "awq") != 0) is_gemv = 0;
     if (!is_awq && !is_gemv && !is_gptq)
         return misfit(f, codes, scale, "[groups, columns], with qzeros of as many groups");

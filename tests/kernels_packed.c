@@ -126,8 +126,7 @@ static matrix *make(fst_packed_args args, int act_order, int wild, uint64_t seed
         else ((uint16_t *)m->scales)[i] = (uint16_t)code;
     }
     for (uint64_t row = 0; row < a->rows && a->zeros_kind != FST_ZEROS_NONE; row++)
-        for (uint64_t j = 0; j < g; j++)
-            pack_zero(m, row, j, random_zero(a, &random, &zeros[row * g + j]));
+        for (uint64_t j = 0; j < g; j++) pack_zero(m, row, j, random_zero(a, &random, &zeros[row * g + j]));
     if (a->flags & FST_K_ZERO_CARRY) /* as GPTQModel writes them */
         for (uint64_t i = 0; i < g * words_for(a->rows, a->bits, 0); i++)
             m->zeros[i] -= a->bits == 2 ? 0x55555555 : a->bits == 4 ? 0x11111111 : 0x01010101;
@@ -187,9 +186,10 @@ static void check(test_rig *rig, const matrix *m, uint64_t end, size_t begin) {
         memcpy(&got, rig->host + begin + i * size, size);
         if (got != want)
             test_fail(__FILE__, __LINE__, "%s: layout %d, %u bits, %llu x %llu: [%llu, %llu] is %x, want %x",
-                      rig->gpu.kernels->target, m->args.layout, m->args.bits, (unsigned long long)m->args.rows,
-                      (unsigned long long)m->args.cols, (unsigned long long)(i / m->args.cols),
-                      (unsigned long long)(i % m->args.cols), got, want);
+                      rig->gpu.kernels->target, m->args.layout, m->args.bits,
+                      (unsigned long long)m->args.rows, (unsigned long long)m->args.cols,
+                      (unsigned long long)(i / m->args.cols), (unsigned long long)(i % m->args.cols), got,
+                      want);
     }
     for (size_t i = 0; i < RIG_GUARD; i++)
         CHECK(rig->host[begin - 1 - i] == 0xA5 && rig->host[begin + count * size + i] == 0xA5);
@@ -267,8 +267,7 @@ TEST(kernels_packed, gptq) {
     for (int w = 0; w < 4; w++)
         for (int way = 0; way < 3; way++) {
             if (widths[w] == 3 && way == 2) continue;
-            fst_packed_args a =
-                args_of(FST_PACKED_COLUMN, widths[w], 96, 288, 32, FST_ZEROS_ROWS, ways[way]);
+            fst_packed_args a = args_of(FST_PACKED_COLUMN, widths[w], 96, 288, 32, FST_ZEROS_ROWS, ways[way]);
             a.scale_dtype = scale_types[way];
             check_all(a, 0, 0, 100 + (unsigned)(w * 3 + way));
             check_all(a, 1, 0, 200 + (unsigned)(w * 3 + way));

@@ -391,17 +391,16 @@ TEST(scheme, config_that_is_named_and_none) {
 /* ---- What goes wrong ---- */
 
 TEST(scheme, a_cast_of_a_format_without_kernels_is_refused) {
-    const char *files[] = {
-        write_file("m.safetensors", SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[1,8]"},
-                                          {"m.scales", "F16", "[1,64]"})),
-        NULL};
+    const char *files[] = {write_file("m.safetensors", SPECS({"m.weight", "F8_E4M3", "[2,4,8]"},
+                                                             {"m.weight_scale", "F32", "[2,1,8]"})),
+                           NULL};
     fst_options options = FST_OPTIONS_INIT;
     fst_model *model;
     fst_error error;
     options.device = FST_DEVICE_CPU;
     options.cast = FST_BF16;
     CHECK_INT(FST_E_UNSUPPORTED, fst_load(files, &options, &model, &error));
-    CHECK(strstr(error.text, "m.qweight") && strstr(error.text, "gptq"));
+    CHECK(strstr(error.text, "m.weight") && strstr(error.text, "fp8-column"));
     options.cast = FST_NATIVE;
     CHECK_INT(FST_OK, fst_load(files, &options, &model, &error));
     fst_model_free(model);
