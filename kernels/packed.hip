@@ -384,7 +384,7 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
         const Tile t = tile(block);
         constexpr unsigned tasks = wide * tile_cols / 8;
-        FST_UNROLLED
+        FST_ROLLED
         for (unsigned i = thread; i < tasks; i += threads) {
             const unsigned across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
             const uint64_t col = t.col + across * 8;
@@ -426,7 +426,7 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         uint32_t words[8];
         FST_UNROLLED
         for (unsigned i = 0; i < 8; i++) words[i] = shared.word[place(across * 8 + i) + down];
-        FST_UNROLLED
+        FST_ROLLED // eight copies of what a vector is made by would be much code
         for (unsigned r = 0; r < 8; r++) {
             if (row + r >= m.rows) break;
             uint32_t codes[8];
