@@ -75,6 +75,22 @@ TEST(quantized_packed, gptq_with_zero_points_of_version_one) {
     check_loads(tensors, 3, NULL, 8, gptq_places, 16);
 }
 
+/* Column 3's stored zero point is all ones: with a carry 0, and so in version two; 15 x 1638/16384 by hand. */
+TEST(quantized_packed, gptq_with_other_zero_points) {
+    static const uint32_t zeros[2] = {0x28FEF067, 0x390F0178};
+    static const char *const configs[2] = {
+        "{\"quantization_config\":{\"quant_method\":\"gptq\",\"bits\":4,\"meta\":{\"quantizer\":\"gptqmodel:4.0\"}}}",
+        "{\"quantization_config\":{\"quant_method\":\"gptq\",\"bits\":4,\"checkpoint_format\":\"gptq_v2\"}}"};
+    for (int i = 0; i < 2; i++) {
+        const support_tensor tensors[] = {{"m.qweight", "I32", "[1,8]", gptq_words, 32},
+                                          {"m.qzeros", "I32", "[1,1]", &zeros[i], 4},
+                                          {"m.scales", "F16", "[1,8]", scales, 16}};
+        static const place places[] = {{0, 0, 0xBE4CC000, 0xBE4D, 0xB266},
+                                       {3, 0, 0x3FBFF400, 0x3FC0, 0x3E00}};
+        check_loads(tensors, 3, configs[i], 8, places, 2);
+    }
+}
+
 TEST(quantized_packed, gptq_with_groups_in_another_order) {
     static const uint16_t two[16] = {0x3C00, 0x3C00, 0x3C00, 0x3C00, 0x3C00, 0x3C00, 0x3C00, 0x3C00,
                                      0x4000, 0x4000, 0x4000, 0x4000, 0x4000, 0x4000, 0x4000, 0x4000};
