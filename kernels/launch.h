@@ -42,14 +42,14 @@ template <class Body> int launch(fst_queue stream, const Body &body, uint64_t bl
 
 // What registers must leave room for: blocks a multiprocessor on NVIDIA, waves a SIMD on AMD.
 #ifdef __CUDACC__
-constexpr int resident = 6;
+template <class Body> constexpr int resident = Body::blocks_resident;
 #else
-constexpr int resident = 4;
+template <class Body> constexpr int resident = 4;
 #endif
 
-// A body in two phases, `before` and `after` a barrier, that share a Body::Shared.
+// A body in two phases, `before` and `after` a barrier, that share a Body::Shared. A constant more: `blocks_resident`.
 template <class Body>
-__global__ void __launch_bounds__(Body::threads, resident) run_phases(const Body body, uint64_t first) {
+__global__ void __launch_bounds__(Body::threads, resident<Body>) run_phases(const Body body, uint64_t first) {
     __shared__ typename Body::Shared shared;
     body.before(first + blockIdx.x, threadIdx.x, shared);
     __syncthreads();

@@ -20,9 +20,10 @@ struct At {
     uint64_t word;
     unsigned shift;
 };
+// One formula for both: with two, CUDA 13.0's compiler does not come to an end.
 template <unsigned Bits> FST_FN At place_of(uint64_t i, bool padded) {
-    if (32 % Bits == 0 || padded) return {i / (32 / Bits), static_cast<unsigned>(i % (32 / Bits)) * Bits};
-    return {i * Bits / 32, static_cast<unsigned>(i * Bits % 32)};
+    const uint64_t at = i * Bits + (padded ? i / (32 / Bits) * (32 % Bits) : 0);
+    return {at / 32, static_cast<unsigned>(at % 32)};
 }
 
 // AWQ's order of eight codes in a word.
@@ -287,6 +288,7 @@ template <int Dst> struct PackedPairs {
 // store one after the other. What is packed stays so in shared memory: a quarter of the result, or less.
 template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     static constexpr unsigned threads = by_element ? 1 : 256;
+    static constexpr int blocks_resident = Along && Bits != 3 ? 6 : 5; // 40 registers, 48
     static constexpr unsigned tile_cols = Along ? (Bits == 3 ? 128 : 16 * 32 / Bits) : 128;
     static constexpr unsigned tile_rows = Along ? 64 : 128;
     static constexpr unsigned high = Along ? tile_cols * Bits / 32 : tile_cols; // rows of words

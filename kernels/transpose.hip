@@ -22,6 +22,7 @@ template <int Src, int Dst> struct Transpose {
     static constexpr unsigned bytes = width * src_size; // that a thread loads of a row
     static constexpr unsigned loads = 8 * 32 / words;   // vectors (of `each` rows) in a tile
     static constexpr unsigned threads = by_element ? 1 : loads;
+    static constexpr int blocks_resident = 6;
     static constexpr bool late = src_size == dst_size; // cast on the way out: fewer elements at a time
     static constexpr int Held = late ? Src : Dst;      // what shared memory holds
 
