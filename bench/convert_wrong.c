@@ -66,8 +66,13 @@ static int fnuz(fst_queue stream, const fst_fnuz_args *a) {
     return spoil(fst_kernels_cpu()->fnuz(stream, a), a->dst, a->count);
 }
 
+static int packed(fst_queue stream, const fst_packed_args *a) {
+    if (way == NOTHING) return 0;
+    return spoil(fst_kernels_cpu()->packed(stream, a), a->dst, bytes_of(a->rows * a->cols, a->dst_dtype));
+}
+
 int main(int argc, char **argv) {
-    static const fst_kernels kernels = {cast, batch, scaled, quantize, rows, transpose, fnuz, bnb4, "wrong"};
+    static const fst_kernels kernels = {cast, batch, scaled, quantize, rows, transpose, fnuz, bnb4, packed, "wrong"};
     static const char *const ways[] = {"last", "nothing", "beyond"};
     static fst_gpu gpu;
     for (unsigned i = 0; i < 3 && argc > 1; i++)

@@ -107,6 +107,49 @@ typedef struct fst_bnb4_args {
     uint64_t    elements, first, count;
     uint64_t    block, nested_block;
 } fst_bnb4_args;
+/* How packed integers lie, and the zero points of scales. */
+typedef enum fst_packing {
+    FST_PACKED_ROW,        /* along a row: [rows, words] */
+    FST_PACKED_PAIRS,      /* bytes [rows / 2, cols], the low half is the first row's */
+    FST_PACKED_COLUMN,     /* [words, rows], along cols: GPTQ */
+    FST_PACKED_TRANSPOSED  /* [cols, words], eight rows in a word: AWQ, Quark */
+} fst_packing;
+typedef enum fst_zeros_kind {
+    FST_ZEROS_NONE,
+    FST_ZEROS_BYTES,       /* I8 [rows, groups], of codes less 2^(bits - 1) */
+    FST_ZEROS_ROWS,        /* packed along rows: [groups, words] */
+    FST_ZEROS_COLUMNS,     /* the same, [words, groups] */
+    FST_ZEROS_GROUPS       /* packed along groups: [rows, words] */
+} fst_zeros_kind;
+enum {
+    FST_K_PADDED = 1u << 2,        /* no code in two words: 32 / bits of them in a word */
+    FST_K_AWQ_ORDER = 1u << 3,     /* the eight codes of a word, and zero points, are at bits 0 16 4 20 8 24 12 28 */
+    FST_K_OFFSET = 1u << 4,        /* codes are stored plus 2^(bits - 1); packed zero points, too */
+    FST_K_SIGNED = 1u << 5,        /* codes are two's complement; no zero points */
+    FST_K_ZERO_PLUS_ONE = 1u << 6, /* zero points are stored less one */
+    FST_K_ZERO_CARRY = 1u << 7     /* likewise, less one in every code of a word, with borrows from one to the next */
+};
+
+/* Words [first, first + count) of a matrix of packed integers (bytes of FST_PACKED_PAIRS) to their places in the result,
+ * which is [rows, cols] in every layout: dst = round(RN32(f32(code - zero) x f32(scale))). A code that lies in two words
+ * comes with both: then a range begins and ends at a row's start, or bits x n words behind it (FST_PACKED_ROW), or at
+ * whole `bits` rows of words (FST_PACKED_COLUMN). Scales are [groups, rows] in the last two layouts, else [rows, groups]. */
+typedef struct fst_packed_args {
+    const void *src;          /* of word `first`; any byte alignment */
+    void       *dst;          /* of the whole result; aligned to its element */
+    const void *scales;       /* F32, F16, BF16; aligned to its element */
+    const void *zeros;        /* aligned to words (FST_ZEROS_BYTES: to bytes) */
+    const int32_t *groups;    /* of each column, below groups_count; NULL: col / group */
+    uint64_t    rows, cols;
+    uint64_t    first, count;
+    uint64_t    group, groups_count; /* there may be more groups than cols / group: they are stepped over */
+    unsigned    bits;         /* 1 to 8; FST_PACKED_COLUMN 2, 3, 4, 8; FST_PACKED_PAIRS and _TRANSPOSED 4 */
+    int         dst_dtype;    /* F32, F16, BF16 */
+    int         scale_dtype;
+    int         layout;       /* an fst_packing */
+    int         zeros_kind;   /* an fst_zeros_kind */
+    unsigned    flags;
+} fst_packed_args;
 
 /* F32, F16 or BF16 -> F8_E4M3 (M = 448), F8_E4M3FNUZ (224) or F8_E5M2 (57344) with computed scales:
  * s = RN32(amax / M), 1 where amax is 0 or so small that s would be; code = encode(RN32(x / s)), saturating. Inf
@@ -169,6 +212,7 @@ typedef struct fst_kernels {
     int (*transpose)(fst_queue stream, const fst_transpose_args *args);
     int (*fnuz)(fst_queue stream, const fst_fnuz_args *args);
     int (*bnb4)(fst_queue stream, const fst_bnb4_args *args);
+    int (*packed)(fst_queue stream, const fst_packed_args *args);
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 

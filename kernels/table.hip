@@ -11,6 +11,7 @@ int FST_SYMBOL(fst_rows)(fst_queue stream, const fst_rows_args *args);
 int FST_SYMBOL(fst_transpose)(fst_queue stream, const fst_transpose_args *args);
 int FST_SYMBOL(fst_fnuz)(fst_queue stream, const fst_fnuz_args *args);
 int FST_SYMBOL(fst_bnb4)(fst_queue stream, const fst_bnb4_args *args);
+int FST_SYMBOL(fst_packed)(fst_queue stream, const fst_packed_args *args);
 
 #if !defined(FST_CPU_LEVEL) && defined(__CUDACC__)
 #define FST_TARGET "cuda"
@@ -32,7 +33,8 @@ const fst_kernels *FST_SYMBOL(fst_kernels)(void);
 const fst_kernels *FST_SYMBOL(fst_kernels)(void) {
     static const fst_kernels table = {FST_SYMBOL(fst_cast),     FST_SYMBOL(fst_batch), FST_SYMBOL(fst_scaled),
                                       FST_SYMBOL(fst_quantize), FST_SYMBOL(fst_rows),  FST_SYMBOL(fst_transpose),
-                                      FST_SYMBOL(fst_fnuz),     FST_SYMBOL(fst_bnb4),  FST_TARGET};
+                                      FST_SYMBOL(fst_fnuz),     FST_SYMBOL(fst_bnb4),  FST_SYMBOL(fst_packed),
+                                      FST_TARGET};
     return &table;
 }
 

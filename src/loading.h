@@ -56,6 +56,12 @@ fst_status fst_loading_read_tensor(fst_loading *l, uint32_t tensor, unsigned cha
 fst_status fst_loading_check_files(fst_loading *l);
 void       fst_loading_close(fst_loading *l);
 
+/* ---- companions.c ---- */
+
+/* What only small companions' bytes tell of the quantized weights that a load dequantizes: shapes of packed ones, and
+ * whether the groups of their columns are there. FST_E_QUANTIZED, FST_E_IO, FST_E_CHANGED. */
+fst_status fst_loading_read_companions(fst_loading *l, fst_error *error);
+
 /* ---- load.c ---- */
 
 /* Checks what the caller gave and fills in l->options. */

@@ -271,7 +271,7 @@ static fst_status find_scheme(fst_loading *l, fst_error *error) {
     if (!status && !model->scheme) status = fst_no_memory(error);
     if (!status) status = fst_scheme_find(model, configs.texts, model->scheme, error);
     fst_configs_free(&configs);
-    return status;
+    return status ? status : fst_loading_read_companions(l, error);
 }
 
 /* What companions must say before the weights that become something else can be planned. */

@@ -584,6 +584,79 @@ static fst_bnb4_args bnb4_args(const fst_load_job *job, const fst_plan_piece *pi
     };
 }
 
+static int packing_of(const fst_quantized *w) {
+    switch (w->format) {
+    case FST_FORMAT_GPTQ: return FST_PACKED_COLUMN;
+    case FST_FORMAT_AWQ:
+    case FST_FORMAT_INT4_QUARK: return FST_PACKED_TRANSPOSED;
+    case FST_FORMAT_INT4_ROWS: return FST_PACKED_PAIRS;
+    default: return FST_PACKED_ROW;
+    }
+}
+
+static int zeros_of(const fst_quantized *w) {
+    if (w->companions[FST_COMPANION_ZERO] == FST_NO_TENSOR) return FST_ZEROS_NONE;
+    if (w->flags & FST_Q_BYTE_ZEROS) return FST_ZEROS_BYTES;
+    if (w->format == FST_FORMAT_PACKED) return FST_ZEROS_COLUMNS;
+    return w->format == FST_FORMAT_AWQ_GEMV ? FST_ZEROS_GROUPS : FST_ZEROS_ROWS;
+}
+
+static unsigned packed_flags(const fst_quantized *w) {
+    static const unsigned flags[][2] = {{FST_Q_PADDED, FST_K_PADDED},
+                                        {FST_Q_AWQ_ORDER, FST_K_AWQ_ORDER},
+                                        {FST_Q_OFFSET, FST_K_OFFSET},
+                                        {FST_Q_SIGNED, FST_K_SIGNED},
+                                        {FST_Q_ZERO_PLUS_ONE, FST_K_ZERO_PLUS_ONE}};
+    unsigned all = 0;
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++)
+        if (w->flags & flags[i][0]) all |= flags[i][1];
+    /* Whole words are only counted up where codes fill them. */
+    if ((w->flags & FST_Q_CARRY) && 32 % w->bits == 0) all ^= FST_K_ZERO_PLUS_ONE | FST_K_ZERO_CARRY;
+    return all;
+}
+
+/* The bytes of a companion that has as much for each matrix of the stack. */
+static const unsigned char *part_of(const fst_load_job *job, const fst_plan_piece *piece,
+                                    fst_companion which) {
+    const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
+    if (w->companions[which] == FST_NO_TENSOR) return NULL;
+    uint64_t nbytes = job->plan->tensors[w->companions[which]].nbytes;
+    return companion(job, w, which) + piece->matrix * (nbytes / w->stack);
+}
+
+static fst_packed_args packed_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+    const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
+    const fst_plan_tensor *scale = &job->plan->tensors[w->companions[FST_COMPANION_SCALE]];
+    fst_cast_args plain = cast_args(job, piece, src);
+    uint64_t scales = scale->nbytes / (fst_dtype_bits(scale->dtype) / 8);
+    return (fst_packed_args){
+        .src = src,
+        .dst = plain.dst,
+        .scales = part_of(job, piece, FST_COMPANION_SCALE),
+        .zeros = part_of(job, piece, FST_COMPANION_ZERO),
+        .groups =
+            w->flags & FST_Q_PLAIN_GROUPS ? NULL : (const void *)part_of(job, piece, FST_COMPANION_GROUPS),
+        .rows = w->rows,
+        .cols = w->cols,
+        .first = piece->first,
+        .count = piece->count,
+        .group = w->block_cols,
+        .groups_count = scales / w->stack / w->rows,
+        .bits = w->bits,
+        .dst_dtype = plain.dst_dtype,
+        .scale_dtype = (int)scale->dtype,
+        .layout = packing_of(w),
+        .zeros_kind = zeros_of(w),
+        .flags = packed_flags(w),
+    };
+}
+
+static int launch_packed(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece,
+                         const void *src) {
+    fst_packed_args args = packed_args(job, piece, src);
+    return w->engine->gpu->kernels->packed(w->stream, &args);
+}
+
 static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
@@ -592,6 +665,7 @@ static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_pie
         fst_bnb4_args args = bnb4_args(job, piece, src);
         return kernels->bnb4(w->stream, &args);
     }
+    if (weight && fst_scheme_is_packed(weight)) return launch_packed(w, job, piece, src);
     if (weight) {
         fst_scaled_args args = scaled_args(job, piece, src);
         return kernels->scaled(w->stream, &args);

@@ -306,6 +306,47 @@ static uint64_t scaled_rows(const fst_plan_tensor *tensor) {
     return rows < tensor->rows ? rows : tensor->rows;
 }
 
+/* ---- Packed integers -------------------------------------------------------------------------------- */
+
+/* What the codes of a packed weight are counted in, in bytes. */
+static uint64_t unit_of(const fst_quantized *w) { return w->format == FST_FORMAT_INT4_ROWS ? 1 : 4; }
+
+/* Bytes from one place where the codes of a packed weight may be cut to the next: where codes lie in two words, what has
+ * them whole. Transposed ones are better cut between the tiles that kernels take, if a chunk has several. */
+static fst_status packed_cut(planner *p, const fst_plan_tensor *tensor, const fst_entry *entry,
+                             uint64_t *cut) {
+    const fst_quantized *w = tensor->weight;
+    int column = w->format == FST_FORMAT_GPTQ;
+    int transposed = column || w->format == FST_FORMAT_AWQ || w->format == FST_FORMAT_INT4_QUARK;
+    uint64_t step = entry->shape[entry->ndim - 1] * unit_of(w); /* a row of words */
+    *cut = 512;
+    if (32 % w->bits && !(w->flags & FST_Q_PADDED)) {
+        *cut = column ? step * w->bits : step;
+        if (*cut <= p->options->chunk_bytes) return FST_OK;
+        fst_where where = {p->paths[tensor->file], (int)tensor->file,
+                           (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+        return fst_fail(
+            p->error, FST_E_UNSUPPORTED, 0, &where,
+            "tensor \"%s\": codes of %u bits lie in two words; that needs slot_bytes of at least %llu",
+            entry->name, w->bits, (unsigned long long)*cut);
+    }
+    for (uint64_t tile = column ? 16 : 128; transposed && tile; tile /= 2)
+        if (step && step <= p->options->chunk_bytes / 8 / tile) {
+            *cut = step * tile;
+            break;
+        }
+    return FST_OK;
+}
+
+/* Places are counted in words; the kernel finds those in the result. */
+static void place_packed(const fst_plan_tensor *tensor, unsigned result_bits, uint64_t in_matrix,
+                         fst_plan_piece *piece) {
+    const fst_quantized *w = tensor->weight;
+    piece->dst_offset = piece->matrix * w->rows * w->cols * result_bits / 8;
+    piece->count = piece->nbytes / unit_of(w);
+    piece->first = in_matrix / unit_of(w);
+}
+
 static fst_status add_tensor(planner *p, uint32_t index) {
     fst_plan_tensor *tensor = &p->plan->tensors[index];
     const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
@@ -318,6 +359,12 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
     uint64_t count = weight ? weight->rows * weight->cols : 0; /* of one matrix; bitsandbytes' may be odd */
     uint64_t matrix = weight ? (count * bits + 7) / 8 : total; /* bytes of one */
+    int packed = weight && fst_scheme_is_packed(weight);
+    if (packed && weight->stack) {
+        fst_status status = packed_cut(p, tensor, entry, &cut);
+        if (status) return status;
+        matrix = total / weight->stack; /* rows may end in words that are not full */
+    }
     if (quantized && !weight) matrix = tensor->rows * tensor->cols * bits / 8;
     int in_stripes = tensor->parked && tensor->stripe_rows < tensor->rows;
     uint64_t stripe = in_stripes ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
@@ -345,7 +392,8 @@ static fst_status add_tensor(planner *p, uint32_t index) {
             .matrix = weight || quantized ? (uint32_t)(done / matrix) : 0,
             .stripe = FST_NO_STRIPE,
         };
-        if (weight && piece.count > count - piece.first) piece.count = count - piece.first;
+        if (packed) place_packed(tensor, result_bits, in_matrix, &piece);
+        if (weight && !packed && piece.count > count - piece.first) piece.count = count - piece.first;
         if (tensor->parked) {
             piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
             piece.dst_offset -= stripe_start(p, result_bits);

@@ -90,7 +90,8 @@ typedef struct fst_plan_piece {
     uint64_t dst_offset;    /* bytes from the start of the result's data, or of the stripe's */
     uint64_t count;         /* elements */
     uint64_t first;         /* of codes, and of what becomes such: the first element's place in its matrix, */
-    uint32_t matrix;        /* one of the stack */
+    uint32_t matrix;        /* one of the stack; of packed integers first and count are words, or bytes of INT4_ROWS, and
+                             * dst_offset is the matrix' start */
     uint32_t stripe;        /* that it is parked in, or FST_NO_STRIPE */
 } fst_plan_piece;
 

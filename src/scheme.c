@@ -33,6 +33,18 @@ int fst_scheme_has_kernel(const fst_quantized *w) {
     case FST_FORMAT_BNB_NF4:
     case FST_FORMAT_BNB_FP4:
     case FST_FORMAT_BNB_INT8: return 1;
+    default: return fst_scheme_is_packed(w);
+    }
+}
+
+int fst_scheme_is_packed(const fst_quantized *w) {
+    switch (w->format) {
+    case FST_FORMAT_PACKED:
+    case FST_FORMAT_GPTQ:
+    case FST_FORMAT_AWQ:
+    case FST_FORMAT_AWQ_GEMV:
+    case FST_FORMAT_INT4_ROWS:
+    case FST_FORMAT_INT4_QUARK: return 1;
     default: return 0;
     }
 }
@@ -44,7 +56,8 @@ typedef struct config {
     char method[48];
     uint64_t block[2]; /* rows, columns; 0: not said */
     unsigned bits;     /* 0: not said, or not the same everywhere */
-    int inverse, gptqmodel, gptq_v2;
+    uint64_t group;    /* columns; 0: not said, or all of them, or not the same everywhere */
+    int inverse, gptqmodel, gptq_v2, in_order;
 } config;
 
 static const struct {
@@ -164,6 +177,11 @@ static fst_status read_quantization(yyjson_val *quantization, config *c, fst_err
     bits = yyjson_obj_get(quantization, "bits");
     if (!bits) bits = yyjson_obj_get(quantization, "w_bit");
     c->bits = (unsigned)yyjson_get_uint(bits);
+    bits = yyjson_obj_get(quantization, "group_size");
+    if (!bits) bits = yyjson_obj_get(quantization, "q_group_size");
+    c->group = yyjson_get_uint(bits); /* 0 when it is -1 */
+    if (yyjson_obj_size(yyjson_obj_get(quantization, "dynamic"))) c->bits = 0, c->group = 0;
+    c->in_order = strcmp(text_of(yyjson_obj_get(quantization, "export"), "pack_method"), "order") == 0;
     c->inverse = strcmp(text_of(quantization, "weight_scale_semantics"), "inverse") == 0;
     if (strcmp(method, "awq") == 0 && strcmp(text_of(quantization, "version"), "gemv_fast") == 0)
         return refuse(error, c->path, "AWQ's GEMV_FAST", "interleaved words and scaled zero points");
@@ -525,6 +543,25 @@ static fst_status contradicts(finder *f, uint32_t codes, const char *found) {
                  f->config.method);
 }
 
+/* The configuration's group, where it has one: that of GEMV is known by nothing else. */
+static fst_status set_group(finder *f, fst_quantized *w, uint32_t codes, uint64_t count, int is_gemv) {
+    uint64_t group = f->config.group;
+    if (is_gemv && (group == 0 || w->cols % group || w->cols / group > count))
+        return wrong(
+            f, FST_E_QUANTIZED, codes,
+            "the configuration's group_size is %llu: want one that divides %llu columns into at most "
+            "%llu groups",
+            (unsigned long long)group, (unsigned long long)w->cols, (unsigned long long)count);
+    if (!is_gemv && group && blocks(w->cols, group) != count)
+        return wrong(
+            f, FST_E_QUANTIZED, codes,
+            "it has %llu groups, but the configuration's group_size of %llu makes %llu of %llu columns",
+            (unsigned long long)count, (unsigned long long)group, (unsigned long long)blocks(w->cols, group),
+            (unsigned long long)w->cols);
+    if (group) w->block_cols = group;
+    return FST_OK;
+}
+
 /* X.qweight, X.qzeros, X.scales: GPTQ's or AWQ's, by their shapes. */
 static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     const fst_entry *q = entry_of(f, codes);
@@ -546,7 +583,7 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     int is_gptq = out == q->shape[1] && z->shape[0] == g;
     const char *method = f->config.method;
     if (is_gptq && strcmp(method, "awq") == 0) return contradicts(f, codes, "GPTQ's");
-    if ((is_awq || is_gemv) && strcmp(method, "gptq") == 0) return contradicts(f, codes, "AWQ's");
+    if ((is_awq || is_gemv) && !is_gptq && strcmp(method, "gptq") == 0) return contradicts(f, codes, "AWQ's");
     if (is_gemv && strcmp(method, "awq") != 0) is_gemv = 0;
     if (!is_awq && !is_gemv && !is_gptq)
         return misfit(f, codes, scale, "[groups, columns], with qzeros of as many groups");
@@ -572,7 +609,9 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     if (count == 0 || (!is_gemv && groups == FST_NO_TENSOR && in % count))
         return misfit(f, codes, scale, "a number of groups that divides the rows");
     w->block_rows = 1;
-    w->block_cols = is_gemv ? 0 : blocks(in, count); /* GEMV: the configuration's group_size */
+    w->block_cols = blocks(in, count);
+    status = set_group(f, w, codes, count, is_gemv);
+    if (status) return status;
     if (groups != FST_NO_TENSOR &&
         (entry_of(f, groups)->dtype != FST_I32 || !has_shape(entry_of(f, groups), q, 2, DIMS(in))))
         return misfit(f, codes, groups, "I32, one for each row");
@@ -609,7 +648,12 @@ static fst_status add_int4_quark(finder *f, uint32_t codes, size_t length, uint3
         return misfit(f, codes, scale, "floats, [groups that divide the rows, 8 x columns]");
     status = set_shape(f, w, 2, s->shape[1], entry->shape[0]);
     w->bits = 4, w->flags = zero == FST_NO_TENSOR ? FST_Q_SIGNED : 0;
+    if (!f->config.in_order) w->flags |= FST_Q_AWQ_ORDER;
     w->block_rows = 1, w->block_cols = entry->shape[0] / s->shape[0];
+    if (zero != FST_NO_TENSOR &&
+        (entry_of(f, zero)->dtype != FST_I32 ||
+         !has_shape(entry_of(f, zero), entry, 2, DIMS(s->shape[0], entry->shape[1]))))
+        return misfit(f, codes, zero, "I32, packed like the codes, a row for each of the scales");
     if (!status) status = claim(f, w, FST_COMPANION_SCALE, scale);
     return status ? status : claim(f, w, FST_COMPANION_ZERO, zero);
 }

@@ -40,6 +40,8 @@ const char *fst_format_name(fst_format format);
 struct fst_quantized;
 /* Whether the kernels of this version dequantize it. */
 int fst_scheme_has_kernel(const struct fst_quantized *weight);
+/* Whether its codes are integers in words, or two rows to a byte: of the kernels `packed`. */
+int fst_scheme_is_packed(const struct fst_quantized *weight);
 
 /* What a companion is for. */
 typedef enum fst_companion {
@@ -62,7 +64,9 @@ enum {
     FST_Q_OFFSET = 1u << 3,         /* codes are stored plus 2^(bits - 1) */
     FST_Q_SIGNED = 1u << 4,         /* codes are two's complement */
     FST_Q_AWQ_ORDER = 1u << 5,      /* of the codes in a word */
-    FST_Q_BYTE_ZEROS = 1u << 6      /* zero points are bytes, one for each scale */
+    FST_Q_BYTE_ZEROS = 1u << 6,     /* zero points are bytes, one for each scale */
+    FST_Q_PADDED = 1u << 7,         /* no code lies in two words (companions.c finds out) */
+    FST_Q_PLAIN_GROUPS = 1u << 8    /* g_idx says what is so without it, or that it counts for nothing (likewise) */
 };
 
 #define FST_NO_TENSOR UINT32_MAX

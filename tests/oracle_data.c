@@ -6,7 +6,6 @@
 #include "harness.h"
 #include "support.h"
 
-/* Those whose formats are dequantized. The others become cases by moving up. */
 static const char *const compared[] = {
     "bnb-fp4",
     "bnb-fp4-nested",
@@ -32,12 +31,18 @@ static const char *const compared[] = {
     "modelopt-mxfp8",
     "modelopt-nvfp4",
     "quark-mxfp4",
+    "awq",
+    "ct-packed-3",
+    "ct-packed-4",
+    "ct-packed-4-zeros",
+    "ct-packed-8",
+    "gptq-2",
+    "gptq-3",
+    "gptq-4",
+    "gptq-4-order",
+    "gptq-8",
+    "quark-int4",
 };
-static const char *const not_yet[] = {
-    "awq",    "ct-packed-3",  "ct-packed-4", "ct-packed-4-zeros", "ct-packed-8", "gptq-2", "gptq-3",
-    "gptq-4", "gptq-4-order", "gptq-8",      "quark-int4",
-};
-
 static const char *file_of(const char *name, const char *file) {
     static char path[2][1024];
     static int which;
@@ -98,18 +103,4 @@ TEST(oracle_data, weights_are_what_their_libraries_make_of_them) {
             compare(compared[i], device);
             fake_gpu_end();
         }
-}
-
-/* So that nobody forgets to move them up. */
-TEST(oracle_data, the_others_are_refused_so_far) {
-    for (size_t i = 0; i < sizeof not_yet / sizeof *not_yet; i++) {
-        fst_options options = support_options(FST_DEVICE_CPU);
-        fst_model *model;
-        fst_error error;
-        options.cast = FST_BF16;
-        if (fst_load(support_list(file_of(not_yet[i], "model")), &options, &model, &error) !=
-            FST_E_UNSUPPORTED)
-            test_fail(__FILE__, __LINE__, "%s is dequantized now: compare it", not_yet[i]);
-        fst_model_free(load(file_of(not_yet[i], "model"), FST_NATIVE, FST_DEVICE_CPU));
-    }
 }

@@ -390,23 +390,6 @@ TEST(scheme, config_that_is_named_and_none) {
 
 /* ---- What goes wrong ---- */
 
-TEST(scheme, a_cast_of_a_format_without_kernels_is_refused) {
-    const char *files[] = {
-        write_file("m.safetensors", SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[1,8]"},
-                                          {"m.scales", "F16", "[1,64]"})),
-        NULL};
-    fst_options options = FST_OPTIONS_INIT;
-    fst_model *model;
-    fst_error error;
-    options.device = FST_DEVICE_CPU;
-    options.cast = FST_BF16;
-    CHECK_INT(FST_E_UNSUPPORTED, fst_load(files, &options, &model, &error));
-    CHECK(strstr(error.text, "m.qweight") && strstr(error.text, "gptq"));
-    options.cast = FST_NATIVE;
-    CHECK_INT(FST_OK, fst_load(files, &options, &model, &error));
-    fst_model_free(model);
-}
-
 TEST(scheme, scales_of_activations_are_kept_in_a_cast) {
     const char *files[] = {
         write_file("m.safetensors", SPECS({"a.k_scale", "F32", "[]"}, {"a.weight", "F32", "[4]"},

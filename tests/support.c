@@ -115,6 +115,7 @@ typedef enum op_kind {
     OP_QUANTIZE,
     OP_FNUZ,
     OP_BNB4,
+    OP_PACKED,
     OP_EVENT,
     OP_FOLLOW
 } op_kind;
@@ -131,6 +132,7 @@ typedef struct op {
     fst_quantize_args quantize;
     fst_fnuz_args fnuz;
     fst_bnb4_args bnb4;
+    fst_packed_args packed;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -172,6 +174,7 @@ static void run_one(stream *s) {
     if (o->kind == OP_QUANTIZE) fst_kernels_cpu()->quantize(NULL, &o->quantize);
     if (o->kind == OP_FNUZ) fst_kernels_cpu()->fnuz(NULL, &o->fnuz);
     if (o->kind == OP_BNB4) fst_kernels_cpu()->bnb4(NULL, &o->bnb4);
+    if (o->kind == OP_PACKED) fst_kernels_cpu()->packed(NULL, &o->packed);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -415,6 +418,11 @@ static int fake_bnb4(fst_queue to, const fst_bnb4_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_packed(fst_queue to, const fst_packed_args *args) {
+    op o = {.kind = OP_PACKED, .packed = *args};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -446,6 +454,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
                                         .quantize = fake_quantize,
                                         .fnuz = fake_fnuz,
                                         .bnb4 = fake_bnb4,
+                                        .packed = fake_packed,
                                         .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,

@@ -91,6 +91,9 @@ RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
          (re.compile(r"Transpose<(\d+), (\d+)>"), tile),
          (re.compile(r"(?:Nvfp4|Bnb4)<(\d+)>"), lambda target: {"store": ALIGNED}),
          (re.compile(r"Affine<(\d+), (\d+)>"), lambda source, target: {"store": ALIGNED}),
+         (re.compile(r"PackedRows<(\d+)u?, (\d+)>"), lambda bits, target: {"store": ALIGNED}),
+         (re.compile(r"PackedPairs<(\d+)>"), lambda target: {"store": 2 * ALIGNED}),
+         (re.compile(r"PackedTile<(\d+)u?, (\d+), (?:true|false)>"), lambda bits, target: {"load": ANY, "store": ALIGNED}),
          (re.compile(r"Fnuz"), lambda: {"load": ANY, "store": ALIGNED}),
          (re.compile(r"Begin|MakeScale<\d+>"), number_alone)]
 BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce|_phases)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")

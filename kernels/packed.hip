@@ -1,0 +1,591 @@
+// Packed integers: codes of 1 to 8 bits in words or bytes, less zero points, times scales.
+// dst = round(RN32(f32(code - zero) * f32(scale))). The result is [rows, cols] however the codes lie.
+#include "launch.h" // first: it brings the device's keywords
+#include "divide.h"
+#include "nvidia.h"
+#include "product.h"
+
+namespace {
+
+constexpr uint32_t base = 0x4B400000; // 1.5 x 2^23: F32 bits in which small integers are added exactly
+
+FST_FN uint32_t scale_bits(uint64_t scales, int dtype, uint64_t index) {
+    if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
+    const uint32_t code = global<const uint16_t>(scales)[index];
+    return dtype == FST_T_BF16 ? code << 16 : fst_decode32(code, fst_float_of(FST_T_F16));
+}
+
+// Where a code lies in the words of its run: the stream of bits, or, padded, as many in a word as fill none of two.
+struct At {
+    uint64_t word;
+    unsigned shift;
+};
+// One formula for both: with two, CUDA 13.0's compiler does not come to an end.
+template <unsigned Bits> FST_FN At place_of(uint64_t i, bool padded) {
+    const uint64_t at = i * Bits + (padded ? i / (32 / Bits) * (32 % Bits) : 0);
+    return {at / 32, static_cast<unsigned>(at % 32)};
+}
+
+// AWQ's order of eight codes in a word.
+FST_FN unsigned awq_shift(unsigned i) { return i / 2 * 4 + i % 2 * 16; }
+
+// The result, and what scales its elements.
+template <unsigned Bits, int Dst> struct Matrix {
+    static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;
+    static constexpr uint32_t mask = (1u << Bits) - 1;
+    using Word = typename word_of<dst_size>::type;
+
+    uint64_t src, dst, scales, zeros, groups;
+    uint64_t rows, cols;
+    uint64_t first, end;           // words, of bytes where two rows share them
+    uint64_t scale_row, scale_col; // steps of the scales
+    uint64_t zero_step;
+    Divisor group;
+    int32_t fixed; // the zero point, where there are none; what is added to bytes
+    uint32_t flip; // of each code: two's complement
+    int scale_dtype, zeros_kind;
+    unsigned flags;
+    bool aligned; // rows of the destination, to 16 bytes
+    bool whole;   // eight columns that begin at a multiple of 8 have one group
+
+    struct Scale {
+        uint32_t scale, zero; // F32 bits; the zero point's on `base`
+    };
+
+    FST_INLINE uint64_t group_of(uint64_t col) const {
+        return groups ? global<const uint32_t>(groups)[col] : group.divide(col);
+    }
+
+    FST_INLINE int32_t zero_of(uint64_t row, uint64_t j) const {
+        if (zeros_kind == FST_ZEROS_NONE) return fixed;
+        if (zeros_kind == FST_ZEROS_BYTES)
+            return fixed + static_cast<int8_t>(global<const uint8_t>(zeros)[row * zero_step + j]);
+        const uint32_t *words = global<const uint32_t>(zeros);
+        const bool along_groups = zeros_kind == FST_ZEROS_GROUPS, columns = zeros_kind == FST_ZEROS_COLUMNS;
+        At at = place_of<Bits>(along_groups ? j : row, flags & FST_K_PADDED);
+        if (Bits == 4 && (flags & FST_K_AWQ_ORDER)) at.shift = awq_shift(at.shift / 4);
+        const uint64_t other = along_groups ? row : j;
+        const uint64_t i = columns ? at.word * zero_step + other : other * zero_step + at.word;
+        uint32_t code = words[i];
+        if (flags & FST_K_ZERO_CARRY) code += 0xFFFFFFFF / mask;
+        code >>= at.shift;
+        if (32 % Bits && at.shift + Bits > 32)
+            code |= words[i + (columns ? zero_step : 1)] << (32 - at.shift);
+        return static_cast<int32_t>(code & mask) + ((flags & FST_K_ZERO_PLUS_ONE) != 0);
+    }
+
+    FST_INLINE Scale scale_of(uint64_t row, uint64_t j) const {
+        return {scale_bits(scales, scale_dtype, row * scale_row + j * scale_col),
+                base + static_cast<uint32_t>(zero_of(row, j))};
+    }
+
+    static FST_INLINE uint32_t difference(uint32_t code, uint32_t zero) {
+        return fst_bits_of_float32(fst_float_of_bits32(base | code) - fst_float_of_bits32(zero));
+    }
+
+    // Columns [col, stop) of a row; code(col) is one's code.
+    template <class Code>
+    FST_INLINE void elements(uint64_t row, uint64_t col, uint64_t stop, const Code &code) const {
+        Word *__restrict to = global<Word>(dst) + row * cols;
+        FST_ROLLED
+        while (col < stop) {
+            const uint64_t j = group_of(col);
+            uint64_t until = groups ? col + 1 : (j + 1) * group.value;
+            if (until > stop) until = stop;
+            const Scale by = scale_of(row, j);
+            FST_ROLLED
+            for (; col < until; col++)
+                to[col] =
+                    static_cast<Word>(encode<Dst>(multiply(difference(code(col) ^ flip, by.zero), by.scale)));
+        }
+    }
+
+#ifndef FST_BY_ELEMENT
+    // Eight columns of a row, from a multiple of 8 on; rows are aligned.
+    FST_INLINE void vector(uint64_t row, uint64_t col, const uint32_t (&codes)[8]) const {
+        Scale by[8];
+        if (whole) {
+            by[0] = scale_of(row, group_of(col));
+            FST_UNROLLED
+            for (unsigned i = 1; i < 8; i++) by[i] = by[0];
+        } else {
+            FST_UNROLLED
+            for (unsigned i = 0; i < 8; i++) by[i] = scale_of(row, group_of(col + i));
+        }
+        Vector<8 *dst_size> out = {};
+        results(codes, by, &out);
+        uint8_t *to = global<uint8_t>(dst) + (row * cols + col) * dst_size;
+        Vector<16> part;
+        FST_UNROLLED
+        for (unsigned at = 0; at < 8 * dst_size / 4; at += 4) {
+            FST_UNROLLED
+            for (unsigned i = 0; i < 4; i++) part.word[i] = out.word[at + i];
+            store_aligned(to + at * 4, part);
+        }
+    }
+
+  private:
+    FST_INLINE void results(const uint32_t (&codes)[8], const Scale (&by)[8],
+                            Vector<8 * dst_size> *out) const {
+#if FST_PACKED
+        uint32_t largest = 0; // of finite scales there is no NaN
+        FST_UNROLLED
+        for (unsigned i = 0; i < 8; i++) largest |= (by[i].scale & 0x7F800000) == 0x7F800000;
+        if (!largest) {
+            uint32_t x[8];
+            FST_UNROLLED
+            for (unsigned i = 0; i < 8; i++)
+                x[i] = fst_bits_of_float32(fst_float_of_bits32(difference(codes[i] ^ flip, by[i].zero)) *
+                                           fst_float_of_bits32(by[i].scale));
+            if constexpr (Dst == FST_T_F32) {
+                FST_UNROLLED
+                for (unsigned i = 0; i < 8; i++) out->word[i] = x[i];
+            } else {
+                FST_UNROLLED
+                for (unsigned i = 0; i < 4; i++) out->word[i] = narrow16<Dst>(x[2 * i], x[2 * i + 1]);
+            }
+            return;
+        }
+#endif
+        FST_UNROLLED
+        for (unsigned i = 0; i < 8; i++)
+            put<dst_size>(out, i,
+                          encode<Dst>(multiply(difference(codes[i] ^ flip, by[i].zero), by[i].scale)));
+    }
+#endif
+};
+
+// A word of the range, at any alignment.
+template <class M> FST_FN uint32_t word_at(const M &m, uint64_t i) {
+    return load_element<4>(global<const uint8_t>(m.src) + (i - m.first) * 4);
+}
+
+// ---- Along the row ----
+
+template <unsigned Bits, int Dst> struct PackedRows {
+    static constexpr unsigned threads = by_element ? 1 : 256;
+    static constexpr bool straddles = 32 % Bits != 0;
+    Matrix<Bits, Dst> m;
+    uint64_t row_words, first_row, last_row;
+    Divisor vectors; // of a row
+
+    FST_INLINE uint64_t blocks() const {
+        const uint64_t all = last_row - first_row + 1;
+        return by_element ? all : (all * vectors.value + threads - 1) / threads;
+    }
+
+    FST_INLINE uint32_t code(uint64_t row, uint64_t col) const {
+        const At at = place_of<Bits>(col, m.flags & FST_K_PADDED);
+        const uint64_t i = row * row_words + at.word;
+        uint32_t word = word_at(m, i) >> at.shift;
+        if (straddles && at.shift + Bits > 32) word |= word_at(m, i + 1) << (32 - at.shift);
+        return word & m.mask;
+    }
+
+    // The column that a word of a row begins with; a range begins at no other.
+    FST_INLINE uint64_t col_of(uint64_t word) const {
+        const uint64_t col = straddles && !(m.flags & FST_K_PADDED) ? word * 32 / Bits : word * (32 / Bits);
+        return col < m.cols ? col : m.cols;
+    }
+
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        uint64_t row = first_row + block, col = 0, stop = m.cols;
+        if (!by_element) {
+            const uint64_t i = block * threads + thread;
+            row = first_row + vectors.divide(i);
+            if (row > last_row) return;
+            col = (i - (row - first_row) * vectors.value) * 8;
+            if (stop > col + 8) stop = col + 8;
+        }
+        if (row == first_row) {
+            const uint64_t begin = col_of(m.first - row * row_words);
+            if (col < begin) col = begin;
+        }
+        if (row == last_row) {
+            const uint64_t end = col_of(m.end - row * row_words);
+            if (stop > end) stop = end;
+        }
+        if (col >= stop) return;
+#ifndef FST_BY_ELEMENT
+        if (stop - col == 8 && m.aligned && eight(row, col)) return;
+#endif
+        m.elements(row, col, stop, [&](uint64_t k) { return code(row, k); });
+    }
+
+#ifndef FST_BY_ELEMENT
+  private:
+    FST_INLINE bool eight(uint64_t row, uint64_t col) const {
+        uint32_t codes[8];
+        if (straddles && (m.flags & FST_K_PADDED)) {
+            FST_UNROLLED
+            for (unsigned i = 0; i < 8; i++) codes[i] = code(row, col + i);
+        } else {
+            constexpr unsigned bytes = Bits == 5 || Bits == 7 ? 8 : Bits;
+            Vector<bytes> in = {};
+            const uint8_t *begin = global<const uint8_t>(m.src);
+            const uint8_t *from = begin + ((row * row_words - m.first) * 4 + col / 8 * Bits);
+            const uint8_t *end = begin + (m.end - m.first) * 4;
+            if (from + bytes > end || !load_vector(from, begin, end, &in)) return false;
+            FST_UNROLLED
+            for (unsigned i = 0; i < 8; i++) codes[i] = static_cast<uint32_t>(get_code<Bits>(in, i));
+        }
+        m.vector(row, col, codes);
+        return true;
+    }
+#endif
+};
+
+// Two rows in a byte, the low half the first.
+template <int Dst> struct PackedPairs {
+    static constexpr unsigned threads = by_element ? 1 : 256;
+    Matrix<4, Dst> m;
+    uint64_t first_row, last_row; // of bytes
+    Divisor vectors;
+
+    FST_INLINE uint64_t blocks() const {
+        const uint64_t all = last_row - first_row + 1;
+        return by_element ? all : (all * vectors.value + threads - 1) / threads;
+    }
+
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        uint64_t row = first_row + block, col = 0, stop = m.cols;
+        if (!by_element) {
+            const uint64_t i = block * threads + thread;
+            row = first_row + vectors.divide(i);
+            if (row > last_row) return;
+            col = (i - (row - first_row) * vectors.value) * 8;
+            if (stop > col + 8) stop = col + 8;
+        }
+        const uint64_t before = row * m.cols;
+        if (before + col < m.first) col = m.first - before;
+        if (before + stop > m.end) stop = m.end - before;
+        if (col >= stop) return;
+        const uint8_t *begin = global<const uint8_t>(m.src), *from = begin + (before + col - m.first);
+        const uint64_t from_col = col;
+#ifndef FST_BY_ELEMENT
+        Vector<8> in;
+        if (stop - col == 8 && col % 8 == 0 && m.aligned &&
+            load_vector(from, begin, begin + (m.end - m.first), &in)) {
+            FST_UNROLLED
+            for (unsigned half = 0; half < 2; half++) {
+                uint32_t codes[8];
+                FST_UNROLLED
+                for (unsigned i = 0; i < 8; i++) codes[i] = in.word[i / 4] >> (i % 4 * 8 + half * 4) & 15;
+                m.vector(2 * row + half, col, codes);
+            }
+            return;
+        }
+#endif
+        m.elements(2 * row, col, stop, [&](uint64_t k) -> uint32_t { return from[k - from_col] & 15; });
+        m.elements(2 * row + 1, col, stop, [&](uint64_t k) -> uint32_t { return from[k - from_col] >> 4; });
+    }
+};
+
+// ---- Transposed ----
+
+// Codes are [cols, rows], packed along the columns of the result (GPTQ) or along its rows (AWQ, Quark). A block takes
+// a tile of their words into shared memory, as they lie; then a thread makes eight columns of a row, so that neighbours
+// store one after the other. What is packed stays so in shared memory: a quarter of the result, or less.
+template <unsigned Bits, int Dst, bool Along> struct PackedTile {
+    static constexpr unsigned threads = by_element ? 1 : 256;
+#ifdef __CUDACC__
+    static constexpr int resident = Along && Bits != 3 ? 6 : 5; // blocks: 40 registers, 48
+#else
+    static constexpr int resident = 4; // waves
+#endif
+    static constexpr unsigned tile_cols = Along ? (Bits == 3 ? 128 : 16 * 32 / Bits) : 128;
+    static constexpr unsigned tile_rows = Along ? 64 : 128;
+    static constexpr unsigned high = Along ? tile_cols * Bits / 32 : tile_cols; // rows of words
+    static constexpr unsigned wide = Along ? tile_rows : tile_rows / 8;
+    static constexpr unsigned step = wide + 4; // so that threads of a warp touch all banks
+
+    struct Shared {
+        alignas(16) uint32_t word[by_element ? 1 : high * step];
+    };
+
+    Matrix<Bits, Dst> m;
+    uint64_t width;      // words of a row of them
+    uint64_t first_tile; // the tiles' row that the range begins in
+    uint64_t tiles_down;
+    Divisor tiles_across;
+
+    FST_INLINE uint64_t blocks() const { return tiles_down * tiles_across.value; }
+
+    struct Tile {
+        uint64_t word_row, word_col, row, col; // of its corner
+        bool inside;                           // the range
+    };
+    FST_INLINE Tile tile(uint64_t block) const {
+        const uint64_t down = tiles_across.divide(block), across = block - down * tiles_across.value;
+        Tile t = {(first_tile + down) * high, across * wide, across * tile_rows,
+                  (first_tile + down) * tile_cols, false};
+        t.inside = t.word_row * width + t.word_col >= m.first &&
+                   (t.word_row + high - 1) * width + t.word_col + wide <= m.end && t.word_col + wide <= width;
+        return t;
+    }
+
+    // The word that a code begins in.
+    FST_INLINE uint64_t word_of_code(uint64_t row, uint64_t col) const {
+        return Along ? col * Bits / 32 * width + row : col * width + row / 8;
+    }
+    FST_INLINE bool is_there(uint64_t row, uint64_t col) const {
+        const uint64_t i = word_of_code(row, col);
+        return i >= m.first && i < m.end;
+    }
+    FST_INLINE uint32_t code(uint64_t row, uint64_t col) const {
+        const uint64_t i = word_of_code(row, col);
+        if constexpr (Along) {
+            const unsigned shift = static_cast<unsigned>(col * Bits % 32);
+            uint32_t word = word_at(m, i) >> shift;
+            if (32 % Bits && shift + Bits > 32) word |= word_at(m, i + width) << (32 - shift);
+            return word & m.mask;
+        } else {
+            return word_at(m, i) >> shift_of(static_cast<unsigned>(row % 8)) & m.mask;
+        }
+    }
+    FST_INLINE unsigned shift_of(unsigned i) const {
+        return m.flags & FST_K_AWQ_ORDER ? awq_shift(i) : 4 * i;
+    }
+
+    // What of the columns is there.
+    FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
+        FST_ROLLED
+        while (col < stop && !is_there(row, col)) col++;
+        FST_ROLLED
+        while (stop > col && !is_there(row, stop - 1)) stop--;
+        m.elements(row, col, stop, [&](uint64_t k) { return code(row, k); });
+    }
+
+#ifdef FST_BY_ELEMENT
+    FST_INLINE void operator()(uint64_t block, unsigned) const {
+        const Tile t = tile(block);
+        const uint64_t row_end = t.row + tile_rows < m.rows ? t.row + tile_rows : m.rows;
+        const uint64_t stop = t.col + tile_cols < m.cols ? t.col + tile_cols : m.cols;
+        for (uint64_t row = t.row; row < row_end; row++) part(row, t.col, stop);
+    }
+#else
+    // Rows of words that one thread needs, of AWQ's, lie 16 rows apart.
+    static FST_INLINE unsigned place(unsigned r) { return (Along ? r : r % 8 * (high / 8) + r / 8) * step; }
+
+    FST_INLINE void before(uint64_t block, unsigned thread, Shared &shared) const {
+        const Tile t = tile(block);
+        const uint8_t *begin = global<const uint8_t>(m.src), *end = begin + (m.end - m.first) * 4;
+        FST_UNROLLED
+        for (unsigned v = thread; v < high * wide / 4; v += threads) {
+            const unsigned r = v / (wide / 4), c = v % (wide / 4) * 4;
+            const uint64_t col = t.word_col + c, i = (t.word_row + r) * width + col;
+            Vector<16> in = {};
+            if (col >= width || i + 4 <= m.first || i >= m.end) continue;
+            if (col + 4 > width || i < m.first || i + 4 > m.end ||
+                !load_vector(begin + (i - m.first) * 4, begin, end, &in)) {
+                FST_UNROLLED
+                for (unsigned k = 0; k < 4; k++)
+                    if (col + k < width && i + k >= m.first && i + k < m.end) in.word[k] = word_at(m, i + k);
+            }
+            *reinterpret_cast<uint4 *>(&shared.word[place(r) + c]) =
+                make_uint4(in.word[0], in.word[1], in.word[2], in.word[3]);
+        }
+    }
+
+    FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
+        const Tile t = tile(block);
+        constexpr unsigned tasks = wide * tile_cols / 8;
+        FST_ROLLED
+        for (unsigned i = thread; i < tasks; i += threads) {
+            const unsigned across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
+            const uint64_t col = t.col + across * 8;
+            if (col >= m.cols) continue;
+            if constexpr (Along) along(t, shared, t.row + down, col, across, down);
+            else transposed(t, shared, t.row + down * 8, col, across, down);
+        }
+    }
+
+  private:
+    FST_INLINE bool is_whole(const Tile &t, uint64_t row, uint64_t col) const {
+        return m.aligned && m.cols - col >= 8 && (t.inside || (is_there(row, col) && is_there(row, col + 7)));
+    }
+
+    FST_INLINE void along(const Tile &t, const Shared &shared, uint64_t row, uint64_t col, unsigned across,
+                          unsigned down) const {
+        if (row >= m.rows) return;
+        if (!is_whole(t, row, col)) return part(row, col, m.cols - col < 8 ? m.cols : col + 8);
+        const unsigned byte = across * Bits, skip = byte % 4;
+        const uint32_t *from = &shared.word[byte / 4 * step + down];
+        uint32_t low = from[0], high_word = 0, codes[8];
+        if (Bits == 8 || (Bits == 3 && skip > 1)) high_word = from[step];
+        if (Bits == 2 || Bits == 3) low = funnel(low, high_word, skip);
+        FST_UNROLLED
+        for (unsigned i = 0; i < 8; i++)
+            codes[i] = (Bits == 8 && i >= 4 ? high_word : low) >> (i * Bits % 32) & m.mask;
+        m.vector(row, col, codes);
+    }
+
+    FST_INLINE void transposed(const Tile &t, const Shared &shared, uint64_t row, uint64_t col,
+                               unsigned across, unsigned down) const {
+        if (row >= m.rows) return;
+        if (!is_whole(t, row, col)) {
+            FST_ROLLED
+            for (uint64_t r = row; r < row + 8 && r < m.rows; r++)
+                part(r, col, m.cols - col < 8 ? m.cols : col + 8);
+            return;
+        }
+        uint32_t words[8];
+        FST_UNROLLED
+        for (unsigned i = 0; i < 8; i++) words[i] = shared.word[place(across * 8 + i) + down];
+        FST_ROLLED // eight copies of what a vector is made by would be much code
+        for (unsigned r = 0; r < 8; r++) {
+            if (row + r >= m.rows) break;
+            uint32_t codes[8];
+            FST_UNROLLED
+            for (unsigned i = 0; i < 8; i++) codes[i] = words[i] >> shift_of(r) & 15;
+            m.vector(row + r, col, codes);
+        }
+    }
+#endif
+};
+
+// ---- Launching ----
+
+uint64_t ceil_of(uint64_t n, uint64_t by) { return n / by + (n % by != 0); }
+
+// Words of `count` codes one after the other.
+uint64_t words_of(uint64_t count, unsigned bits, bool padded) {
+    return padded ? ceil_of(count, 32 / bits) : count / 32 * bits + ceil_of(count % 32 * bits, 32);
+}
+
+template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args *a) {
+    const uint64_t groups = a->groups_count;
+    const bool transposed = a->layout == FST_PACKED_COLUMN || a->layout == FST_PACKED_TRANSPOSED;
+    const bool offset = (a->flags & FST_K_OFFSET) || (a->flags & FST_K_SIGNED);
+    const uint64_t dst = reinterpret_cast<uint64_t>(a->dst);
+    Matrix<Bits, Dst> m = {};
+    m.src = reinterpret_cast<uint64_t>(a->src), m.dst = dst;
+    m.scales = reinterpret_cast<uint64_t>(a->scales), m.zeros = reinterpret_cast<uint64_t>(a->zeros);
+    m.groups = reinterpret_cast<uint64_t>(a->groups);
+    m.rows = a->rows, m.cols = a->cols;
+    m.first = a->first, m.end = a->first + a->count;
+    m.scale_row = transposed ? 1 : groups, m.scale_col = transposed ? a->rows : 1;
+    m.group = divisor(a->group);
+    m.fixed = offset ? 1 << (Bits - 1) : 0;
+    m.flip = a->flags & FST_K_SIGNED ? 1u << (Bits - 1) : 0;
+    m.scale_dtype = a->scale_dtype, m.zeros_kind = a->zeros_kind;
+    m.flags = a->flags;
+    const bool padded = a->flags & FST_K_PADDED;
+    m.zero_step = a->zeros_kind == FST_ZEROS_ROWS     ? words_of(a->rows, Bits, padded)
+                  : a->zeros_kind == FST_ZEROS_GROUPS ? words_of(groups, Bits, padded)
+                                                      : groups;
+    m.aligned = (dst | a->cols * m.dst_size) % 16 == 0;
+    m.whole = !a->groups && a->group % 8 == 0;
+    return m;
+}
+
+template <unsigned Bits, int Dst> int run_rows(fst_queue stream, const fst_packed_args *a) {
+    const uint64_t row_words = words_of(a->cols, Bits, a->flags & FST_K_PADDED);
+    PackedRows<Bits, Dst> body = {matrix<Bits, Dst>(a), row_words, a->first / row_words,
+                                  (a->first + a->count - 1) / row_words, divisor(ceil_of(a->cols, 8))};
+    return launch(stream, body, body.blocks());
+}
+
+template <int Dst> int run_pairs(fst_queue stream, const fst_packed_args *a) {
+    PackedPairs<Dst> body = {matrix<4, Dst>(a), a->first / a->cols, (a->first + a->count - 1) / a->cols,
+                             divisor(ceil_of(a->cols, 8))};
+    return launch(stream, body, body.blocks());
+}
+
+template <unsigned Bits, int Dst, bool Along> int run_tiles(fst_queue stream, const fst_packed_args *a) {
+    using Body = PackedTile<Bits, Dst, Along>;
+    const uint64_t width = Along ? a->rows : ceil_of(a->rows, 8);
+    const uint64_t first = a->first / width / Body::high,
+                   last = (a->first + a->count - 1) / width / Body::high;
+    Body body = {matrix<Bits, Dst>(a), width, first, last - first + 1, divisor(ceil_of(width, Body::wide))};
+#ifdef FST_BY_ELEMENT
+    return launch(stream, body, body.blocks());
+#else
+    return launch_phases(stream, body, body.blocks());
+#endif
+}
+
+typedef int packed_fn(fst_queue, const fst_packed_args *);
+
+template <int Dst> packed_fn *find_layout(int layout, unsigned bits) {
+    static packed_fn *const rows[] = {run_rows<1, Dst>, run_rows<2, Dst>, run_rows<3, Dst>, run_rows<4, Dst>,
+                                      run_rows<5, Dst>, run_rows<6, Dst>, run_rows<7, Dst>, run_rows<8, Dst>};
+    switch (layout) {
+    case FST_PACKED_ROW: return bits - 1 < 8 ? rows[bits - 1] : nullptr;
+    case FST_PACKED_PAIRS: return bits == 4 ? run_pairs<Dst> : nullptr;
+    case FST_PACKED_TRANSPOSED: return bits == 4 ? run_tiles<4, Dst, false> : nullptr;
+    case FST_PACKED_COLUMN:
+        return bits == 2   ? run_tiles<2, Dst, true>
+               : bits == 3 ? run_tiles<3, Dst, true>
+               : bits == 4 ? run_tiles<4, Dst, true>
+               : bits == 8 ? run_tiles<8, Dst, true>
+                           : nullptr;
+    default: return nullptr;
+    }
+}
+
+packed_fn *find(const fst_packed_args *a) {
+    switch (a->dst_dtype) {
+    case FST_T_F32: return find_layout<FST_T_F32>(a->layout, a->bits);
+    case FST_T_F16: return find_layout<FST_T_F16>(a->layout, a->bits);
+    case FST_T_BF16: return find_layout<FST_T_BF16>(a->layout, a->bits);
+    default: return nullptr;
+    }
+}
+
+// Words (bytes, of pairs) of a row of them, and how many such rows must not be parted. False: it does not fit.
+bool shape_of(const fst_packed_args *a, uint64_t *all, uint64_t *width, uint64_t *unit) {
+    const bool straddles = 32 % a->bits != 0 && !(a->flags & FST_K_PADDED);
+    uint64_t high = a->rows;
+    *unit = 1;
+    switch (a->layout) {
+    case FST_PACKED_ROW:
+        *width = words_of(a->cols, a->bits, a->flags & FST_K_PADDED);
+        if (straddles) *unit = a->bits;
+        break;
+    case FST_PACKED_PAIRS:
+        *width = a->cols, high = a->rows / 2;
+        if (a->rows % 2) return false;
+        break;
+    case FST_PACKED_TRANSPOSED: *width = ceil_of(a->rows, 8), high = a->cols; break;
+    default:
+        *width = a->rows, high = a->cols / 32 * a->bits + a->cols % 32 * a->bits / 32;
+        if (a->cols * a->bits % 32) return false;
+        if (straddles) *unit = a->rows * a->bits;
+    }
+    return !__builtin_mul_overflow(*width, high, all);
+}
+
+// Whether a range may begin or end at a word.
+bool is_cut(const fst_packed_args *a, uint64_t at, uint64_t width, uint64_t unit) {
+    return (a->layout == FST_PACKED_ROW ? at % width : at) % unit == 0;
+}
+
+} // namespace
+
+extern "C" int FST_SYMBOL(fst_packed)(fst_queue stream, const fst_packed_args *args) {
+    packed_fn *const launcher = find(args);
+    uint64_t elements, all = 0, end, width = 0, unit = 1;
+    if (!launcher) return FST_K_NO_KERNEL;
+    if (__builtin_mul_overflow(args->rows, args->cols, &elements) || elements > UINT64_MAX / 16)
+        return FST_K_SIZE;
+    if (args->count == 0) return FST_K_OK;
+    if (!shape_of(args, &all, &width, &unit) || __builtin_add_overflow(args->first, args->count, &end) ||
+        end > all)
+        return FST_K_SIZE;
+    if (!is_cut(args, args->first, width, unit) || !is_cut(args, end, width, unit)) return FST_K_SIZE;
+    const int scale = args->scale_dtype;
+    if (scale != FST_T_F32 && scale != FST_T_F16 && scale != FST_T_BF16) return FST_K_SCALE;
+    if (args->group == 0 || args->groups_count == 0 ||
+        (!args->groups && ceil_of(args->cols, args->group) > args->groups_count))
+        return FST_K_SCALE;
+    if (!args->src || !args->dst || !args->scales || (args->zeros_kind != FST_ZEROS_NONE && !args->zeros))
+        return FST_K_NULL;
+    const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8, scale_size = fst_type_bits(scale) / 8;
+    const uint64_t zero_mask = args->zeros_kind == FST_ZEROS_BYTES ? 0 : 3;
+    if (reinterpret_cast<uint64_t>(args->dst) % dst_size ||
+        reinterpret_cast<uint64_t>(args->scales) % scale_size ||
+        (reinterpret_cast<uint64_t>(args->zeros) & zero_mask) || reinterpret_cast<uint64_t>(args->groups) % 4)
+        return FST_K_ALIGN;
+    return launcher(stream, args);
+}
