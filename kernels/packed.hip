@@ -288,7 +288,7 @@ template <int Dst> struct PackedPairs {
 // store one after the other. What is packed stays so in shared memory: a quarter of the result, or less.
 template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     static constexpr unsigned threads = by_element ? 1 : 256;
-    static constexpr int blocks_resident = Along && Bits != 3 ? 6 : 5; // 40 registers, 48
+    static constexpr int blocks_resident = !Along ? 4 : Bits == 3 ? 5 : 6; // 64, 48, 40 registers
     static constexpr unsigned tile_cols = Along ? (Bits == 3 ? 128 : 16 * 32 / Bits) : 128;
     static constexpr unsigned tile_rows = Along ? 64 : 128;
     static constexpr unsigned high = Along ? tile_cols * Bits / 32 : tile_cols; // rows of words
