@@ -67,7 +67,7 @@ template <unsigned Bits, int Dst> struct Matrix {
         if (Bits == 4 && (flags & FST_K_AWQ_ORDER)) at.shift = awq_shift(at.shift / 4);
         const uint64_t i = at.word * zero_word + (along_groups ? row : j) * zero_step;
         uint64_t code = words[i] + zero_carry; // of 32 bits
-        if (32 % Bits && at.shift + Bits > 32) code |= static_cast<uint64_t>(words[i + zero_word]) << 32;
+        if (32 % Bits) code |= static_cast<uint64_t>(words[at.shift + Bits > 32 ? i + zero_word : i]) << 32;
         return static_cast<int32_t>(static_cast<uint32_t>(code >> at.shift) & mask) + fixed;
     }
 
@@ -98,6 +98,12 @@ template <unsigned Bits, int Dst> struct Matrix {
     }
 
 #ifndef FST_BY_ELEMENT
+    FST_INLINE void element(uint64_t row, uint64_t col, uint32_t code) const {
+        const Scale by = scale_of(row, group_of(col));
+        global<Word>(dst)[row * cols + col] =
+            static_cast<Word>(encode<Dst>(multiply(difference(code ^ flip, by.zero), by.scale)));
+    }
+
     // Eight columns of a row, from a multiple of 8 on; rows are aligned.
     FST_INLINE void vector(uint64_t row, uint64_t col, const uint32_t (&codes)[8]) const {
         Vector<8 *dst_size> out = {};
@@ -339,9 +345,9 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         const uint64_t i = word_of_code(row, col);
         if constexpr (Along) {
             const unsigned shift = static_cast<unsigned>(col * Bits % 32);
-            uint32_t word = word_at(m, i) >> shift;
-            if (32 % Bits && shift + Bits > 32) word |= word_at(m, i + width) << (32 - shift);
-            return word & m.mask;
+            uint64_t word = word_at(m, i);
+            if (32 % Bits) word |= static_cast<uint64_t>(word_at(m, shift + Bits > 32 ? i + width : i)) << 32;
+            return static_cast<uint32_t>(word >> shift) & m.mask;
         } else {
             return word_at(m, i) >> shift_of(static_cast<unsigned>(row % 8)) & m.mask;
         }
@@ -350,16 +356,14 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         return m.flags & FST_K_AWQ_ORDER ? awq_shift(i) : 4 * i;
     }
 
+#ifdef FST_BY_ELEMENT
     // What of the columns is there.
     FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
-        FST_ROLLED
         while (col < stop && !is_there(row, col)) col++;
-        FST_ROLLED
         while (stop > col && !is_there(row, stop - 1)) stop--;
         m.elements(row, col, stop, [&](uint64_t k) { return code(row, k); });
     }
 
-#ifdef FST_BY_ELEMENT
     FST_INLINE void operator()(uint64_t block, unsigned) const {
         const Tile t = tile(block);
         const uint64_t row_end = t.row + tile_rows < m.rows ? t.row + tile_rows : m.rows;
@@ -404,6 +408,13 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     }
 
   private:
+    // The same for at most eight columns: one loop, as AMD's scalar registers do not hold more.
+    FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
+        FST_ROLLED
+        for (; col < stop; col++)
+            if (is_there(row, col)) m.element(row, col, code(row, col));
+    }
+
     FST_INLINE bool is_whole(const Tile &t, uint64_t row, uint64_t col) const {
         return m.aligned && m.cols - col >= 8 && (t.inside || (is_there(row, col) && is_there(row, col + 7)));
     }
