@@ -322,15 +322,11 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
 
     struct Tile {
         uint64_t word_row, word_col, row, col; // of its corner
-        bool inside;                           // the range
     };
     FST_INLINE Tile tile(uint64_t block) const {
         const uint64_t down = tiles_across.divide(block), across = block - down * tiles_across.value;
-        Tile t = {(first_tile + down) * high, across * wide, across * tile_rows,
-                  (first_tile + down) * tile_cols, false};
-        t.inside = t.word_row * width + t.word_col >= m.first &&
-                   (t.word_row + high - 1) * width + t.word_col + wide <= m.end && t.word_col + wide <= width;
-        return t;
+        return {(first_tile + down) * high, across * wide, across * tile_rows,
+                (first_tile + down) * tile_cols};
     }
 
     // The word that a code begins in.
@@ -338,8 +334,7 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         return Along ? col * Bits / 32 * width + row : col * width + row / 8;
     }
     FST_INLINE bool is_there(uint64_t row, uint64_t col) const {
-        const uint64_t i = word_of_code(row, col);
-        return i >= m.first && i < m.end;
+        return word_of_code(row, col) - m.first < m.end - m.first;
     }
     FST_INLINE uint32_t code(uint64_t row, uint64_t col) const {
         const uint64_t i = word_of_code(row, col);
@@ -402,8 +397,8 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
             const unsigned across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
             const uint64_t col = t.col + across * 8;
             if (col >= m.cols) continue;
-            if constexpr (Along) along(t, shared, t.row + down, col, across, down);
-            else transposed(t, shared, t.row + down * 8, col, across, down);
+            if constexpr (Along) along(shared, t.row + down, col, across, down);
+            else transposed(shared, t.row + down * 8, col, across, down);
         }
     }
 
@@ -415,14 +410,14 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
             if (is_there(row, col)) m.element(row, col, code(row, col));
     }
 
-    FST_INLINE bool is_whole(const Tile &t, uint64_t row, uint64_t col) const {
-        return m.aligned && m.cols - col >= 8 && (t.inside || (is_there(row, col) && is_there(row, col + 7)));
+    FST_INLINE bool is_whole(uint64_t row, uint64_t col) const {
+        return m.aligned && m.cols - col >= 8 && is_there(row, col) && is_there(row, col + 7);
     }
 
-    FST_INLINE void along(const Tile &t, const Shared &shared, uint64_t row, uint64_t col, unsigned across,
+    FST_INLINE void along(const Shared &shared, uint64_t row, uint64_t col, unsigned across,
                           unsigned down) const {
         if (row >= m.rows) return;
-        if (!is_whole(t, row, col)) return part(row, col, m.cols - col < 8 ? m.cols : col + 8);
+        if (!is_whole(row, col)) return part(row, col, m.cols - col < 8 ? m.cols : col + 8);
         const unsigned byte = across * Bits, skip = byte % 4;
         const uint32_t *from = &shared.word[byte / 4 * step + down];
         uint32_t low = from[0], high_word = 0, codes[8];
@@ -434,10 +429,10 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         m.vector(row, col, codes);
     }
 
-    FST_INLINE void transposed(const Tile &t, const Shared &shared, uint64_t row, uint64_t col,
-                               unsigned across, unsigned down) const {
+    FST_INLINE void transposed(const Shared &shared, uint64_t row, uint64_t col, unsigned across,
+                               unsigned down) const {
         if (row >= m.rows) return;
-        if (!is_whole(t, row, col)) {
+        if (!is_whole(row, col)) {
             FST_ROLLED
             for (uint64_t r = row; r < row + 8 && r < m.rows; r++)
                 part(r, col, m.cols - col < 8 ? m.cols : col + 8);
@@ -447,7 +442,7 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         FST_UNROLLED
         for (unsigned i = 0; i < 8; i++) words[i] = shared.word[place(across * 8 + i) + down];
         FST_ROLLED // eight copies of what a vector is made by would be much code
-        for (unsigned r = 0; r < 8; r++) {
+            for (unsigned r = 0; r < 8; r++) {
             if (row + r >= m.rows) break;
             uint32_t codes[8];
             FST_UNROLLED
