@@ -39,10 +39,11 @@ template <unsigned Bits, int Dst> struct Matrix {
     uint64_t rows, cols;
     uint64_t first, end;           // words, of bytes where two rows share them
     uint64_t scale_row, scale_col; // steps of the scales
-    uint64_t zero_step;
+    uint64_t zero_word, zero_step; // steps of packed zero points: from word to word, and across
     Divisor group;
-    int32_t fixed; // the zero point, where there are none; what is added to bytes
-    uint32_t flip; // of each code: two's complement
+    int32_t fixed;       // added to zero points; where there are none, the only one
+    uint32_t zero_carry; // added to their words
+    uint32_t flip;       // of each code: two's complement
     int scale_dtype, zeros_kind;
     unsigned flags;
     bool aligned; // rows of the destination, to 16 bytes
@@ -61,17 +62,13 @@ template <unsigned Bits, int Dst> struct Matrix {
         if (zeros_kind == FST_ZEROS_BYTES)
             return fixed + static_cast<int8_t>(global<const uint8_t>(zeros)[row * zero_step + j]);
         const uint32_t *words = global<const uint32_t>(zeros);
-        const bool along_groups = zeros_kind == FST_ZEROS_GROUPS, columns = zeros_kind == FST_ZEROS_COLUMNS;
+        const bool along_groups = zeros_kind == FST_ZEROS_GROUPS;
         At at = place_of<Bits>(along_groups ? j : row, flags & FST_K_PADDED);
         if (Bits == 4 && (flags & FST_K_AWQ_ORDER)) at.shift = awq_shift(at.shift / 4);
-        const uint64_t other = along_groups ? row : j;
-        const uint64_t i = columns ? at.word * zero_step + other : other * zero_step + at.word;
-        uint32_t code = words[i];
-        if (flags & FST_K_ZERO_CARRY) code += 0xFFFFFFFF / mask;
-        code >>= at.shift;
-        if (32 % Bits && at.shift + Bits > 32)
-            code |= words[i + (columns ? zero_step : 1)] << (32 - at.shift);
-        return static_cast<int32_t>(code & mask) + ((flags & FST_K_ZERO_PLUS_ONE) != 0);
+        const uint64_t i = at.word * zero_word + (along_groups ? row : j) * zero_step;
+        uint64_t code = words[i] + zero_carry; // of 32 bits
+        if (32 % Bits) code |= static_cast<uint64_t>(words[at.shift + Bits > 32 ? i + zero_word : i]) << 32;
+        return static_cast<int32_t>(static_cast<uint32_t>(code >> at.shift) & mask) + fixed;
     }
 
     FST_INLINE Scale scale_of(uint64_t row, uint64_t j) const {
@@ -101,19 +98,17 @@ template <unsigned Bits, int Dst> struct Matrix {
     }
 
 #ifndef FST_BY_ELEMENT
+    FST_INLINE void element(uint64_t row, uint64_t col, uint32_t code) const {
+        const Scale by = scale_of(row, group_of(col));
+        global<Word>(dst)[row * cols + col] =
+            static_cast<Word>(encode<Dst>(multiply(difference(code ^ flip, by.zero), by.scale)));
+    }
+
     // Eight columns of a row, from a multiple of 8 on; rows are aligned.
     FST_INLINE void vector(uint64_t row, uint64_t col, const uint32_t (&codes)[8]) const {
-        Scale by[8];
-        if (whole) {
-            by[0] = scale_of(row, group_of(col));
-            FST_UNROLLED
-            for (unsigned i = 1; i < 8; i++) by[i] = by[0];
-        } else {
-            FST_UNROLLED
-            for (unsigned i = 0; i < 8; i++) by[i] = scale_of(row, group_of(col + i));
-        }
         Vector<8 *dst_size> out = {};
-        results(codes, by, &out);
+        if (whole) results(codes, scale_of(row, group_of(col)), &out);
+        else scattered(row, col, codes, &out);
         uint8_t *to = global<uint8_t>(dst) + (row * cols + col) * dst_size;
         Vector<16> part;
         FST_UNROLLED
@@ -125,18 +120,15 @@ template <unsigned Bits, int Dst> struct Matrix {
     }
 
   private:
-    FST_INLINE void results(const uint32_t (&codes)[8], const Scale (&by)[8],
-                            Vector<8 * dst_size> *out) const {
+    // Of one group.
+    FST_INLINE void results(const uint32_t (&codes)[8], Scale by, Vector<8 * dst_size> *out) const {
 #if FST_PACKED
-        uint32_t largest = 0; // of finite scales there is no NaN
-        FST_UNROLLED
-        for (unsigned i = 0; i < 8; i++) largest |= (by[i].scale & 0x7F800000) == 0x7F800000;
-        if (!largest) {
+        if ((by.scale & 0x7F800000) != 0x7F800000) { // of finite scales there is no NaN
             uint32_t x[8];
             FST_UNROLLED
             for (unsigned i = 0; i < 8; i++)
-                x[i] = fst_bits_of_float32(fst_float_of_bits32(difference(codes[i] ^ flip, by[i].zero)) *
-                                           fst_float_of_bits32(by[i].scale));
+                x[i] = fst_bits_of_float32(fst_float_of_bits32(difference(codes[i] ^ flip, by.zero)) *
+                                           fst_float_of_bits32(by.scale));
             if constexpr (Dst == FST_T_F32) {
                 FST_UNROLLED
                 for (unsigned i = 0; i < 8; i++) out->word[i] = x[i];
@@ -149,8 +141,29 @@ template <unsigned Bits, int Dst> struct Matrix {
 #endif
         FST_UNROLLED
         for (unsigned i = 0; i < 8; i++)
-            put<dst_size>(out, i,
-                          encode<Dst>(multiply(difference(codes[i] ^ flip, by[i].zero), by[i].scale)));
+            put<dst_size>(out, i, encode<Dst>(multiply(difference(codes[i] ^ flip, by.zero), by.scale)));
+    }
+
+    // Of any groups. Codes and results move through their arrays, so that one copy of the body does for all eight and no
+    // index is known only at run time: eight copies are more than registers hold.
+    FST_INLINE void scattered(uint64_t row, uint64_t col, const uint32_t (&codes)[8],
+                              Vector<8 * dst_size> *out) const {
+        constexpr unsigned n = Vector<8 * dst_size>::words;
+        uint32_t left[8];
+        FST_UNROLLED
+        for (unsigned i = 0; i < 8; i++) left[i] = codes[i];
+        FST_ROLLED
+        for (unsigned i = 0; i < 8; i++) {
+            const Scale by = scale_of(row, group_of(col + i));
+            const uint32_t x = encode<Dst>(multiply(difference(left[0] ^ flip, by.zero), by.scale));
+            FST_UNROLLED
+            for (unsigned k = 0; k < 7; k++) left[k] = left[k + 1];
+            FST_UNROLLED
+            for (unsigned k = 0; k < n; k++) {
+                const uint32_t next = k + 1 < n ? out->word[(k + 1) % n] : x;
+                out->word[k] = dst_size == 4 ? next : funnel(out->word[k], next, 2);
+            }
+        }
     }
 #endif
 };
@@ -289,7 +302,7 @@ template <int Dst> struct PackedPairs {
 template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     static constexpr unsigned threads = by_element ? 1 : 256;
 #ifdef __CUDACC__
-    static constexpr int resident = Along && Bits != 3 ? 6 : 5; // blocks: 40 registers, 48
+    static constexpr int resident = !Along ? 4 : Bits == 3 ? 5 : 6; // blocks: 64, 48, 40 registers
 #else
     static constexpr int resident = 4; // waves
 #endif
@@ -313,15 +326,11 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
 
     struct Tile {
         uint64_t word_row, word_col, row, col; // of its corner
-        bool inside;                           // the range
     };
     FST_INLINE Tile tile(uint64_t block) const {
         const uint64_t down = tiles_across.divide(block), across = block - down * tiles_across.value;
-        Tile t = {(first_tile + down) * high, across * wide, across * tile_rows,
-                  (first_tile + down) * tile_cols, false};
-        t.inside = t.word_row * width + t.word_col >= m.first &&
-                   (t.word_row + high - 1) * width + t.word_col + wide <= m.end && t.word_col + wide <= width;
-        return t;
+        return {(first_tile + down) * high, across * wide, across * tile_rows,
+                (first_tile + down) * tile_cols};
     }
 
     // The word that a code begins in.
@@ -329,16 +338,15 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         return Along ? col * Bits / 32 * width + row : col * width + row / 8;
     }
     FST_INLINE bool is_there(uint64_t row, uint64_t col) const {
-        const uint64_t i = word_of_code(row, col);
-        return i >= m.first && i < m.end;
+        return word_of_code(row, col) - m.first < m.end - m.first;
     }
     FST_INLINE uint32_t code(uint64_t row, uint64_t col) const {
         const uint64_t i = word_of_code(row, col);
         if constexpr (Along) {
             const unsigned shift = static_cast<unsigned>(col * Bits % 32);
-            uint32_t word = word_at(m, i) >> shift;
-            if (32 % Bits && shift + Bits > 32) word |= word_at(m, i + width) << (32 - shift);
-            return word & m.mask;
+            uint64_t word = word_at(m, i);
+            if (32 % Bits) word |= static_cast<uint64_t>(word_at(m, shift + Bits > 32 ? i + width : i)) << 32;
+            return static_cast<uint32_t>(word >> shift) & m.mask;
         } else {
             return word_at(m, i) >> shift_of(static_cast<unsigned>(row % 8)) & m.mask;
         }
@@ -347,16 +355,14 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         return m.flags & FST_K_AWQ_ORDER ? awq_shift(i) : 4 * i;
     }
 
+#ifdef FST_BY_ELEMENT
     // What of the columns is there.
     FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
-        FST_ROLLED
         while (col < stop && !is_there(row, col)) col++;
-        FST_ROLLED
         while (stop > col && !is_there(row, stop - 1)) stop--;
         m.elements(row, col, stop, [&](uint64_t k) { return code(row, k); });
     }
 
-#ifdef FST_BY_ELEMENT
     FST_INLINE void operator()(uint64_t block, unsigned) const {
         const Tile t = tile(block);
         const uint64_t row_end = t.row + tile_rows < m.rows ? t.row + tile_rows : m.rows;
@@ -395,20 +401,27 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
             const unsigned across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
             const uint64_t col = t.col + across * 8;
             if (col >= m.cols) continue;
-            if constexpr (Along) along(t, shared, t.row + down, col, across, down);
-            else transposed(t, shared, t.row + down * 8, col, across, down);
+            if constexpr (Along) along(shared, t.row + down, col, across, down);
+            else transposed(shared, t.row + down * 8, col, across, down);
         }
     }
 
   private:
-    FST_INLINE bool is_whole(const Tile &t, uint64_t row, uint64_t col) const {
-        return m.aligned && m.cols - col >= 8 && (t.inside || (is_there(row, col) && is_there(row, col + 7)));
+    // The same for at most eight columns: one loop, as AMD's scalar registers do not hold more.
+    FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
+        FST_ROLLED
+        for (; col < stop; col++)
+            if (is_there(row, col)) m.element(row, col, code(row, col));
     }
 
-    FST_INLINE void along(const Tile &t, const Shared &shared, uint64_t row, uint64_t col, unsigned across,
+    FST_INLINE bool is_whole(uint64_t row, uint64_t col) const {
+        return m.aligned && m.cols - col >= 8 && is_there(row, col) && is_there(row, col + 7);
+    }
+
+    FST_INLINE void along(const Shared &shared, uint64_t row, uint64_t col, unsigned across,
                           unsigned down) const {
         if (row >= m.rows) return;
-        if (!is_whole(t, row, col)) return part(row, col, m.cols - col < 8 ? m.cols : col + 8);
+        if (!is_whole(row, col)) return part(row, col, m.cols - col < 8 ? m.cols : col + 8);
         const unsigned byte = across * Bits, skip = byte % 4;
         const uint32_t *from = &shared.word[byte / 4 * step + down];
         uint32_t low = from[0], high_word = 0, codes[8];
@@ -420,10 +433,10 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         m.vector(row, col, codes);
     }
 
-    FST_INLINE void transposed(const Tile &t, const Shared &shared, uint64_t row, uint64_t col,
-                               unsigned across, unsigned down) const {
+    FST_INLINE void transposed(const Shared &shared, uint64_t row, uint64_t col, unsigned across,
+                               unsigned down) const {
         if (row >= m.rows) return;
-        if (!is_whole(t, row, col)) {
+        if (!is_whole(row, col)) {
             FST_ROLLED
             for (uint64_t r = row; r < row + 8 && r < m.rows; r++)
                 part(r, col, m.cols - col < 8 ? m.cols : col + 8);
@@ -433,7 +446,7 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         FST_UNROLLED
         for (unsigned i = 0; i < 8; i++) words[i] = shared.word[place(across * 8 + i) + down];
         FST_ROLLED // eight copies of what a vector is made by would be much code
-        for (unsigned r = 0; r < 8; r++) {
+            for (unsigned r = 0; r < 8; r++) {
             if (row + r >= m.rows) break;
             uint32_t codes[8];
             FST_UNROLLED
@@ -466,14 +479,19 @@ template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args
     m.first = a->first, m.end = a->first + a->count;
     m.scale_row = transposed ? 1 : groups, m.scale_col = transposed ? a->rows : 1;
     m.group = divisor(a->group);
-    m.fixed = offset ? 1 << (Bits - 1) : 0;
+    const bool packed = a->zeros_kind != FST_ZEROS_NONE && a->zeros_kind != FST_ZEROS_BYTES;
+    const bool one = a->flags & FST_K_ZERO_PLUS_ONE, carry = a->flags & FST_K_ZERO_CARRY;
+    m.fixed = packed ? one : offset ? 1 << (Bits - 1) : 0;
+    m.zero_carry = packed && carry ? 0xFFFFFFFF / m.mask : 0;
     m.flip = a->flags & FST_K_SIGNED ? 1u << (Bits - 1) : 0;
     m.scale_dtype = a->scale_dtype, m.zeros_kind = a->zeros_kind;
     m.flags = a->flags;
     const bool padded = a->flags & FST_K_PADDED;
+    m.zero_word = a->zeros_kind == FST_ZEROS_COLUMNS ? groups : 1;
     m.zero_step = a->zeros_kind == FST_ZEROS_ROWS     ? words_of(a->rows, Bits, padded)
                   : a->zeros_kind == FST_ZEROS_GROUPS ? words_of(groups, Bits, padded)
-                                                      : groups;
+                  : a->zeros_kind == FST_ZEROS_BYTES  ? groups
+                                                      : 1;
     m.aligned = (dst | a->cols * m.dst_size) % 16 == 0;
     m.whole = !a->groups && a->group % 8 == 0;
     return m;

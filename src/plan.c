@@ -431,10 +431,6 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
             return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
                             "tensor \"%s\" (%s) is not dequantized to %s: F32, F16 and BF16 there are",
                             entry->name, fst_format_name(w->format), fst_dtype_name(cast));
-        if (!fst_scheme_has_kernel(w))
-            return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
-                            "tensor \"%s\": %s is not dequantized by this version; load it as stored",
-                            entry->name, fst_format_name(w->format));
         tensor->dtype = cast;
         count = w->stack * w->rows * w->cols;
     } else if (tensor->conversion == FST_CONVERT_QUANTIZE || tensor->conversion == FST_CONVERT_FNUZ) {
@@ -477,7 +473,7 @@ static fst_status choose_of_codes(planner *p, size_t index, const fst_entry *ent
         *cast = FST_NATIVE;
     } else if (scale) {
         tensor->conversion = FST_CONVERT_QUANTIZE;
-        if (fst_scheme_has_kernel(w) && w->stack * w->rows * w->cols == 0) { /* nothing has no scales */
+        if (w->stack * w->rows * w->cols == 0) { /* nothing has no scales */
             tensor->conversion = FST_CONVERT_CAST;
             *cast = FST_NATIVE;
         }

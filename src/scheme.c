@@ -19,24 +19,6 @@ const char *fst_format_name(fst_format format) {
     return (unsigned)format < FST_FORMAT_COUNT ? format_names[format] : "";
 }
 
-int fst_scheme_has_kernel(const fst_quantized *w) {
-    switch (w->format) {
-    case FST_FORMAT_FP8_TENSOR:
-    case FST_FORMAT_FP8_ROW:
-    case FST_FORMAT_FP8_COLUMN:
-    case FST_FORMAT_FP8_GROUP:
-    case FST_FORMAT_FP8_BLOCK:
-    case FST_FORMAT_MXFP8:
-    case FST_FORMAT_MXFP4:
-    case FST_FORMAT_INT8:
-    case FST_FORMAT_NVFP4:
-    case FST_FORMAT_BNB_NF4:
-    case FST_FORMAT_BNB_FP4:
-    case FST_FORMAT_BNB_INT8: return 1;
-    default: return fst_scheme_is_packed(w);
-    }
-}
-
 int fst_scheme_is_packed(const fst_quantized *w) {
     switch (w->format) {
     case FST_FORMAT_PACKED:

@@ -38,8 +38,6 @@ typedef enum fst_format {
 const char *fst_format_name(fst_format format);
 
 struct fst_quantized;
-/* Whether the kernels of this version dequantize it. */
-int fst_scheme_has_kernel(const struct fst_quantized *weight);
 /* Whether its codes are integers in words, or two rows to a byte: of the kernels `packed`. */
 int fst_scheme_is_packed(const struct fst_quantized *weight);
 

@@ -119,7 +119,11 @@ def required():
         "Begin": [()], "Fnuz": [()],
     }
     families["Batch"] = families["Cast"]
-    return {(family, *(NUMBERS[name] for name in types)) for family, all_types in families.items() for types in all_types}
+    packed = {("PackedRows", bits, NUMBERS[name]) for bits in range(1, 9) for name in plain}
+    packed |= {("PackedTile", bits, NUMBERS[name]) for bits in (2, 3, 4, 8) for name in plain}
+    packed |= {("PackedPairs", NUMBERS[name]) for name in plain}
+    return packed | {(family, *(NUMBERS[name] for name in types))
+                     for family, all_types in families.items() for types in all_types}
 
 
 def identity(name):
