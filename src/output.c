@@ -15,6 +15,7 @@
 /* ---- Text ------------------------------------------------------------------------------------ */
 
 void fst_put(fst_text *text, const char *data, size_t size) {
+    if (size == 0) return;
     if (text->room - text->used < size) {
         size_t room = 2 * text->room + size + 4096;
         char *larger = text->failed ? NULL : realloc(text->data, room);
