@@ -30,7 +30,7 @@ typedef struct fst_plan_options {
     uint64_t  block_bytes;  /* tensors share blocks of about this size; a larger one has its own */
     const fst_scheme *scheme; /* of the tensors that are not skipped; NULL: none is quantized */
     uint64_t  batch_bytes;  /* of companions; a batch has at least one weight's. 0: 16 MiB */
-    uint64_t  window_bytes; /* of parked stripes; a window has at least one. 0: 16 chunks */
+    uint64_t  window_bytes; /* of parked stripes; a window has at least one. 0: 8 chunks */
 } fst_plan_options;
 
 #define FST_TENSOR_ALIGN 256u
