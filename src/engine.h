@@ -32,6 +32,7 @@ typedef struct fst_slot {
     uint32_t chunk;      /* that is in it */
     double full;         /* since when its chunk is */
     double queued;       /* COPYING: since when */
+    unsigned sender;     /* the worker that sent the chunk on */
     int kernels_untimed; /* `converted` was not looked at yet */
     int pinned;
 } fst_slot;

@@ -969,11 +969,11 @@ static void trace_read(const fst_worker *w, const fst_strip *strip, fst_how how,
                               .end = fst_os_now()});
 }
 
-static void trace_copy(const fst_worker *w, const fst_load_job *job, const fst_slot *s, double end) {
+static void trace_copy(const fst_engine *engine, const fst_load_job *job, const fst_slot *s, double end) {
     if (!fst_pipeline_trace) return;
     trace(&(fst_trace_record){.kind = FST_TRACE_COPY,
-                              .worker = worker_number(w),
-                              .slot = (unsigned)(s - w->engine->slots),
+                              .worker = s->sender,
+                              .slot = (unsigned)(s - engine->slots),
                               .chunk = s->chunk,
                               .nbytes = job->plan->chunks[s->chunk].nbytes,
                               .full = s->full,
@@ -1044,7 +1044,7 @@ static int finish_copies(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     float copy = gpu->calls->event_elapsed(gpu, s->started, s->copied);
     if (copy >= 0) w->stats.copy_ms += (double)copy;
     s->kernels_untimed = copy >= 0;
-    trace_copy(w, job, s, now);
+    trace_copy(w->engine, job, s, now);
     chunk_is_done(w, job, s);
     return 1;
 }
@@ -1055,6 +1055,7 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     uint32_t index = s->chunk; /* once it is being copied, the slot may become another's */
     const char *what = "";
     w->stats.chunks++;
+    s->sender = worker_number(w);
     w->stream = s->stream;
     if (!prepare_memory(w, job, chunk) || !double_chunk(w, job, chunk, s->bounce + chunk->offset % PAGE))
         return 0;
