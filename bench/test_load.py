@@ -175,7 +175,8 @@ class Load(unittest.TestCase):
     def check_picture(self, r):
         root = xml.etree.ElementTree.parse(self.svg).getroot()
         words = ["".join(node.itertext()) for node in root.iter(SVG + "text")]
-        self.assertEqual(["thread 0", "thread 1"], [w for w in words if w.startswith("thread")])
+        # One thread may have read it all before the other woke up.
+        self.assertIn([w for w in words if w.startswith("thread")], (["thread 0"], ["thread 1"], ["thread 0", "thread 1"]))
         if r["pinned_bytes"]:
             self.assertEqual(["slot %d" % i for i in range(6)], [w for w in words if re.match(r"slot \d", w)])
         self.assertTrue(any("warm as is" in w for w in words), words)

@@ -123,6 +123,7 @@ typedef enum fst_status {
     FST_E_AGAIN,         /* a stream has nothing to give before tensors are released: not the end of it */
     FST_E_QUANTIZED,     /* a quantized weight and what should belong to it do not fit together */
     FST_E_UNSUPPORTED,   /* a format that is known, but not dequantized here; FST_NATIVE loads it as stored */
+    FST_E_PEER,          /* another rank did not come, or went away */
     FST_STATUS_COUNT
 } fst_status;
 
@@ -153,7 +154,8 @@ enum {
 
 enum {
     FST_NON_SATURATING = 1u << 0, /* out of range becomes Inf, or NaN where there is no Inf */
-    FST_AS_READY       = 1u << 1  /* streams: as tensors become complete, not in the order of the files */
+    FST_AS_READY       = 1u << 1, /* streams: as tensors become complete, not in the order of the files */
+    FST_STRICT_SHARDS  = 1u << 2  /* a rule of `shards` that matches no tensor is FST_E_NOT_FOUND */
 };
 
 /* How files are read. */
@@ -180,6 +182,24 @@ typedef enum fst_scale {
     FST_QUANTIZE_ROW,      /* one a row: X.weight_scale, [rows, 1] */
     FST_QUANTIZE_BLOCK     /* one for 128 x 128: X.weight_scale_inv, [rows / 128, columns / 128], rounded up */
 } fst_scale;
+
+/* Which tensors are cut among ranks, and along what; which are left out. */
+enum {
+    FST_REPLICATE = -1, /* every rank has all of it */
+    FST_SKIP      = -2, /* it is not loaded */
+    FST_ONLY      = -3  /* where there are such rules, what none of them matches is not loaded */
+};
+typedef struct fst_shard_rule {
+    const char *glob; /* of names, * any characters (dots too), ? one; NULL ends a list */
+    int32_t     dim;  /* of the tensor that the load makes: 0 is the first one; or one of the above */
+    uint32_t    unit; /* parts begin at multiples of so many; 0 is 1 */
+} fst_shard_rule;
+
+/* What is asked of the files for parts that are not contiguous in them. */
+typedef enum fst_read_mode {
+    FST_READ_AUTO = 0, /* whole rows where that is sooner: at most twice the bytes that are needed */
+    FST_READ_EXACT     /* the bytes that are needed */
+} fst_read_mode;
 
 typedef struct fst_progress {
     uint64_t bytes_done;  /* bytes of the files that are in place, converted */
@@ -214,9 +234,20 @@ typedef struct fst_rule {
     uint64_t  memory_bytes; /* how much is there: at least the result's size */
     fst_scale scale;        /* as in the options; where those leave a tensor as stored, it comes with FST_NATIVE and
                                FST_QUANTIZE_NONE. Of no effect with a `cast` that takes no scales */
-    uint32_t  unused;
-    uint64_t  reserved[7];
+    uint32_t  layout;       /* FST_TRANSPOSE, FST_DEINTERLEAVE */
+    int32_t   shard_dim;    /* along which the tensor is cut: as in fst_shard_rule, which it begins with; or FST_REPLICATE */
+    int32_t   into_dim;     /* of `into`: the dimension that parts follow one another in; -1: they are stacked in a new first one */
+    uint64_t  shard_begin, shard_end; /* the part of shard_dim; both 0: that of options.rank. An empty one is n to n, n > 0 */
+    const char *into;       /* the result that this tensor becomes a part of, copied; NULL: none, it is one of its own */
+    uint64_t  into_place;   /* parts come in the order of this, those with the same one in that of tensors */
+    uint64_t  reserved[2];
 } fst_rule;
+
+enum {
+    FST_TRANSPOSE    = 1u << 0, /* the last two dimensions change places */
+    FST_DEINTERLEAVE = 1u << 1  /* of the last dimension but one (a vector's only one) all even ones come first, then the odd
+                                   ones: gate and up projections that alternate (gpt-oss) */
+};
 
 /* Called once for each tensor, in order, before any data is read. A return other than 0 ends the load
  * (FST_E_CANCELLED). `tensor` is as after fst_open. */
@@ -253,15 +284,28 @@ typedef struct fst_options {
     uint64_t        memory_bytes; /* streams: most device memory for results at one time; 0: 1 GiB, or the
                                      largest tensor's size when that is more */
     fst_scale       scale;        /* scales that are computed, with a `cast` to F8_E4M3, F8_E5M2, F8_E4M3FNUZ */
+    unsigned        rank, ranks;  /* this is part `rank` of `ranks`; 0 of 0: of 1 */
+    const fst_shard_rule *shards; /* what is cut, and what left out: of rules that match a name with a dim of 0 or more or
+                                     FST_REPLICATE the first counts; FST_SKIP and FST_ONLY count in any place. NULL: nothing */
+    fst_read_mode   read;
 } fst_options;
 
 #define FST_OPTIONS_INIT                                                                         \
     {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL, FST_READER_AUTO, \
-     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0, FST_QUANTIZE_NONE}
+     FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0, FST_QUANTIZE_NONE, 0, 0, NULL,       \
+     FST_READ_AUTO}
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 
 typedef struct fst_model fst_model;
+
+/* Rules for the usual decoder models (Llama, Qwen, Mistral, DeepSeek, gpt-oss names) and tensor parallelism: docs/shards.md
+ * has the table. Static storage, ends with a NULL glob. */
+FST_API const fst_shard_rule *fst_shard_rules(void);
+
+/* The part of `extent` that is `rank`'s of `ranks`: torch.chunk's, in whole units. The last ones may be empty. */
+FST_API void fst_shard_range(uint64_t extent, uint64_t unit, unsigned rank, unsigned ranks, uint64_t *begin,
+                             uint64_t *end);
 
 /* `files` is a list that ends in NULL. Each entry is a .safetensors file, a directory
  * (model.safetensors.index.json in it, otherwise all its *.safetensors files by name), or an index
@@ -320,8 +364,13 @@ struct fst_tensor {
     uint64_t       nbytes;        /* of `data`; after fst_open, of the tensor in the file */
     int            file;          /* index of the file it came from */
     uint64_t       file_offset;   /* where its bytes start in that file */
-    uint64_t       file_nbytes;   /* and how many they are; 0: scales that were computed, of the weight there */
-    uint64_t       reserved[8];
+    uint64_t       file_nbytes;   /* and how many they are, also of a tensor of which only a part was loaded; 0: scales that
+                                     were computed, of the weight there */
+    int32_t        shard_dim;     /* along which it was cut; FST_REPLICATE: it is whole */
+    uint32_t       unused;
+    uint64_t       shard_begin;   /* what part it is: from here on, */
+    uint64_t       shard_extent;  /* of so many in all */
+    uint64_t       reserved[5];
 };
 
 FST_API size_t fst_model_count(const fst_model *model);
@@ -404,6 +453,10 @@ typedef struct fst_stats {
     uint64_t    nans;              /* NaNs among the values that scales were computed for: their codes are NaN */
     uint64_t    nan_scales;        /* NaN among the scales of dequantized weights (E8M0: 255): what is under them is NaN */
     uint64_t    bare_weights;      /* 8-bit float weights that have no scale, in a cast: taken as they are */
+    uint64_t    bytes_needed;      /* of the files, that results are made of; bytes_read has headers, and what came along */
+    uint64_t    bytes_storage;     /* that this process caused to be read from storage meanwhile, as the system counts; UINT64_MAX:
+                                      it does not tell */
+    uint64_t    shards_unused;     /* rules of options.shards that match no tensor */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */

@@ -203,6 +203,29 @@ typedef struct fst_fnuz_args {
     uint64_t   *nans;
 } fst_fnuz_args;
 
+/* A part of a matrix of codes, [row, row + rows) x [col, col + cols) of the whole one, which other arguments describe (their
+ * `src` and `dst` as below, `first` and `count` without meaning), for shards: everything is counted in the whole matrix,
+ * so that a border may cut blocks, groups and words.
+ *
+ * Codes are stored in rows: of the matrix (FST_PACKED_ROW and what is not packed), of pairs of rows (FST_PACKED_PAIRS), of
+ * words across its columns (FST_PACKED_COLUMN), of its columns (FST_PACKED_TRANSPOSED). `src` is byte src_byte of stored
+ * row src_row, other rows are src_pitch bytes apart. src_pitch 0: it is byte src_byte of all that is stored (bitsandbytes' 4
+ * bits, plain F4 and F6: their rows need not fill bytes). All bytes that hold codes of the part are there, no others are
+ * touched.
+ *
+ * dst is the result's first element, which element (origin_row, origin_col) becomes; others lie dst_row and dst_col
+ * elements apart. With dst_half, row 2 i + k of the result goes to row i + k x dst_half.
+ *
+ * `scales` begins with element scales_first of all scales, and its rows are scales_pitch elements apart (0: all are there);
+ * `zeros` likewise, in words or bytes. Pointers are aligned as the arguments have it. g_idx, maps and nested scales are whole. */
+typedef struct fst_box {
+    uint64_t row, col, rows, cols;
+    uint64_t src_row, src_byte, src_pitch;
+    uint64_t origin_row, origin_col, dst_row, dst_col, dst_half;
+    uint64_t scales_first, scales_pitch;
+    uint64_t zeros_first, zeros_pitch;
+} fst_box;
+
 typedef struct fst_kernels {
     int (*cast)(fst_queue stream, const fst_cast_args *args);
     int (*batch)(fst_queue stream, const fst_batch_args *args);

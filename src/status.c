@@ -23,7 +23,7 @@ static const char *const names[] = {
     NAME(FST_E_INDEX),     NAME(FST_E_CHANGED),     NAME(FST_E_NOT_FOUND),     NAME(FST_E_NO_CAST),
     NAME(FST_E_NO_DEVICE), NAME(FST_E_DEVICE),      NAME(FST_E_DEVICE_MEMORY), NAME(FST_E_CANCELLED),
     NAME(FST_E_CONFLICT),  NAME(FST_E_NO_DATA),     NAME(FST_E_DLPACK),        NAME(FST_E_AGAIN),
-    NAME(FST_E_QUANTIZED), NAME(FST_E_UNSUPPORTED),
+    NAME(FST_E_QUANTIZED), NAME(FST_E_UNSUPPORTED), NAME(FST_E_PEER),
 };
 _Static_assert(sizeof names / sizeof *names == FST_STATUS_COUNT, "a status has no name");
 

@@ -25,7 +25,7 @@ TEST(status, every_status_has_its_own_name) {
     CHECK_STR("FST_OK", fst_status_name(FST_OK));
     CHECK_STR("FST_E_ARG", fst_status_name(FST_E_ARG));
     CHECK_STR("FST_E_JSON", fst_status_name(FST_E_JSON));
-    CHECK_STR("FST_E_UNSUPPORTED", fst_status_name((fst_status)(FST_STATUS_COUNT - 1)));
+    CHECK_STR("FST_E_PEER", fst_status_name((fst_status)(FST_STATUS_COUNT - 1)));
     for (int i = 1; i < FST_STATUS_COUNT; i++) {
         CHECK(strncmp(fst_status_name((fst_status)i), "FST_E_", 6) == 0);
         for (int k = 0; k < i; k++) {

@@ -28,6 +28,8 @@ struct all {
     fst_status (*save)(const fst_model *, const char *, const fst_save_options *, fst_error *);
     fst_status (*convert_directory)(const char *, const char *, const fst_options *,
                                     const fst_convert_options *, fst_convert_stats *, fst_error *);
+    const fst_shard_rule *(*shard_rules)(void);
+    void (*shard_range)(uint64_t, uint64_t, unsigned, unsigned, uint64_t *, uint64_t *);
 };
 
 static const struct all all = {fst_version,
@@ -54,7 +56,9 @@ static const struct all all = {fst_version,
                                fst_model_stats,
                                fst_model_dlpack,
                                fst_save,
-                               fst_convert_directory};
+                               fst_convert_directory,
+                               fst_shard_rules,
+                               fst_shard_range};
 
 /* 0 when the library gives an error for a file that is not there, as it should. */
 int main(void) {
