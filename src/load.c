@@ -5,9 +5,12 @@
 
 #include "loading.h"
 #include "quantize.h"
+#include "shard.h"
 
 #define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
+#define GPU_SEGMENT 1024u               /* reads of less cost more than twice as many bytes on the link do */
+#define CPU_SEGMENT 2048u               /* likewise than twice as many bytes from memory */
 
 /* So large that there are few, so small that the first is there soon. */
 uint64_t fst_block_bytes = (uint64_t)256 << 20;
@@ -31,7 +34,7 @@ static fst_status copy_options(const fst_options *given, fst_options *options, f
 }
 
 static fst_status check_options(const fst_options *options, fst_error *error) {
-    const unsigned known = FST_NON_SATURATING | FST_AS_READY;
+    const unsigned known = FST_NON_SATURATING | FST_AS_READY | FST_STRICT_SHARDS;
     if ((int)options->cast < 0 || options->cast >= FST_DTYPE_COUNT)
         return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no dtype to cast to", (int)options->cast);
     if (options->device < 0)
@@ -54,7 +57,7 @@ static fst_status check_options(const fst_options *options, fst_error *error) {
                         fst_dtype_name(options->cast));
     if (options->allocator && (!options->allocator->allocate || !options->allocator->release))
         return refuse(error, "the allocator lacks a function");
-    return FST_OK;
+    return fst_shards_check(options, error);
 }
 
 fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given) {
@@ -109,15 +112,19 @@ static fst_status make_reader(fst_loading *l) {
     const fst_gpu *gpu = l->model->gpu;
     fst_reader_options options = {l->options.reader, l->options.cache,
                                   gpu->host_access ? plan->bytes_blocks : 0};
-    fst_range *ranges = l->ranges = malloc((plan->chunks_count + 1) * sizeof *ranges);
+    fst_range *ranges = l->ranges = malloc((plan->extents_count + 1) * sizeof *ranges);
     size_t count = 0;
     if (!ranges) return fst_no_memory(l->error);
     for (size_t i = 0; i < plan->chunks_count; i++) {
         const fst_plan_chunk *chunk = &plan->chunks[i];
-        fst_range *last = count ? &ranges[count - 1] : NULL;
-        if (last && last->file == chunk->file && last->offset + last->nbytes == chunk->offset)
-            last->nbytes += chunk->nbytes;
-        else ranges[count++] = (fst_range){chunk->file, chunk->offset, chunk->nbytes};
+        for (uint32_t k = 0; k < chunk->extents; k++) {
+            const fst_plan_extent *extent = &plan->extents[chunk->first_extent + k];
+            uint64_t size = (extent->nbytes / extent->segment - 1) * extent->pitch + extent->segment;
+            fst_range *last = count ? &ranges[count - 1] : NULL;
+            if (last && last->file == chunk->file && last->offset + last->nbytes == extent->offset)
+                last->nbytes += size;
+            else ranges[count++] = (fst_range){chunk->file, extent->offset, size};
+        }
     }
     return fst_reader_new(l->fds, l->ids, (const char *const *)l->model->paths.files, l->model->paths.count,
                           ranges, count, &options, &l->reader, l->error);
@@ -159,17 +166,38 @@ static fst_status make_job(fst_loading *l) {
                : fst_no_memory(l->error);
 }
 
-/* The weight that codes become has a name and a shape of its own. */
-static void make_entry(fst_model *model, const fst_plan_tensor *planned, fst_model_tensor *tensor,
-                       fst_model_made *made) {
+/* Whether a tensor is not in its file as it will be: codes that become a weight, a part, parts that become one. */
+static int is_made(const fst_plan_tensor *planned) { return planned->weight || planned->cut != FST_NO_CUT; }
+
+/* Its name and shape; *shapes and *names are moved behind what they need. */
+static void make_entry(fst_loading *l, const fst_plan_tensor *planned, fst_model_tensor *tensor,
+                       fst_model_made *made, uint64_t **shapes, char **names) {
+    fst_model *model = l->model;
     const fst_quantized *w = planned->weight;
+    const fst_cut *cut = fst_plan_cut(&l->plan, planned);
     made->entry = *tensor->entry;
-    made->entry.name = w->name;
-    made->entry.name_length = (uint32_t)strlen(w->name);
-    made->entry.ndim = w->ndim;
-    made->entry.shape = w->shape;
+    if (w) {
+        made->entry.name = w->name;
+        made->entry.ndim = w->ndim;
+        made->entry.shape = w->shape;
+    }
+    if (cut) {
+        made->entry.ndim = cut->ndim;
+        made->entry.shape = *shapes;
+        for (uint32_t i = 0; i < cut->ndim; i++) *(*shapes)++ = fst_cut_extent(cut, i);
+    }
+    if (planned->into) {
+        made->entry.name = strcpy(*names, planned->into);
+        *names += strlen(planned->into) + 1;
+    }
+    made->entry.name_length = (uint32_t)strlen(made->entry.name);
+    if (made->entry.name == tensor->entry->name) made->entry.name_length = tensor->entry->name_length;
     tensor->entry = &made->entry;
-    tensor->hash = fst_model_hash(model, w->name, made->entry.name_length);
+    tensor->hash = fst_model_hash(model, made->entry.name, made->entry.name_length);
+    if (!cut || cut->dim == FST_REPLICATE) return;
+    tensor->shard_dim = cut->dim;
+    tensor->shard_begin = cut->begin;
+    tensor->shard_extent = cut->extent;
 }
 
 /* Scales that are computed for `weight`, and are no tensor of any file. Writes the name, moves *names behind it. */
@@ -211,25 +239,40 @@ static fst_status make_scales(fst_loading *l, const fst_plan_tensor *planned, co
 /* Places for the names and shapes that no file has. */
 static fst_status make_room(fst_loading *l, size_t *count) {
     fst_model *model = l->model;
-    size_t names = 0, made = 0;
+    size_t names = 0, made = 0, dims = 0;
     *count = 0;
-    for (size_t i = 0; i < l->plan.stored_count; i++) {
+    for (size_t i = 0; i < l->plan.tensors_count; i++) {
         const fst_plan_tensor *planned = &l->plan.tensors[i];
+        const fst_cut *cut = fst_plan_cut(&l->plan, planned);
+        if (planned->result == FST_NO_TENSOR) continue;
+        ++*count;
+        if (i >= l->plan.stored_count && !planned->into) continue; /* scales: with their weight */
+        if (is_made(planned)) made++;
+        if (cut) dims += cut->ndim;
+        if (planned->into) names += strlen(planned->into) + 1;
+        if (planned->scales == FST_NO_TENSOR) continue;
         const fst_entry *entry = model->tensors[i].entry;
-        int has_scales = planned->scales != FST_NO_TENSOR;
         size_t length = planned->weight ? strlen(planned->weight->name) : entry->name_length;
-        if (has_scales) names += fst_quantize_scale_name(entry->name, length, planned->scale, NULL) + 1;
-        made += (planned->weight != NULL) + has_scales;
-        *count += (planned->result != FST_NO_TENSOR) + has_scales;
+        names += fst_quantize_scale_name(entry->name, length, planned->scale, NULL) + 1;
+        made++;
     }
     if (made == 0) return FST_OK;
     model->made = calloc(made, sizeof *model->made);
     model->made_names = malloc(names + 1);
-    return model->made && model->made_names ? FST_OK : fst_no_memory(l->error);
+    model->made_shapes = malloc((dims + 1) * sizeof *model->made_shapes);
+    return model->made && model->made_names && model->made_shapes ? FST_OK : fst_no_memory(l->error);
+}
+
+/* The tensor of the plan that becomes a result where tensor `i` of the files is: itself, or what it is the last part of;
+ * FST_NO_TENSOR: none. */
+static uint32_t result_at(const fst_plan *plan, uint32_t i) {
+    const fst_plan_tensor *planned = &plan->tensors[i];
+    if (planned->fused == FST_NO_TENSOR) return planned->result == FST_NO_TENSOR ? FST_NO_TENSOR : i;
+    return plan->tensors[planned->fused].last_part == i ? planned->fused : FST_NO_TENSOR;
 }
 
 /* What each tensor will be: its place is known once its block is there. Companions of dequantized weights are gone,
- * computed scales follow their weights. */
+ * computed scales follow their weights, what is fused comes where its last part is. */
 static fst_status describe_results(fst_loading *l) {
     fst_model *model = l->model;
     size_t count = 0;
@@ -239,14 +282,16 @@ static fst_status describe_results(fst_loading *l) {
     if (!results) return fst_no_memory(l->error);
     fst_model_made *made = model->made;
     char *names = model->made_names;
-    for (size_t i = 0; i < l->plan.stored_count && !status; i++) {
-        const fst_plan_tensor *planned = &l->plan.tensors[i];
-        if (planned->result == FST_NO_TENSOR) continue;
-        *tensor = model->tensors[i];
+    uint64_t *shapes = model->made_shapes;
+    for (uint32_t i = 0; i < l->plan.stored_count && !status; i++) {
+        uint32_t which = result_at(&l->plan, i);
+        if (which == FST_NO_TENSOR) continue;
+        const fst_plan_tensor *planned = &l->plan.tensors[which];
+        *tensor = model->tensors[planned->into ? planned->next_part : i];
         tensor->dtype = planned->dtype;
         tensor->nbytes = planned->nbytes;
-        tensor->planned = (uint32_t)i;
-        if (planned->weight) make_entry(model, planned, tensor, made++);
+        tensor->planned = which;
+        if (is_made(planned)) make_entry(l, planned, tensor, made++, &shapes, &names);
         tensor++;
         if (planned->scales == FST_NO_TENSOR) continue;
         status = make_scales(l, planned, tensor - 1, tensor, made++, &names);
@@ -278,7 +323,11 @@ fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
                                      .place_bytes = model->gpu->host_access ? CPU_PLACE : GPU_PLACE,
                                      .block_bytes = block_bytes,
                                      .scheme = model->scheme,
-                                     .window_bytes = fst_window_bytes};
+                                     .window_bytes = fst_window_bytes,
+                                     .rank = l->options.rank,
+                                     .ranks = l->options.ranks};
+    if (l->options.read == FST_READ_AUTO)
+        plan_options.segment_bytes = model->gpu->host_access ? CPU_SEGMENT : GPU_SEGMENT;
     status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
                            l->choices, &plan_options, &l->plan, l->error);
     if (!status) status = make_reader(l);
@@ -338,6 +387,7 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     fst_engine_describe(l->engine, &l->facts);
     stats->bytes_read = l->header_bytes + pipeline->bytes_read;
     stats->bytes_out = l->plan.bytes_out;
+    stats->bytes_needed = l->plan.bytes_needed;
     stats->nan_scales = pipeline->nan_scales;
     stats->device = gpu->label;
     stats->device_name = gpu->name;

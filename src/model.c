@@ -123,6 +123,7 @@ void fst_model_free(fst_model *model) {
     free(model->tensors);
     free(model->made);
     free(model->made_names);
+    free(model->made_shapes);
     if (model->scheme) fst_scheme_free(model->scheme);
     free(model->scheme);
     free(model->names);
@@ -152,6 +153,9 @@ void fst_describe_tensor(const fst_model *model, const fst_model_tensor *tensor,
         .file = (int)tensor->file,
         .file_offset = model->headers[tensor->file].data_start + entry->begin,
         .file_nbytes = entry->end - entry->begin,
+        .shard_dim = tensor->shard_extent ? tensor->shard_dim : FST_REPLICATE,
+        .shard_begin = tensor->shard_begin,
+        .shard_extent = tensor->shard_extent,
     };
 }
 

@@ -41,6 +41,8 @@ typedef struct fst_model_tensor {
     uint64_t         nbytes;
     uint64_t         hash;        /* of its name */
     uint32_t         planned;     /* the plan's tensor that it comes from */
+    int32_t          shard_dim;   /* along which it is cut, */
+    uint64_t         shard_begin, shard_extent; /* if the latter is not 0 */
 } fst_model_tensor;
 
 /* Of a tensor that is not in its file as it is here: a weight that was dequantized, scales that were computed. */
@@ -58,7 +60,8 @@ struct fst_model {
     fst_paths         paths;
     fst_header       *headers;    /* of each file */
     fst_model_made   *made;
-    char             *made_names; /* of scales; those of weights are the scheme's */
+    char             *made_names; /* of scales and of what is fused; those of weights are the scheme's */
+    uint64_t         *made_shapes; /* of parts and of what is fused */
     size_t            count;
     fst_model_tensor *tensors;
     fst_model_name   *names;      /* open-addressing hash table */

@@ -130,6 +130,80 @@ static int check_read(fst_worker *w, const fst_load_job *job, const fst_plan_chu
     return 0;
 }
 
+/* The piece that byte `at` of a chunk is in: failures name its tensor. */
+static uint32_t piece_at(const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at) {
+    const fst_plan_run *first = &job->plan->runs[chunk->first_run], *last = first + chunk->runs - 1;
+    uint32_t low = first->first_piece, end = last->first_piece + last->pieces;
+    while (end - low > 1) {
+        uint32_t middle = low + (end - low) / 2;
+        if (job->plan->pieces[middle].chunk_offset <= at) low = middle;
+        else end = middle;
+    }
+    return low;
+}
+
+/* ---- Chunks that are gathered from many places of a file ---------------------------------------------- */
+
+/* The extent that byte `at` of a chunk is in. */
+static const fst_plan_extent *extent_at(const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at) {
+    const fst_plan_extent *extents = &job->plan->extents[chunk->first_extent];
+    uint32_t low = 0, end = chunk->extents;
+    while (end - low > 1) {
+        uint32_t middle = low + (end - low) / 2;
+        if (extents[middle].chunk_offset <= at) low = middle;
+        else end = middle;
+    }
+    return &extents[low];
+}
+
+/* Where byte `at` of a chunk lies in the file. */
+static uint64_t place_in_file(const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at) {
+    const fst_plan_extent *extent = extent_at(job, chunk, at);
+    uint64_t in = at - extent->chunk_offset;
+    return extent->offset + in / extent->segment * extent->pitch + in % extent->segment;
+}
+
+/* Some bytes of an extent, from `at` of the chunk on: whole segments, or a part of one. How many. */
+static uint32_t some_segments(const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at, uint64_t end,
+                              fst_segments *out) {
+    const fst_plan_extent *extent = extent_at(job, chunk, at);
+    uint64_t in = (at - extent->chunk_offset) % extent->segment, left = end - at;
+    if (left > extent->chunk_offset + extent->nbytes - at) left = extent->chunk_offset + extent->nbytes - at;
+    *out = (fst_segments){place_in_file(job, chunk, at), extent->pitch, 1, 0};
+    if (in == 0 && left >= extent->segment) {
+        out->count = left / extent->segment;
+        out->nbytes = extent->segment;
+    } else {
+        out->nbytes = left < extent->segment - in ? left : extent->segment - in;
+    }
+    return (uint32_t)(out->count * out->nbytes);
+}
+
+/* Bytes [at, at + nbytes) of a chunk, wherever they lie in its file. 0 after a failure. */
+static int read_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at,
+                      uint64_t nbytes, unsigned char *to, fst_how *how) {
+    uint64_t end = at + nbytes;
+    while (at < end) {
+        fst_segments segments;
+        uint32_t wanted = some_segments(job, chunk, at, end, &segments);
+        ssize_t got = fst_reader_gather(job->reader, how, chunk->file, to, &segments);
+        uint64_t stop = got > 0 && got < (ssize_t)wanted ? (uint64_t)got : 0; /* where the file ends */
+        if (!check_read(w, job, chunk, piece_at(job, chunk, at), place_in_file(job, chunk, at + stop) - stop,
+                        wanted, got))
+            return 0;
+        at += wanted;
+        to += wanted;
+    }
+    return 1;
+}
+
+/* The part of the file that bytes [at, at + nbytes) of a chunk lie in. */
+static void span_of(const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at, uint64_t nbytes,
+                    uint64_t *offset, uint64_t *size) {
+    *offset = place_in_file(job, chunk, at);
+    *size = place_in_file(job, chunk, at + nbytes - 1) + 1 - *offset;
+}
+
 /* ---- Waiting ----------------------------------------------------------------------------------- */
 
 /* Waits on a condition, but not for long. The lock is held. */
@@ -484,6 +558,43 @@ static const unsigned char *companion(const fst_load_job *job, const fst_quantiz
     return (const unsigned char *)job->batches[tensor->batch].memory + tensor->block_offset;
 }
 
+/* The matrix of a piece, in the stack of all of the tensor. */
+static uint64_t matrix_of(const fst_load_job *job, const fst_plan_piece *piece) {
+    const fst_cut *cut = fst_plan_cut(job->plan, &job->plan->tensors[piece->tensor]);
+    return piece->matrix + (cut ? cut->first_matrix : 0);
+}
+
+/* A companion of which only a part is there: where that begins, and how its rows are apart. */
+static void companion_box(const fst_load_job *job, const fst_quantized *w, fst_companion which,
+                          uint64_t *first, uint64_t *pitch) {
+    *first = *pitch = 0;
+    if (w->companions[which] == FST_NO_TENSOR) return;
+    const fst_cut *cut = fst_plan_cut(job->plan, &job->plan->tensors[w->companions[which]]);
+    if (!cut) return;
+    *first = cut->row * cut->total_cols + cut->col;
+    *pitch = cut->cols;
+}
+
+/* The elements of a companion that belong to the piece's matrix, each of which has `nbytes` of them in the file. `from_first`:
+ * where they would begin if all were there, for kernels that count so. */
+static const unsigned char *companion_of_matrix(const fst_load_job *job, const fst_plan_piece *piece,
+                                                fst_companion which, uint64_t nbytes, int from_first) {
+    const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
+    const fst_plan_tensor *tensor = &job->plan->tensors[w->companions[which]];
+    const fst_cut *cut = fst_plan_cut(job->plan, tensor);
+    const unsigned char *data = companion(job, w, which);
+    if (!cut) return data + matrix_of(job, piece) * nbytes;
+    const unsigned size = fst_dtype_bits(cut->local.dtype) / 8;
+    uint64_t before = from_first ? (cut->row * cut->total_cols + cut->col) * size : 0;
+    uintptr_t at = (uintptr_t)(data + piece->matrix * (cut->rows * cut->cols * size)) - (uintptr_t)before;
+    return (const unsigned char *)at;
+}
+
+static int is_boxed(const fst_load_job *job, const fst_plan_piece *piece) {
+    const fst_cut *cut = fst_plan_cut(job->plan, &job->plan->tensors[piece->tensor]);
+    return cut && cut->boxed;
+}
+
 /* The scales of a matrix count as their kind has it. */
 static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
@@ -509,16 +620,18 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
     };
     if (w->block_rows == 1) args.kind = w->block_cols == w->cols ? FST_SCALE_ROW : FST_SCALE_GROUP;
     if (bands == 1 && groups == 1) args.kind = FST_SCALE_TENSOR;
-    uint64_t before = piece->matrix * args.scales_count * fst_dtype_bits((fst_dtype)args.scale_dtype) / 8;
-    args.scales = companion(job, w, FST_COMPANION_SCALE) + before;
+    args.scales = companion_of_matrix(job, piece, FST_COMPANION_SCALE,
+                                      args.scales_count * fst_dtype_bits((fst_dtype)args.scale_dtype) / 8,
+                                      !is_boxed(job, piece));
     if (w->format == FST_FORMAT_NVFP4) {
         const fst_plan_tensor *global = &job->plan->tensors[w->companions[FST_COMPANION_GLOBAL]];
         args.kind = FST_SCALE_GROUP; /* also where there is but one group: its scale is one of groups */
         args.global_scale =
-            companion(job, w, FST_COMPANION_GLOBAL) + (global->nbytes > 4 ? piece->matrix * 4 : 0);
+            companion(job, w, FST_COMPANION_GLOBAL) + (global->nbytes > 4 ? matrix_of(job, piece) * 4 : 0);
     }
     if (w->flags & FST_Q_BYTE_ZEROS)
-        args.zeros = companion(job, w, FST_COMPANION_ZERO) + piece->matrix * args.scales_count;
+        args.zeros =
+            companion_of_matrix(job, piece, FST_COMPANION_ZERO, args.scales_count, !is_boxed(job, piece));
     args.flags = w->flags & FST_Q_DIVIDE ? FST_K_DIVIDE : 0;
     if (w->format == FST_FORMAT_BNB_INT8) args.flags |= FST_K_OVER_127;
     return args;
@@ -615,23 +728,34 @@ static unsigned packed_flags(const fst_quantized *w) {
     return all;
 }
 
+/* Of a tensor, in its file. */
+static uint64_t stored_bytes(const fst_load_job *job, uint32_t index) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[index];
+    const fst_entry *entry = &job->headers[tensor->file].tensors[tensor->entry];
+    return entry->end - entry->begin;
+}
+
 /* The bytes of a companion that has as much for each matrix of the stack. */
 static const unsigned char *part_of(const fst_load_job *job, const fst_plan_piece *piece,
                                     fst_companion which) {
     const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
     if (w->companions[which] == FST_NO_TENSOR) return NULL;
-    uint64_t nbytes = job->plan->tensors[w->companions[which]].nbytes;
-    return companion(job, w, which) + piece->matrix * (nbytes / w->stack);
+    return companion_of_matrix(job, piece, which, stored_bytes(job, w->companions[which]) / w->stack,
+                               !is_boxed(job, piece));
 }
 
 static fst_packed_args packed_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
     const fst_plan_tensor *scale = &job->plan->tensors[w->companions[FST_COMPANION_SCALE]];
     fst_cast_args plain = cast_args(job, piece, src);
-    uint64_t scales = scale->nbytes / (fst_dtype_bits(scale->dtype) / 8);
+    const fst_cut *cut = fst_plan_cut(job->plan, &job->plan->tensors[piece->tensor]);
+    uint64_t scales =
+        stored_bytes(job, w->companions[FST_COMPANION_SCALE]) / (fst_dtype_bits(scale->dtype) / 8);
+    /* The kernel counts rows from the matrix' first, which a part need not have. */
+    uint64_t before = cut ? cut->row * w->cols * (fst_dtype_bits((fst_dtype)plain.dst_dtype) / 8) : 0;
     return (fst_packed_args){
         .src = src,
-        .dst = plain.dst,
+        .dst = (void *)((uintptr_t)plain.dst - (uintptr_t)before),
         .scales = part_of(job, piece, FST_COMPANION_SCALE),
         .zeros = part_of(job, piece, FST_COMPANION_ZERO),
         .groups =
@@ -657,11 +781,153 @@ static int launch_packed(fst_worker *w, const fst_load_job *job, const fst_plan_
     return w->engine->gpu->kernels->packed(w->stream, &args);
 }
 
-static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+/* ---- Parts, and results of another shape --------------------------------------------------------------- */
+
+static int is_bnb4(const fst_quantized *weight) {
+    return weight && (weight->format == FST_FORMAT_BNB_NF4 || weight->format == FST_FORMAT_BNB_FP4);
+}
+
+/* The elements of an area of a piece whose rows were read whole. */
+static int launch_rows(fst_worker *w, const fst_cut *cut, const fst_cut_area *area,
+                       const fst_cast_args *plain) {
+    const unsigned src_size = fst_dtype_bits((fst_dtype)plain->src_dtype) / 8;
+    const unsigned dst_size = fst_dtype_bits((fst_dtype)plain->dst_dtype) / 8;
+    fst_rows_args args = {
+        .src = (const unsigned char *)plain->src + area->col * src_size,
+        .dst = (unsigned char *)plain->dst + (area->row - cut->row) * cut->dst_row * dst_size,
+        .cols = area->cols,
+        .ndim = 1,
+        .extent = {area->rows},
+        .src_stride = {cut->total_cols},
+        .dst_stride = {cut->dst_row},
+        .src_dtype = plain->src_dtype,
+        .dst_dtype = plain->dst_dtype,
+        .flags = plain->flags,
+    };
+    return w->engine->gpu->kernels->rows(w->stream, &args);
+}
+
+/* What kernels count in all of the matrix. */
+static int launch_boxed(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece,
+                        const void *src) {
+    const fst_kernels *kernels = w->engine->gpu->kernels;
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    const fst_cut *cut = fst_plan_cut(job->plan, tensor);
+    const fst_quantized *weight = tensor->weight;
+    const unsigned bits = weight ? weight->bits : fst_dtype_bits(cut->local.dtype);
+    const int parked = piece->stripe != FST_NO_STRIPE, padded = weight && weight->flags & FST_Q_PADDED;
+    fst_cut_area areas[3];
+    fst_box box = {.src_pitch = cut->storage == FST_STORED_FLAT ? 0 : cut->row_bytes,
+                   .origin_row = cut->row,
+                   .origin_col = cut->col,
+                   .dst_row = parked ? cut->cols : cut->dst_row,
+                   .dst_col = parked ? 1 : cut->dst_col,
+                   .dst_half = parked ? 0 : cut->dst_half,
+                   .matrix_cols = cut->total_cols};
+    unsigned count =
+        fst_cut_areas(cut, bits, padded, piece->first, piece->nbytes, areas, &box.src_row, &box.src_byte);
+    fst_cast_args plain = cast_args(job, piece, src);
+    if (weight) {
+        companion_box(job, weight, FST_COMPANION_SCALE, &box.scales_first, &box.scales_pitch);
+        companion_box(job, weight, FST_COMPANION_ZERO, &box.zeros_first, &box.zeros_pitch);
+    }
+    if (!parked)
+        plain.dst = (unsigned char *)plain.dst +
+                    piece->matrix * cut->dst_matrix * fst_dtype_bits((fst_dtype)plain.dst_dtype) / 8;
+    int code = 0;
+    for (unsigned i = 0; i < count && !code; i++) {
+        box.row = areas[i].row, box.rows = areas[i].rows;
+        box.col = areas[i].col, box.cols = areas[i].cols;
+        w->stats.launches++;
+        if (cut->whole_rows) {
+            code = launch_rows(w, cut, &areas[i], &plain);
+        } else if (!weight) {
+            code = kernels->box_cast(w->stream, &plain, &box);
+        } else if (is_bnb4(weight)) {
+            fst_bnb4_args args = bnb4_args(job, piece, src);
+            args.dst = plain.dst;
+            code = kernels->box_bnb4(w->stream, &args, &box);
+        } else if (fst_scheme_is_packed(weight)) {
+            fst_packed_args args = packed_args(job, piece, src);
+            args.dst = plain.dst;
+            code = kernels->box_packed(w->stream, &args, &box);
+        } else {
+            fst_scaled_args args = scaled_args(job, piece, src);
+            args.dst = plain.dst;
+            code = kernels->box_scaled(w->stream, &args, &box);
+        }
+    }
+    return code;
+}
+
+/* Rows of a part to their places in a result that has others between them, or in another order. `step`: every second one. */
+static int launch_area(fst_worker *w, const fst_cut *cut, const fst_cut_area *area, unsigned step,
+                       const fst_cast_args *plain) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     w->stats.launches++;
-    const fst_quantized *weight = job->plan->tensors[piece->tensor].weight;
-    if (weight && (weight->format == FST_FORMAT_BNB_NF4 || weight->format == FST_FORMAT_BNB_FP4)) {
+    if (cut->dst_col == 1) {
+        fst_rows_args args = {.src = plain->src,
+                              .dst = plain->dst,
+                              .cols = area->cols,
+                              .ndim = 1,
+                              .extent = {area->rows},
+                              .src_stride = {step * cut->cols},
+                              .dst_stride = {cut->dst_row},
+                              .src_dtype = plain->src_dtype,
+                              .dst_dtype = plain->dst_dtype,
+                              .flags = plain->flags};
+        return kernels->rows(w->stream, &args);
+    }
+    fst_transpose_args args = {.src = plain->src,
+                               .dst = plain->dst,
+                               .batch = 1,
+                               .rows = area->rows,
+                               .cols = area->cols,
+                               .src_stride = step * cut->cols,
+                               .dst_stride = cut->dst_col,
+                               .src_dtype = plain->src_dtype,
+                               .dst_dtype = plain->dst_dtype,
+                               .flags = plain->flags};
+    return kernels->transpose(w->stream, &args);
+}
+
+static int launch_shaped(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece,
+                         const void *src) {
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    const fst_cut *cut = fst_plan_cut(job->plan, tensor);
+    const fst_cast_args plain = cast_args(job, piece, src);
+    const uint64_t src_size = fst_dtype_bits((fst_dtype)plain.src_dtype) / 8;
+    const uint64_t dst_size = fst_dtype_bits((fst_dtype)plain.dst_dtype) / 8;
+    const unsigned step = cut->dst_half ? 2 : 1;
+    fst_cut_area areas[3];
+    unsigned count = fst_cut_split(piece->first, piece->count, cut->cols, areas);
+    int code = 0;
+    for (unsigned i = 0; i < count && !code; i++)
+        for (unsigned k = 0; k < step && k < areas[i].rows && !code; k++) {
+            fst_cut_area area = areas[i];
+            area.row += k;
+            area.rows = (area.rows - k + step - 1) / step;
+            uint64_t row = cut->dst_half ? area.row / 2 + area.row % 2 * cut->dst_half : area.row;
+            fst_cast_args args = plain;
+            args.src = (const unsigned char *)plain.src +
+                       (area.row * cut->cols + area.col - piece->first) * src_size;
+            args.dst =
+                (unsigned char *)plain.dst +
+                (piece->matrix * cut->dst_matrix + row * cut->dst_row + area.col * cut->dst_col) * dst_size;
+            code = launch_area(w, cut, &area, step, &args);
+        }
+    return code;
+}
+
+static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+    const fst_kernels *kernels = w->engine->gpu->kernels;
+    const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
+    const fst_cut *cut = fst_plan_cut(job->plan, tensor);
+    const fst_quantized *weight = tensor->weight;
+    if (cut && cut->boxed) return launch_boxed(w, job, piece, src);
+    if (cut && cut->shaped) return launch_shaped(w, job, piece, src);
+    w->stats.launches++;
+    if (is_bnb4(weight)) {
         fst_bnb4_args args = bnb4_args(job, piece, src);
         return kernels->bnb4(w->stream, &args);
     }
@@ -671,7 +937,7 @@ static int launch_one(fst_worker *w, const fst_load_job *job, const fst_plan_pie
         return kernels->scaled(w->stream, &args);
     }
     fst_cast_args args = cast_args(job, piece, src);
-    if (fst_plan_is_alone(&job->plan->tensors[piece->tensor])) return launch_alone(w, job, piece, src, &args);
+    if (fst_plan_is_alone(job->plan, tensor)) return launch_alone(w, job, piece, src, &args);
     return kernels->cast(w->stream, &args);
 }
 
@@ -764,7 +1030,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
         uint32_t run = 0, i = 0, piece;
         while ((piece = next_convert_piece(job->plan, chunk, &run, &i)) != UINT32_MAX) {
             const fst_plan_piece *p = &job->plan->pieces[piece];
-            if (fst_plan_is_alone(&job->plan->tensors[p->tensor])) continue; /* by themselves */
+            if (fst_plan_is_alone(job->plan, &job->plan->tensors[p->tensor])) continue; /* by themselves */
             fst_cast_args args = cast_args(job, p, staged + p->chunk_offset);
             uint32_t k = 0;
             while (k < lists_count &&
@@ -819,7 +1085,9 @@ static void track_chunk(fst_engine *engine, const fst_load_job *job, uint32_t in
     unsigned completed = 0;
     if (!tracking) return;
     for (uint32_t i = first; i < end; i++) {
-        uint32_t tensor = job->plan->pieces[i].tensor, scales = job->plan->tensors[tensor].scales;
+        const fst_plan_tensor *of = &job->plan->tensors[job->plan->pieces[i].tensor];
+        uint32_t tensor = of->fused == FST_NO_TENSOR ? job->plan->pieces[i].tensor : of->fused,
+                 scales = of->scales;
         if (atomic_fetch_sub(&tracking->left[tensor], 1) != 1) continue;
         pthread_mutex_lock(&engine->lock);
         tracking->ready[tracking->ready_count++] = tensor;
@@ -893,7 +1161,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
                                (const fst_batch_job *)(const void *)(staged + jobs_at));
     uint32_t run = 0, i = 0, piece;
     while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
-        if (!lists_count || fst_plan_is_alone(&plan->tensors[plan->pieces[piece].tensor]))
+        if (!lists_count || fst_plan_is_alone(plan, &plan->tensors[plan->pieces[piece].tensor]))
             code = launch_one(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
     if (!code) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     return code;
@@ -935,13 +1203,12 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
                               const fst_slot *s, fst_how how) {
     for (uint32_t r = 0; r < chunk->runs; r++) {
         const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
-        uint64_t offset = chunk->offset + run->chunk_offset;
-        unsigned char *to = s->bounce + offset % PAGE;
+        unsigned char *to = s->bounce + (chunk->offset + run->chunk_offset) % PAGE;
         if (run->kind == FST_RUN_PLACE) to = cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst;
         double start = fst_os_now();
-        ssize_t got = fst_reader_read_to(job->reader, &how, chunk->file, to, offset, run->nbytes);
+        int right = read_chunk(w, job, chunk, run->chunk_offset, run->nbytes, to, &how);
         w->stats.read_seconds += fst_os_now() - start;
-        if (!check_read(w, job, chunk, run->first_piece, offset, run->nbytes, got)) return 0;
+        if (!right) return 0;
         if (!double_run(w, job, run, to)) return 0;
         if (run->kind == FST_RUN_CONVERT && !convert_run_on_host(w, job, run, to)) return 0;
     }
@@ -1246,10 +1513,13 @@ static atomic_uchar *how_of(const fst_engine *engine, const fst_load_job *job, c
 
 static fst_how choose(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
     atomic_uchar *known = how_of(engine, job, strip);
-    uint32_t file = job->plan->chunks[strip->chunk].file;
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
     unsigned char decided = atomic_load(known);
+    uint64_t offset, nbytes;
     if (decided && decided != DECIDING) return (fst_how)(decided - 1);
-    fst_how how = fst_reader_choose(job->reader, file, strip->offset, strip->nbytes);
+    span_of(job, chunk, strip->offset - chunk->offset, strip->nbytes, &offset, &nbytes);
+    fst_how how = fst_reader_choose(job->reader, chunk->file, offset, nbytes);
+    if (chunk->gathered && how == FST_HOW_DIRECT) how = FST_HOW_BUFFERED; /* sectors have other things, too */
     atomic_store(known, (unsigned char)(1 + how));
     return how;
 }
@@ -1260,26 +1530,17 @@ static void read_ahead(const fst_engine *engine, const fst_load_job *job, const 
     uint32_t chunk = from->chunk;
     uint64_t left = AHEAD_BYTES + (from->offset - plan->chunks[chunk].offset);
     unsigned char undecided = 0;
+    uint64_t offset, nbytes;
     while (chunk < plan->chunks_count && left >= plan->chunks[chunk].nbytes)
         left -= plan->chunks[chunk++].nbytes;
     if (chunk == plan->chunks_count) return;
     fst_strip ahead = strip_at(engine, job, chunk, (unsigned)(left / engine->strip_bytes));
     if (!atomic_compare_exchange_strong(how_of(engine, job, &ahead), &undecided, DECIDING)) return;
-    fst_how how = fst_reader_ahead(job->reader, plan->chunks[chunk].file, ahead.offset, ahead.nbytes);
+    span_of(job, &plan->chunks[chunk], ahead.offset - plan->chunks[chunk].offset, ahead.nbytes, &offset,
+            &nbytes);
+    fst_how how = fst_reader_ahead(job->reader, plan->chunks[chunk].file, offset, nbytes);
+    if (plan->chunks[chunk].gathered && how == FST_HOW_DIRECT) how = FST_HOW_BUFFERED;
     atomic_store(how_of(engine, job, &ahead), (unsigned char)(1 + how));
-}
-
-/* The piece that a strip begins in: failures name its tensor. */
-static uint32_t piece_at(const fst_load_job *job, const fst_strip *strip) {
-    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
-    const fst_plan_run *first = &job->plan->runs[chunk->first_run], *last = first + chunk->runs - 1;
-    uint32_t low = first->first_piece, end = last->first_piece + last->pieces;
-    while (end - low > 1) {
-        uint32_t middle = low + (end - low) / 2;
-        if (chunk->offset + job->plan->pieces[middle].chunk_offset <= strip->offset) low = middle;
-        else end = middle;
-    }
-    return low;
 }
 
 /* Sends on what is full: first what need not wait for memory, which others may wait for; and before this worker waits,
@@ -1304,14 +1565,20 @@ static int send_full(fst_worker *w, const fst_load_job *job) {
     return 1;
 }
 
-/* A strip was read. Who reads a chunk's last one sends it on. */
+/* Who reads a chunk's last strip sends it on. */
+static void strip_is_there(fst_worker *w, fst_slot *s) {
+    if (atomic_fetch_sub(&s->left, 1) != 1) return;
+    s->full = fst_os_now();
+    w->full[w->full_count++] = s;
+}
+
+/* A strip was read. */
 static int strip_came(fst_worker *w, const fst_load_job *job, fst_slot *s, const fst_strip *strip,
                       ssize_t got) {
     const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
-    if (!check_read(w, job, chunk, piece_at(job, strip), strip->offset, strip->nbytes, got)) return 0;
-    if (atomic_fetch_sub(&s->left, 1) != 1) return 1;
-    s->full = fst_os_now();
-    w->full[w->full_count++] = s;
+    uint32_t piece = piece_at(job, chunk, strip->offset - chunk->offset);
+    if (!check_read(w, job, chunk, piece, strip->offset, strip->nbytes, got)) return 0;
+    strip_is_there(w, s);
     return 1;
 }
 
@@ -1389,7 +1656,9 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
     fst_how how = choose(engine, job, strip);
     double start = fst_os_now();
     if (how == FST_HOW_BUFFERED) read_ahead(engine, job, strip);
-    if (how != FST_HOW_CACHED && prepare_ring(w, job) && submit_strip(w, job, s, strip, how)) return 1;
+    if (how != FST_HOW_CACHED && !chunk->gathered && prepare_ring(w, job) &&
+        submit_strip(w, job, s, strip, how))
+        return 1;
     if (engine->gpu->host_access && how != FST_HOW_DIRECT) {
         while (w->reads_count) /* what is earlier in the file may be waited for by what this one waits for */
             if (!finish_one(w, job)) return 0;
@@ -1404,6 +1673,14 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
         if (chunk->companions) companions_came(engine, job, chunk->batch);
         track_chunk(engine, job, strip->chunk);
         return 1;
+    }
+    if (chunk->gathered) {
+        uint64_t at = strip->offset - chunk->offset;
+        int right = read_chunk(w, job, chunk, at, strip->nbytes, s->bounce + chunk->offset % PAGE + at, &how);
+        w->stats.read_seconds += fst_os_now() - start;
+        trace_read(w, strip, how, start);
+        if (right) strip_is_there(w, s);
+        return right;
     }
     ssize_t got = fst_reader_read(job->reader, &how, chunk->file, place_in_slot(job, s, strip), strip->offset,
                                   strip->nbytes);
@@ -1613,12 +1890,16 @@ static int is_complete(const fst_load_job *job, uint32_t tensor) {
     return atomic_load(&job->tracking->left[tensor]) == 0;
 }
 
-/* What was queued for a tensor is waited for, here or on the caller's stream. */
+/* What was queued for a tensor is waited for, here or on the caller's stream; if it is fused, for its parts. */
 static int await_tensor(fst_engine *engine, const fst_load_job *job, uint32_t index, fst_queue stream) {
     const fst_plan_tensor *tensor = &job->plan->tensors[index];
     const fst_gpu *gpu = engine->gpu;
-    int code = 0;
+    int code = 0, fused = tensor->fused == FST_NO_TENSOR && tensor->cut != FST_NO_CUT &&
+                          index >= job->plan->stored_count;
     if (gpu->host_access) return 0;
+    for (uint32_t i = tensor->next_part; fused && i != FST_NO_TENSOR && !code;
+         i = job->plan->tensors[i].next_part)
+        code = await_tensor(engine, job, i, stream);
     for (uint32_t i = 0; i < tensor->chunks && !code; i++) {
         unsigned number = atomic_load(&job->slots[tensor->first_chunk + i]) - 1u;
         fst_slot *s = &engine->slots[number];

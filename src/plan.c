@@ -5,6 +5,7 @@
 
 #include "dtype.h"
 #include "kernels.h"
+#include "shard.h"
 
 /* A tensor is cut only at multiples of so many elements: whole bytes for every dtype, and results of
  * neighbouring pieces start at multiples of 256 bytes. */
@@ -15,6 +16,7 @@
 
 #define MOST_GAP \
     ((uint64_t)64 << 10) /* bytes that are read along with their neighbours though nobody wants them */
+#define SMALL_SHARE 8u   /* of a chunk, that is small */
 #define USUAL_BATCH ((uint64_t)16 << 20)
 #define BATCH_CODES ((uint64_t)512 << 20) /* bytes of codes in a batch */
 
@@ -24,10 +26,14 @@ typedef struct planner {
     const fst_plan_options *options;
     fst_plan *plan;
     fst_error *error;
+    const fst_choice **chosen; /* of each tensor; NULL: there are no choices */
+    uint32_t *kept; /* likewise: the part of a weight that stays quantized, by its codes; or FST_NO_CUT */
     size_t pieces_room, runs_room, chunks_room, blocks_room, batches_room, stripes_room, windows_room;
+    size_t extents_room, cuts_room;
     uint64_t window_bytes, window_used; /* of windows; of the last one */
     uint32_t batch;                     /* that chunks belong to now; FST_NO_BATCH: none */
     int companions;                     /* they bring its companions */
+    int gathers;                        /* some tensors are cut: chunks may be of many places of a file */
     fst_plan_chunk *open;               /* the chunk that still grows, or NULL */
     uint32_t open_jobs;                 /* CONVERT pieces in it */
 } planner;
@@ -46,6 +52,33 @@ static int room(void *array, size_t count, size_t *capacity, size_t size) {
     *memory = larger;
     *capacity = wanted;
     return 1;
+}
+
+static const fst_cut *cut_of(const planner *p, const fst_plan_tensor *tensor) {
+    return fst_plan_cut(p->plan, tensor);
+}
+
+/* What of a tensor is read, as an entry of its file: all of it, or a part. */
+static const fst_entry *entry_of(const planner *p, const fst_plan_tensor *tensor) {
+    const fst_cut *cut = cut_of(p, tensor);
+    return cut ? &cut->local : &p->headers[tensor->file].tensors[tensor->entry];
+}
+
+static fst_where place_of(const planner *p, const fst_plan_tensor *tensor) {
+    const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+    return (fst_where){p->paths[tensor->file], (int)tensor->file,
+                       (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
+}
+
+static const char *name_of(const planner *p, const fst_plan_tensor *tensor) {
+    return p->headers[tensor->file].tensors[tensor->entry].name;
+}
+
+/* Where byte `at` of what is read of a tensor lies in its file. */
+static uint64_t file_place(const planner *p, const fst_plan_tensor *tensor, uint64_t at) {
+    const fst_cut *cut = cut_of(p, tensor);
+    const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+    return p->headers[tensor->file].data_start + entry->begin + (cut ? fst_cut_place(cut, at) : at);
 }
 
 static fst_status choose_dtype(planner *p, const fst_entry *entry, uint32_t file, fst_dtype cast,
@@ -81,9 +114,17 @@ static uint32_t block_of(const planner *p, const fst_plan_tensor *tensor) {
     return tensor->block == FST_NO_BLOCK && scales ? scales->block : tensor->block;
 }
 
-/* A place for the result, and for its scales: behind the last one, or in a new block. */
+/* A place for the result, and for its scales: behind the last one, or in a new block. The first part that comes finds
+ * one for all that is fused. */
 static fst_status place(planner *p, fst_plan_tensor *tensor) {
     fst_plan *plan = p->plan;
+    if (tensor->fused != FST_NO_TENSOR) {
+        fst_plan_tensor *whole = &plan->tensors[tensor->fused];
+        fst_status status = whole->block == FST_NO_BLOCK ? place(p, whole) : FST_OK;
+        tensor->block = whole->block;
+        tensor->block_offset += whole->block_offset;
+        return status;
+    }
     fst_plan_tensor *scales = scales_of(p, tensor);
     uint64_t own = tensor->memory ? 0 : aligned(tensor->nbytes);
     uint64_t size = own + (scales ? aligned(scales->nbytes) : 0);
@@ -141,6 +182,7 @@ static fst_status open_chunk(planner *p, uint32_t file, uint64_t offset, uint32_
     p->open = &plan->chunks[plan->chunks_count++];
     *p->open = (fst_plan_chunk){.file = file,
                                 .offset = offset,
+                                .first_extent = (uint32_t)plan->extents_count,
                                 .first_run = (uint32_t)plan->runs_count,
                                 .batch = p->companions ? p->batch : FST_NO_BATCH,
                                 .companions = p->companions,
@@ -149,8 +191,34 @@ static fst_status open_chunk(planner *p, uint32_t file, uint64_t offset, uint32_
     return FST_OK;
 }
 
-static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece *piece) {
+/* Bytes of the file that come next in the open chunk: segments, or, where one has them all, bytes in one. */
+static fst_status add_extent(planner *p, uint64_t offset, uint32_t nbytes, uint64_t segment, uint64_t pitch) {
     fst_plan *plan = p->plan;
+    fst_plan_extent *last = p->open->extents ? &plan->extents[plan->extents_count - 1] : NULL;
+    if (segment >= nbytes) segment = nbytes, pitch = 0;
+    if (last && last->pitch == 0 && pitch == 0 && last->offset + last->nbytes == offset) {
+        last->segment = last->nbytes += nbytes;
+        return FST_OK;
+    }
+    if (last && pitch && last->pitch == pitch && last->segment == segment &&
+        last->offset + last->nbytes / segment * pitch == offset) {
+        last->nbytes += nbytes;
+        return FST_OK;
+    }
+    if (!room(&plan->extents, plan->extents_count, &p->extents_room, sizeof *plan->extents))
+        return no_memory(p->error);
+    plan->extents[plan->extents_count++] =
+        (fst_plan_extent){offset, pitch, (uint32_t)segment, p->open->nbytes, nbytes};
+    p->open->extents++;
+    p->open->gathered = p->open->extents > 1 || pitch;
+    return FST_OK;
+}
+
+/* A piece that begins with byte `at` of what is read of its tensor. */
+static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece *piece, uint64_t at) {
+    fst_plan *plan = p->plan;
+    const fst_plan_tensor *tensor = &plan->tensors[piece->tensor];
+    const fst_cut *cut = cut_of(p, tensor);
     fst_plan_run *run = p->open->runs ? &plan->runs[plan->runs_count - 1] : NULL;
     if (!run || kind == FST_RUN_PLACE || run->kind != kind) {
         if (!room(&plan->runs, plan->runs_count, &p->runs_room, sizeof *plan->runs))
@@ -162,6 +230,11 @@ static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece 
     if (!room(&plan->pieces, plan->pieces_count, &p->pieces_room, sizeof *plan->pieces))
         return no_memory(p->error);
     plan->pieces[plan->pieces_count++] = *piece;
+    /* A piece is whole segments, or in one. */
+    int whole = cut && at % cut->segment == 0;
+    fst_status status = add_extent(p, file_place(p, tensor, at), piece->nbytes,
+                                   whole ? cut->segment : piece->nbytes, cut ? cut->pitch : 0);
+    if (status) return status;
     run->pieces++;
     run->nbytes += piece->nbytes;
     p->open->nbytes += piece->nbytes;
@@ -173,7 +246,9 @@ static fst_status add_piece(planner *p, fst_run_kind kind, const fst_plan_piece 
 /* Bytes between two pieces, of tensors that do not come here: it is sooner to read them along. */
 static void add_gap(planner *p, uint32_t nbytes) {
     fst_plan_run *run = &p->plan->runs[p->plan->runs_count - 1];
+    fst_plan_extent *last = &p->plan->extents[p->plan->extents_count - 1];
     if (run->kind == FST_RUN_CONVERT) run->nbytes += nbytes;
+    last->segment = last->nbytes += nbytes;
     p->open->nbytes += nbytes;
     p->plan->bytes_read += nbytes;
 }
@@ -251,14 +326,31 @@ static void note_stripe(planner *p) {
     stripe->chunks = chunk - stripe->first_chunk + 1;
 }
 
-/* True when a tensor's bytes from `offset` on may go into the open chunk: they follow what is in it, with a small gap
- * perhaps, and their block is the chunk's. So no chunk needs memory that only comes once an earlier one is done with. */
-static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t offset) {
+/* Where the file goes on behind what is in the open chunk. */
+static uint64_t end_of_open(const planner *p) {
+    const fst_plan_extent *last = &p->plan->extents[p->plan->extents_count - 1];
+    return last->pitch ? last->offset + (last->nbytes / last->segment - 1) * last->pitch + last->segment
+                       : last->offset + last->nbytes;
+}
+
+/* True when `left` bytes of a tensor, from `offset` of its file on, may go into the open chunk: they follow what is in it, with
+ * a small gap perhaps, which is read (*gap) or left out, and their block is the chunk's. So no chunk needs memory that only
+ * comes once an earlier one is done with. */
+static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t left,
+                     uint64_t *gap) {
     const fst_plan_chunk *open = p->open;
-    if (!open || open->file != tensor->file || offset < open->offset + open->nbytes) return 0;
-    uint64_t gap = offset - open->offset - open->nbytes;
-    if (gap && p->plan->batches_count == 0) return 0; /* companions alone are worth it */
-    if (gap > MOST_GAP || open->nbytes + gap >= p->options->chunk_bytes) return 0;
+    *gap = 0;
+    if (!open || open->file != tensor->file || offset < end_of_open(p)) return 0;
+    uint64_t between = offset - end_of_open(p), small = p->options->chunk_bytes / SMALL_SHARE;
+    int segments = cut_of(p, tensor) && cut_of(p, tensor)->segment < cut_of(p, tensor)->nbytes;
+    if (p->gathers && (between || segments || open->gathered)) {
+        /* Many small parts; large ones are better alone, since only what is not gathered is read past the cache. */
+        if (left > small && open->nbytes > small && !(segments && open->gathered)) return 0;
+    } else if (between) {
+        if (p->plan->batches_count == 0) return 0; /* companions alone are worth it */
+        if (between > MOST_GAP || open->nbytes + between >= p->options->chunk_bytes) return 0;
+        *gap = between;
+    }
     if (tensor->parked && !reaches_stripe(p)) return 0;
     uint32_t block = block_of(p, tensor);
     return block == FST_NO_BLOCK || open->block == FST_NO_BLOCK || block == open->block;
@@ -271,15 +363,13 @@ static uint64_t fitting(const planner *p, uint64_t gap, uint64_t left, uint64_t 
     return left <= space ? left : space / cut * cut;
 }
 
-/* Makes the open chunk one that takes bytes of the tensor from `offset` on, and says how many of `left`. */
-static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t left,
+/* Makes the open chunk one that takes bytes of the tensor from byte `at` of what is read of it on, and says how many of
+ * `left`. */
+static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t at, uint64_t left,
                              uint64_t cut, uint64_t *take) {
-    uint64_t gap = 0;
+    uint64_t gap = 0, offset = file_place(p, tensor, at);
     *take = 0;
-    if (continues(p, tensor, offset)) {
-        gap = offset - p->open->offset - p->open->nbytes;
-        *take = fitting(p, gap, left, cut);
-    }
+    if (continues(p, tensor, offset, left, &gap)) *take = fitting(p, gap, left, cut);
     if (*take) {
         if (p->open->block == FST_NO_BLOCK) p->open->block = block_of(p, tensor);
         if (gap) add_gap(p, (uint32_t)gap);
@@ -313,6 +403,20 @@ static uint64_t unit_of(const fst_quantized *w) { return w->format == FST_FORMAT
 
 /* Bytes from one place where the codes of a packed weight may be cut to the next: where codes lie in two words, what has
  * them whole. Transposed ones are better cut between the tiles that kernels take, if a chunk has several. */
+static fst_status refuse_slots(planner *p, const fst_plan_tensor *tensor, uint64_t least) {
+    fst_where where = place_of(p, tensor);
+    return fst_fail(
+        p->error, FST_E_UNSUPPORTED, 0, &where,
+        "tensor \"%s\": codes of %u bits lie in two words; that needs slot_bytes of at least %llu",
+        name_of(p, tensor), tensor->weight->bits, (unsigned long long)least);
+}
+
+/* Whether codes lie in two words. */
+static int straddles(const fst_quantized *w) {
+    return fst_scheme_is_packed(w) && w->format != FST_FORMAT_INT4_ROWS && 32 % w->bits &&
+           !(w->flags & FST_Q_PADDED);
+}
+
 static fst_status packed_cut(planner *p, const fst_plan_tensor *tensor, const fst_entry *entry,
                              uint64_t *cut) {
     const fst_quantized *w = tensor->weight;
@@ -320,15 +424,9 @@ static fst_status packed_cut(planner *p, const fst_plan_tensor *tensor, const fs
     int transposed = column || w->format == FST_FORMAT_AWQ || w->format == FST_FORMAT_INT4_QUARK;
     uint64_t step = entry->shape[entry->ndim - 1] * unit_of(w); /* a row of words */
     *cut = 512;
-    if (32 % w->bits && !(w->flags & FST_Q_PADDED)) {
+    if (straddles(w)) {
         *cut = column ? step * w->bits : step;
-        if (*cut <= p->options->chunk_bytes) return FST_OK;
-        fst_where where = {p->paths[tensor->file], (int)tensor->file,
-                           (int64_t)(p->headers[tensor->file].data_start + entry->begin)};
-        return fst_fail(
-            p->error, FST_E_UNSUPPORTED, 0, &where,
-            "tensor \"%s\": codes of %u bits lie in two words; that needs slot_bytes of at least %llu",
-            entry->name, w->bits, (unsigned long long)*cut);
+        return *cut <= p->options->chunk_bytes ? FST_OK : refuse_slots(p, tensor, *cut);
     }
     for (uint64_t tile = column ? 16 : 128; transposed && tile; tile /= 2)
         if (step && step <= p->options->chunk_bytes / 8 / tile) {
@@ -338,76 +436,168 @@ static fst_status packed_cut(planner *p, const fst_plan_tensor *tensor, const fs
     return FST_OK;
 }
 
-/* Places are counted in words; the kernel finds those in the result. */
-static void place_packed(const fst_plan_tensor *tensor, unsigned result_bits, uint64_t in_matrix,
-                         fst_plan_piece *piece) {
+/* ---- Pieces ------------------------------------------------------------------------------------------ */
+
+/* The open chunk is one that brings the tensor. */
+static void note_chunk(planner *p, fst_plan_tensor *tensor) {
+    uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
+    if (tensor->pieces++ == 0) tensor->first_chunk = chunk;
+    tensor->chunks = chunk - tensor->first_chunk + 1;
+}
+
+/* What kernels count in all of the matrix: pieces are rows of what is read, or parts of one. */
+static fst_status add_boxed(planner *p, uint32_t index) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    const fst_cut *cut = cut_of(p, tensor);
+    const unsigned bits = tensor->weight ? tensor->weight->bits : fst_dtype_bits(cut->local.dtype);
+    const uint64_t total = cut->nbytes, matrix = total / cut->matrices;
+    const uint64_t rows = cut->row_bytes * cut->row_step;
+    const int in_rows = rows > p->options->chunk_bytes; /* rows are cut */
+    const uint64_t step = in_rows ? (uint64_t)CUT_ELEMENTS / 8 * bits : rows;
+    if (in_rows && tensor->weight && straddles(tensor->weight)) return refuse_slots(p, tensor, rows);
+    for (uint64_t done = 0, take; done < total; done += take) {
+        uint64_t in_matrix = done % matrix, left = matrix - in_matrix;
+        fst_status status = FST_OK;
+        if (in_rows) left = cut->row_bytes - in_matrix % cut->row_bytes;
+        if (tensor->parked && in_matrix == 0) /* a matrix is one stripe */
+            status = add_stripe(p, index, (uint32_t)(done / matrix), 0);
+        if (!status) status = make_space(p, tensor, done, left, step, &take);
+        if (status) return status;
+        note_chunk(p, tensor);
+        fst_plan_piece piece = {.tensor = index,
+                                .chunk_offset = p->open->nbytes,
+                                .nbytes = (uint32_t)take,
+                                .first = in_matrix,
+                                .matrix = (uint32_t)(done / matrix),
+                                .stripe = FST_NO_STRIPE};
+        if (tensor->parked) {
+            piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
+            note_stripe(p);
+        }
+        status = add_piece(p, FST_RUN_CONVERT, &piece, done);
+        if (status) return status;
+        if (tensor->weight) need_batch(p);
+    }
+    return FST_OK;
+}
+
+/* How what is read of a tensor may be cut into pieces: bytes of one matrix, or of what comes as one; of a stripe; and
+ * from one place where it may be cut to the next. */
+typedef struct cutting {
+    uint64_t total, matrix, stripe, step;
+    int shaped, packed;
+} cutting;
+
+static fst_status find_cutting(planner *p, const fst_plan_tensor *tensor, unsigned bits, cutting *c) {
+    const fst_entry *entry = entry_of(p, tensor);
+    const fst_cut *cut = cut_of(p, tensor);
+    const fst_quantized *weight = tensor->weight;
+    uint64_t stack = cut ? cut->matrices : weight ? weight->stack : 1;
+    *c = (cutting){.total = cut ? cut->nbytes : entry->end - entry->begin,
+                   .step = (uint64_t)CUT_ELEMENTS * bits / 8,
+                   .shaped = cut && cut->shaped,
+                   .packed = weight && fst_scheme_is_packed(weight)};
+    c->matrix = c->total;
+    if (c->packed && stack) {
+        fst_status status = packed_cut(p, tensor, entry, &c->step);
+        if (status) return status;
+        c->matrix = c->total / stack; /* rows may end in words that are not full */
+    } else if (weight) {              /* bitsandbytes' may be odd */
+        c->matrix = ((cut ? cut->rows * cut->cols : weight->rows * weight->cols) * bits + 7) / 8;
+    }
+    if (tensor->conversion == FST_CONVERT_QUANTIZE && !weight)
+        c->matrix = tensor->rows * tensor->cols * bits / 8;
+    if (c->shaped && c->total) c->matrix = c->total / cut->matrices;
+    int in_stripes = tensor->parked && tensor->stripe_rows < tensor->rows;
+    c->stripe = in_stripes ? tensor->stripe_rows * tensor->cols * bits / 8 : c->matrix;
+    if (tensor->conversion == FST_CONVERT_QUANTIZE && !tensor->parked)
+        c->step = scaled_rows(tensor) * tensor->cols * bits / 8;
+    return FST_OK;
+}
+
+/* Bytes from `done` on that a piece may have, and where they may be cut. */
+static uint64_t bytes_left(const planner *p, const fst_plan_tensor *tensor, const cutting *c, uint64_t done,
+                           uint64_t *step) {
+    const fst_cut *cut = cut_of(p, tensor);
+    uint64_t in_matrix = done % c->matrix, left = c->stripe - in_matrix % c->stripe;
+    if (left > c->matrix - in_matrix) left = c->matrix - in_matrix; /* the last stripe of a matrix */
+    *step = c->step;
+    if (!cut || tensor->weight || cut->segment >= cut->nbytes) return left;
+    /* Whole segments, or a part of one. */
+    uint64_t rest = cut->segment - done % cut->segment;
+    if (cut->segment <= p->options->chunk_bytes) *step = cut->segment;
+    else if (left > rest) left = rest;
+    return left;
+}
+
+/* Where the codes of a piece begin in their matrix, for kernels that know what comes before. */
+static uint64_t first_of_weight(const fst_plan_tensor *tensor, const fst_cut *cut, const cutting *c,
+                                uint64_t in_matrix) {
     const fst_quantized *w = tensor->weight;
-    piece->dst_offset = piece->matrix * w->rows * w->cols * result_bits / 8;
-    piece->count = piece->nbytes / unit_of(w);
-    piece->first = in_matrix / unit_of(w);
+    uint64_t before = cut ? cut->row : 0; /* rows */
+    if (!c->packed) return in_matrix * 8 / w->bits + before * w->cols;
+    return in_matrix / unit_of(w) + (cut ? before * (c->matrix / cut->rows) / unit_of(w) : 0);
+}
+
+/* Places of packed integers are counted in words; the kernel finds those in the result. */
+static void place_weight(const fst_plan_tensor *tensor, const fst_cut *cut, const cutting *c,
+                         uint64_t in_matrix, unsigned result_bits, fst_plan_piece *piece) {
+    const fst_quantized *w = tensor->weight;
+    uint64_t count = cut ? cut->rows * cut->cols : w->rows * w->cols; /* of one matrix */
+    piece->first = first_of_weight(tensor, cut, c, in_matrix);
+    if (c->packed) {
+        piece->dst_offset = piece->matrix * count * result_bits / 8;
+        piece->count = piece->nbytes / unit_of(w);
+    } else if (piece->count > count - in_matrix * 8 / w->bits) {
+        piece->count = count - in_matrix * 8 / w->bits;
+    }
 }
 
 static fst_status add_tensor(planner *p, uint32_t index) {
     fst_plan_tensor *tensor = &p->plan->tensors[index];
-    const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+    const fst_entry *entry = entry_of(p, tensor);
+    const fst_cut *cut = cut_of(p, tensor);
     const fst_quantized *weight = tensor->weight;
     int quantized = tensor->conversion == FST_CONVERT_QUANTIZE;
     fst_dtype dtype = tensor->parked ? tensor->parked : tensor->dtype; /* that pieces become */
     unsigned bits = weight ? weight->bits : fst_dtype_bits(entry->dtype);
     unsigned result_bits = fst_dtype_bits(dtype);
-    uint64_t start = p->headers[tensor->file].data_start + entry->begin;
-    uint64_t total = entry->end - entry->begin, done = 0, cut = CUT_ELEMENTS * bits / 8;
-    uint64_t count = weight ? weight->rows * weight->cols : 0; /* of one matrix; bitsandbytes' may be odd */
-    uint64_t matrix = weight ? (count * bits + 7) / 8 : total; /* bytes of one */
-    int packed = weight && fst_scheme_is_packed(weight);
-    if (packed && weight->stack) {
-        fst_status status = packed_cut(p, tensor, entry, &cut);
-        if (status) return status;
-        matrix = total / weight->stack; /* rows may end in words that are not full */
-    }
-    if (quantized && !weight) matrix = tensor->rows * tensor->cols * bits / 8;
-    int in_stripes = tensor->parked && tensor->stripe_rows < tensor->rows;
-    uint64_t stripe = in_stripes ? tensor->stripe_rows * tensor->cols * bits / 8 : matrix;
-    if (quantized && !tensor->parked) cut = scaled_rows(tensor) * tensor->cols * bits / 8;
-    while (done < total) {
-        uint64_t in_matrix = weight || quantized ? done % matrix : done, in_stripe = in_matrix % stripe;
-        uint64_t left = stripe - in_stripe, take = 0;
-        fst_status status = FST_OK;
-        if (left > matrix - in_matrix) left = matrix - in_matrix; /* the last stripe of a matrix */
-        if (tensor->parked && in_stripe == 0)
-            status = add_stripe(p, index, (uint32_t)(done / matrix), in_matrix * 8 / bits / tensor->cols);
-        if (!status) status = make_space(p, tensor, start + done, left, cut, &take);
-        if (status) return status;
-        uint32_t chunk = (uint32_t)(p->plan->chunks_count - 1);
-        if (tensor->pieces++ == 0) tensor->first_chunk = chunk;
-        tensor->chunks = chunk - tensor->first_chunk + 1;
+    cutting c;
+    if (cut && cut->boxed) return cut->nbytes ? add_boxed(p, index) : FST_OK;
+    fst_status status = find_cutting(p, tensor, bits, &c);
+    int matrices = weight || quantized || c.shaped;
+    for (uint64_t done = 0, take, step; done < c.total && !status; done += take) {
+        uint64_t in_matrix = done % c.matrix, left = bytes_left(p, tensor, &c, done, &step);
+        if (tensor->parked && in_matrix % c.stripe == 0)
+            status = add_stripe(p, index, (uint32_t)(done / c.matrix), in_matrix * 8 / bits / tensor->cols);
+        if (!status) status = make_space(p, tensor, done, left, step, &take);
+        if (status) break;
+        note_chunk(p, tensor);
         uint64_t before = done * 8 / bits; /* elements; done is a multiple of cut, or of a matrix */
         fst_plan_piece piece = {
             .tensor = index,
             .chunk_offset = p->open->nbytes,
             .nbytes = (uint32_t)take,
-            .dst_offset = before * result_bits / 8,
+            .dst_offset = c.shaped ? 0 : before * result_bits / 8,
             .count = take * 8 / bits,
-            .first = weight || quantized ? in_matrix * 8 / bits : 0,
-            .matrix = weight || quantized ? (uint32_t)(done / matrix) : 0,
+            .first = matrices ? in_matrix * 8 / bits : 0,
+            .matrix = matrices ? (uint32_t)(done / c.matrix) : 0,
             .stripe = FST_NO_STRIPE,
         };
-        if (packed) place_packed(tensor, result_bits, in_matrix, &piece);
-        if (weight && !packed && piece.count > count - piece.first) piece.count = count - piece.first;
+        if (weight) place_weight(tensor, cut, &c, in_matrix, result_bits, &piece);
         if (tensor->parked) {
             piece.stripe = (uint32_t)(p->plan->stripes_count - 1);
             piece.dst_offset -= stripe_start(p, result_bits);
             note_stripe(p);
         }
-        int kept = !weight && dtype == entry->dtype;
+        int kept = !weight && !c.shaped && dtype == entry->dtype;
         fst_run_kind kind = kept && take >= p->options->place_bytes ? FST_RUN_PLACE : FST_RUN_CONVERT;
-        status = add_piece(p, kind, &piece);
-        if (status) return status;
-        if (kind == FST_RUN_CONVERT && !fst_plan_is_alone(tensor)) p->open_jobs++;
+        status = add_piece(p, kind, &piece, done);
+        if (status) break;
+        if (kind == FST_RUN_CONVERT && !fst_plan_is_alone(p->plan, tensor)) p->open_jobs++;
         if (weight) need_batch(p);
-        done += take;
     }
-    return FST_OK;
+    return status;
 }
 
 /* ---- What becomes of each tensor ------------------------------------------------------------------- */
@@ -421,7 +611,8 @@ static const fst_quantized *weight_of(const planner *p, size_t index, fst_dtype 
 }
 
 static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entry *entry, fst_dtype cast) {
-    uint64_t count = elements(entry);
+    const fst_cut *cut = cut_of(p, tensor);
+    uint64_t count = cut ? cut->matrices * cut->rows * cut->cols : elements(entry);
     if (tensor->weight) {
         const fst_quantized *w = tensor->weight;
         fst_where where = {p->paths[tensor->file], (int)tensor->file,
@@ -432,7 +623,7 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
                             "tensor \"%s\" (%s) is not dequantized to %s: F32, F16 and BF16 there are",
                             entry->name, fst_format_name(w->format), fst_dtype_name(cast));
         tensor->dtype = cast;
-        count = w->stack * w->rows * w->cols;
+        if (!cut) count = w->stack * w->rows * w->cols;
     } else if (tensor->conversion == FST_CONVERT_QUANTIZE || tensor->conversion == FST_CONVERT_FNUZ) {
         tensor->dtype = cast;
     } else {
@@ -532,7 +723,8 @@ static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_e
     if (tensor->conversion != FST_CONVERT_QUANTIZE) return FST_OK;
     tensor->counter = p->plan->counters_count++;
     tensor->scale = scale;
-    if (w) tensor->rows = w->rows, tensor->cols = w->cols;
+    const fst_cut *cut = cut_of(p, tensor);
+    if (w) tensor->rows = cut ? cut->rows : w->rows, tensor->cols = w->cols;
     else fst_quantize_shape(entry, &stack, &tensor->rows, &tensor->cols);
     uint64_t unit = scaled_rows(tensor);
     int direct = !w && (entry->dtype == FST_F32 || entry->dtype == FST_F16 || entry->dtype == FST_BF16);
@@ -541,7 +733,8 @@ static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_e
     tensor->parked = direct ? entry->dtype : FST_F32;
     uint64_t units = p->options->chunk_bytes / fst_dtype_bytes(tensor->parked, unit * tensor->cols) + 1;
     tensor->stripe_rows = tensor->rows;
-    if ((!w || is_row_by_row(w)) && units < tensor->rows / unit) tensor->stripe_rows = units * unit;
+    if ((!w || (is_row_by_row(w) && !(cut && cut->boxed))) && units < tensor->rows / unit)
+        tensor->stripe_rows = units * unit;
     return FST_OK;
 }
 
@@ -569,6 +762,8 @@ static fst_status add_scales(planner *p) {
                                                  .block = FST_NO_BLOCK,
                                                  .batch = FST_NO_BATCH,
                                                  .pieces = 1, /* it is complete with its weight */
+                                                 .cut = FST_NO_CUT,
+                                                 .fused = FST_NO_TENSOR,
                                                  .scales = FST_NO_TENSOR,
                                                  .counter = FST_NO_COUNTER};
     }
@@ -605,6 +800,126 @@ static void choose_doubled(planner *p) {
     }
 }
 
+/* ---- Parts ------------------------------------------------------------------------------------------- */
+
+/* Computed scales of a part are those of the whole where no other rank has what is under them. */
+static fst_status check_scaled_part(planner *p, const fst_plan_tensor *tensor, const fst_choice *choice,
+                                    uint32_t ndim, int32_t dim, uint64_t begin, uint64_t end,
+                                    uint64_t extent) {
+    fst_where where = place_of(p, tensor);
+    const char *why = NULL;
+    int rows = dim >= 0 && (uint32_t)dim + 2 == ndim, cols = dim >= 0 && (uint32_t)dim + 1 == ndim;
+    int in_tiles = begin % FST_QUANTIZE_TILE == 0 && (end % FST_QUANTIZE_TILE == 0 || end == extent);
+    if (tensor->conversion != FST_CONVERT_QUANTIZE) return FST_OK;
+    if (choice->layout || choice->into)
+        why = "scales are computed for weights as they are stored, that are no part";
+    else if (cols || (rows && choice->scale == FST_QUANTIZE_TENSOR))
+        why = "its scales need what other ranks have";
+    else if (rows && choice->scale == FST_QUANTIZE_BLOCK && !in_tiles)
+        why = "its scales of 128 rows need what other ranks have";
+    if (!why) return FST_OK;
+    return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where, "tensor \"%s\": %s", name_of(p, tensor), why);
+}
+
+static fst_status refuse_part(planner *p, const fst_plan_tensor *tensor, fst_status status, const char *why) {
+    fst_where where = place_of(p, tensor);
+    return fst_fail(p->error, status, 0, &where, "tensor \"%s\": %s", name_of(p, tensor), why);
+}
+
+static fst_status add_cut(planner *p, fst_cut **out) {
+    if (!room(&p->plan->cuts, p->plan->cuts_count, &p->cuts_room, sizeof *p->plan->cuts))
+        return no_memory(p->error);
+    *out = &p->plan->cuts[p->plan->cuts_count];
+    return FST_OK;
+}
+
+/* The part of a tensor that belongs to a part of a weight that stays quantized: of its codes (FST_COMPANIONS) or of a
+ * companion. */
+static fst_status cut_kept_tensor(planner *p, size_t index, const fst_quantized *w, unsigned which,
+                                  uint32_t part, int converts) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+    fst_where where = place_of(p, tensor);
+    int32_t dim;
+    uint64_t begin, end;
+    fst_cut *cut = NULL;
+    const char *why = fst_cut_kept(w, which, &p->plan->cuts[part], entry, &dim, &begin, &end);
+    if (why)
+        return fst_fail(p->error, FST_E_UNSUPPORTED, 0, &where,
+                        "tensor \"%s\": \"%.200s\" stays quantized, and %s: dequantize it, or cut elsewhere",
+                        name_of(p, tensor), w->name, why);
+    if (dim < 0) return FST_OK;
+    fst_status status = add_cut(p, &cut);
+    if (!status) status = fst_cut_plain(entry, dim, begin, end, 0, converts, 0, &where, cut, p->error);
+    if (!status) tensor->cut = (uint32_t)p->plan->cuts_count++;
+    return status;
+}
+
+/* A weight that stays quantized: its companions are cut likewise, once all are known. */
+static fst_status cut_kept(planner *p, size_t index, const fst_entry *entry, const fst_choice *choice,
+                           fst_dtype cast) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    const fst_quantized *w = &p->options->scheme->weights[p->options->scheme->owner[index]];
+    fst_where where = place_of(p, tensor);
+    uint64_t begin = choice->begin, end = choice->end;
+    int32_t dim = choice->shard_dim;
+    fst_cut *part = NULL;
+    if (choice->layout || choice->into)
+        return refuse_part(p, tensor, FST_E_UNSUPPORTED,
+                           "it is quantized and stays so: its layout is as stored");
+    if (dim >= 0 && (uint32_t)dim < w->ndim) {
+        if (begin == 0 && end == 0)
+            fst_shard_range(w->shape[dim], choice->unit, p->options->rank, p->options->ranks, &begin, &end);
+        if (begin == 0 && end == w->shape[dim]) return FST_OK;
+    }
+    fst_status status = add_cut(p, &part);
+    if (!status) status = fst_cut_weight(w, entry, dim, begin, end, 0, &where, part, p->error);
+    if (status) return status;
+    uint32_t which = (uint32_t)p->plan->cuts_count++;
+    p->kept[index] = which;
+    p->gathers = 1;
+    return cut_kept_tensor(p, index, w, FST_COMPANIONS, which, cast != FST_NATIVE);
+}
+
+/* What of a tensor is wanted, if that is not all of it as it is. Of companions their weights decide. */
+static fst_status cut_tensor(planner *p, size_t index, const fst_entry *entry, const fst_choice *choice,
+                             fst_dtype cast) {
+    fst_plan *plan = p->plan;
+    fst_plan_tensor *tensor = &plan->tensors[index];
+    const fst_quantized *w = tensor->weight;
+    const uint64_t *shape = w ? w->shape : entry->shape;
+    const uint32_t ndim = w ? w->ndim : entry->ndim;
+    int32_t dim = choice->shard_dim;
+    uint64_t begin = choice->begin, end = choice->end, extent = 0;
+    fst_where where = place_of(p, tensor);
+    if (role_of(p, index) == FST_ROLE_COMPANION) return FST_OK;
+    if (dim >= 0 && (uint32_t)dim < ndim) {
+        extent = shape[dim];
+        if (begin == 0 && end == 0)
+            fst_shard_range(extent, choice->unit, p->options->rank, p->options->ranks, &begin, &end);
+        if (begin == 0 && end == extent) dim = FST_REPLICATE;
+    }
+    if (dim < 0 && !choice->layout && !choice->into) return FST_OK;
+    if (!w && role_of(p, index) == FST_ROLE_CODES) return cut_kept(p, index, entry, choice, cast);
+    fst_status status = check_scaled_part(p, tensor, choice, ndim, dim, begin, end, extent);
+    if (status) return status;
+    fst_cut *cut = NULL;
+    status = add_cut(p, &cut);
+    if (status) return status;
+    int converts = cast != FST_NATIVE && cast != entry->dtype && fst_dtype_is_castable(entry->dtype);
+    uint64_t least = choice->into || tensor->conversion ? 0 : p->options->segment_bytes;
+    if (w) status = fst_cut_weight(w, entry, dim, begin, end, choice->layout, &where, cut, p->error);
+    else
+        status =
+            fst_cut_plain(entry, dim, begin, end, choice->layout, converts, least, &where, cut, p->error);
+    if (status) return status;
+    tensor->cut = (uint32_t)plan->cuts_count++;
+    p->gathers |= dim >= 0;
+    if (tensor->conversion == FST_CONVERT_QUANTIZE && cut->matrices * cut->rows * cut->cols == 0)
+        tensor->conversion = FST_CONVERT_CAST; /* nothing has no scales */
+    return FST_OK;
+}
+
 static fst_status choose_results(planner *p, uint32_t file, const fst_choice *choices) {
     const fst_header *header = &p->headers[file];
     for (size_t i = 0; i < header->count; i++) {
@@ -622,16 +937,165 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
                                     .block = FST_NO_BLOCK,
                                     .batch = FST_NO_BATCH,
                                     .scales = FST_NO_TENSOR,
-                                    .counter = FST_NO_COUNTER};
+                                    .counter = FST_NO_COUNTER,
+                                    .cut = FST_NO_CUT,
+                                    .fused = FST_NO_TENSOR};
         tensor->memory = choices ? choices[i].memory : NULL;
+        if (choices) p->chosen[index] = &choices[i], p->kept[index] = FST_NO_CUT;
         fst_status status = choose_conversion(p, index, entry, &cast, scale);
         if (!status && tensor->conversion != FST_CONVERT_FNUZ) tensor->weight = weight_of(p, index, cast);
-        if (!status) status = set_result(p, tensor, entry, cast);
-        if (!status) status = set_quantized(p, tensor, entry, scale);
+        if (!status && choices) status = cut_tensor(p, index, entry, &choices[i], cast);
+        if (!status) status = set_result(p, tensor, entry_of(p, tensor), cast);
+        if (!status) status = set_quantized(p, tensor, entry_of(p, tensor), scale);
         if (!status && tensor->memory) status = check_memory(p, tensor, entry, &choices[i]);
         if (status) return status;
     }
     return FST_OK;
+}
+
+/* ---- Results that are fused ----------------------------------------------------------------------------- */
+
+typedef struct part {
+    const char *into;
+    uint64_t place;
+    uint32_t index;
+} part;
+
+static int compare_parts(const void *a, const void *b) {
+    const part *x = a, *y = b;
+    int order = strcmp(x->into, y->into);
+    if (order) return order;
+    if (x->place != y->place) return x->place < y->place ? -1 : 1;
+    return (x->index > y->index) - (x->index < y->index);
+}
+
+/* Whether a part is like the first but along the dimension that they follow one another in. */
+static fst_status check_part(planner *p, const part *first, const part *other, int32_t dim) {
+    const fst_plan_tensor *a = &p->plan->tensors[first->index], *b = &p->plan->tensors[other->index];
+    const fst_cut *x = cut_of(p, a), *y = cut_of(p, b);
+    fst_where where = place_of(p, b);
+    int fits = x->ndim == y->ndim && p->chosen[other->index]->into_dim == dim;
+    for (uint32_t i = 0; fits && i < x->ndim; i++)
+        fits = (dim >= 0 && i == (uint32_t)dim) || fst_cut_extent(x, i) == fst_cut_extent(y, i);
+    if (a->dtype != b->dtype)
+        return fst_fail(p->error, FST_E_ARG, 0, &where,
+                        "tensor \"%s\" becomes %s, \"%.120s\" %s: they cannot both be parts of \"%.120s\"",
+                        name_of(p, b), fst_dtype_name(b->dtype), name_of(p, a), fst_dtype_name(a->dtype),
+                        first->into);
+    if (!fits)
+        return fst_fail(
+            p->error, FST_E_ARG, 0, &where,
+            "tensor \"%s\" and \"%.120s\" differ in more than what they follow one another in, in "
+            "\"%.120s\"",
+            name_of(p, b), name_of(p, a), first->into);
+    if (a->memory || b->memory)
+        return refuse_part(p, a->memory ? a : b, FST_E_ARG,
+                           "a part of another result has no memory of its own");
+    return FST_OK;
+}
+
+/* Where the parts of a result lie in it: one behind the other, or with steps between their rows. */
+static fst_status place_parts(planner *p, const part *parts, size_t count, int32_t dim,
+                              fst_plan_tensor *whole, fst_cut *shape) {
+    const unsigned bits = fst_dtype_bits(whole->dtype);
+    const fst_cut *first = cut_of(p, &p->plan->tensors[parts[0].index]);
+    uint64_t before = 1, inner = 1, done = 0, total = 0;
+    for (uint32_t i = 0; dim > 0 && i < (uint32_t)dim; i++) before *= fst_cut_extent(first, i);
+    for (uint32_t i = dim < 0 ? 0 : (uint32_t)dim + 1; i < first->ndim; i++)
+        inner *= fst_cut_extent(first, i);
+    for (size_t i = 0; i < count; i++)
+        total += dim < 0 ? 1 : fst_cut_extent(cut_of(p, &p->plan->tensors[parts[i].index]), (uint32_t)dim);
+    for (size_t i = 0; i < count; i++) {
+        fst_plan_tensor *tensor = &p->plan->tensors[parts[i].index];
+        fst_cut *cut = &p->plan->cuts[tensor->cut];
+        uint64_t extent = dim < 0 ? 1 : fst_cut_extent(cut, (uint32_t)dim);
+        int narrow = !tensor->weight && !cut->boxed && fst_dtype_bits(cut->local.dtype) < 8;
+        if (before > 1 && (narrow || bits < 8 || !fst_cut_widen(cut, (uint32_t)dim, total)))
+            return refuse_part(p, tensor, FST_E_UNSUPPORTED,
+                               "parts follow one another in one of the last two dimensions, in whole bytes");
+        if (before > 1 && tensor->weight) fst_cut_box(tensor->weight, cut);
+        if (done * inner * bits % 8)
+            return refuse_part(p, tensor, FST_E_UNSUPPORTED,
+                               "it would not begin at a whole byte of the result");
+        tensor->block_offset = done * inner * bits / 8;
+        done += extent;
+    }
+    uint32_t n = 0;
+    shape->ndim = first->ndim + (dim < 0);
+    shape->dim = FST_REPLICATE;
+    if (!(shape->shape = malloc((shape->ndim + 1) * sizeof *shape->shape))) return no_memory(p->error);
+    if (dim < 0) shape->shape[n++] = total;
+    for (uint32_t i = 0; i < first->ndim; i++)
+        shape->shape[n++] = dim >= 0 && i == (uint32_t)dim ? total : fst_cut_extent(first, i);
+    whole->nbytes = fst_dtype_bytes(whole->dtype, before * total * inner);
+    return FST_OK;
+}
+
+/* One result of parts. */
+static fst_status fuse(planner *p, const part *parts, size_t count) {
+    fst_plan *plan = p->plan;
+    const fst_plan_tensor *first = &plan->tensors[parts[0].index];
+    const int32_t dim = p->chosen[parts[0].index]->into_dim;
+    const uint32_t index = (uint32_t)plan->tensors_count, ndim = cut_of(p, first)->ndim;
+    if (dim < -1 || (dim >= 0 && (uint32_t)dim >= ndim) || (dim < 0 && ndim == FST_MAX_DIMS))
+        return refuse_part(p, first, FST_E_ARG,
+                           "parts do not follow one another in a dimension that it lacks");
+    for (size_t i = 0; i < count; i++) {
+        fst_status status = check_part(p, &parts[0], &parts[i], dim);
+        if (status) return status;
+    }
+    fst_cut *shape = NULL;
+    fst_status status = add_cut(p, &shape);
+    if (status) return status;
+    fst_plan_tensor whole = {.file = first->file,
+                             .entry = first->entry,
+                             .dtype = first->dtype,
+                             .block = FST_NO_BLOCK,
+                             .batch = FST_NO_BATCH,
+                             .scales = FST_NO_TENSOR,
+                             .counter = FST_NO_COUNTER,
+                             .cut = (uint32_t)plan->cuts_count,
+                             .fused = FST_NO_TENSOR,
+                             .next_part = parts[0].index,
+                             .into = parts[0].into};
+    plan->cuts_count++;
+    memset(shape, 0, sizeof *shape);
+    status = place_parts(p, parts, count, dim, &whole, shape);
+    if (status) return status;
+    for (size_t i = 0; i < count; i++) {
+        fst_plan_tensor *tensor = &plan->tensors[parts[i].index];
+        tensor->fused = index;
+        tensor->next_part = i + 1 < count ? parts[i + 1].index : FST_NO_TENSOR;
+        if (parts[i].index > whole.last_part) whole.last_part = parts[i].index;
+    }
+    plan->tensors[plan->tensors_count++] = whole;
+    return FST_OK;
+}
+
+static fst_status fuse_all(planner *p) {
+    fst_plan *plan = p->plan;
+    size_t count = 0, capacity = 0;
+    part *parts = NULL;
+    fst_status status = FST_OK;
+    for (size_t i = 0; p->chosen && i < plan->stored_count && !status; i++) {
+        if (plan->tensors[i].cut == FST_NO_CUT || !p->chosen[i]->into) continue;
+        if (!room(&parts, count, &capacity, sizeof *parts)) status = no_memory(p->error);
+        else parts[count++] = (part){p->chosen[i]->into, p->chosen[i]->into_place, (uint32_t)i};
+    }
+    fst_plan_tensor *more =
+        count && !status ? realloc(plan->tensors, (plan->tensors_count + count) * sizeof *more) : NULL;
+    if (more) {
+        plan->tensors = more;
+        qsort(parts, count, sizeof *parts, compare_parts);
+    } else if (count && !status) {
+        status = no_memory(p->error);
+    }
+    for (size_t i = 0, end; i < count && !status; i = end) {
+        for (end = i + 1; end < count && !strcmp(parts[i].into, parts[end].into);) end++;
+        status = fuse(p, &parts[i], end - i);
+    }
+    free(parts);
+    return status;
 }
 
 /* ---- Batches ------------------------------------------------------------------------------------------ */
@@ -716,38 +1180,79 @@ static fst_dtype scale_codes_of(const planner *p, size_t index) {
     return FST_NATIVE;
 }
 
+/* What of a companion a part of its weight needs, or, where that stays quantized, goes along with it. */
+static fst_status cut_companion(planner *p, size_t index) {
+    fst_plan_tensor *tensor = &p->plan->tensors[index];
+    const fst_quantized *w = &p->options->scheme->weights[p->options->scheme->owner[index]];
+    const fst_plan_tensor *codes = &p->plan->tensors[w->codes];
+    unsigned which = 0;
+    while (which + 1 < FST_COMPANIONS && w->companions[which] != index) which++;
+    if (codes->weight && codes->cut != FST_NO_CUT) {
+        fst_cut *cut = NULL, of_weight = *cut_of(p, codes);
+        uint64_t most = p->options->segment_bytes ? of_weight.needed : 0;
+        fst_status status = add_cut(p, &cut);
+        if (status) return status;
+        if (fst_cut_companion(w, (fst_companion)which, &of_weight, entry_of(p, tensor), most, cut))
+            tensor->cut = (uint32_t)p->plan->cuts_count++;
+    } else if (p->kept && p->kept[w->codes] != FST_NO_CUT) {
+        fst_status status = cut_kept_tensor(p, index, w, which, p->kept[w->codes],
+                                            tensor->dtype != entry_of(p, tensor)->dtype);
+        const fst_cut *cut = cut_of(p, tensor);
+        if (status || !cut) return status;
+        tensor->nbytes = fst_dtype_bytes(tensor->dtype, cut->matrices * cut->rows * cut->cols);
+    }
+    return FST_OK;
+}
+
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
-static void keep_companions(planner *p) {
+static fst_status keep_companions(planner *p) {
     uint32_t results = 0;
     for (size_t i = 0; i < p->plan->stored_count; i++) {
+        fst_status status = role_of(p, i) == FST_ROLE_COMPANION ? cut_companion(p, i) : FST_OK;
+        if (status) return status;
         fst_plan_tensor *tensor = &p->plan->tensors[i];
-        tensor->result = is_companion(p, i) ? FST_NO_TENSOR : results++;
+        int is_part = tensor->fused != FST_NO_TENSOR, consumed = is_companion(p, i);
+        tensor->result = is_part || consumed ? FST_NO_TENSOR : results++;
+        if (is_part && p->plan->tensors[tensor->fused].last_part == i)
+            p->plan->tensors[tensor->fused].result = results++;
         if (scales_of(p, tensor)) scales_of(p, tensor)->result = results++;
-        if (tensor->result != FST_NO_TENSOR) continue;
+        if (!consumed) continue;
         const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+        const fst_cut *cut = cut_of(p, tensor);
         tensor->dtype = entry->dtype;
-        tensor->nbytes = entry->end - entry->begin;
+        tensor->nbytes = cut ? cut->nbytes : entry->end - entry->begin;
         tensor->memory = NULL;
         tensor->scale_codes = scale_codes_of(p, i);
     }
+    return FST_OK;
+}
+
+/* The most memory that a stream needs for what is fused: from where it begins to where its last part comes. */
+static void note_pending(fst_plan *plan, uint32_t first_block) {
+    uint64_t all = 0;
+    for (size_t i = first_block; i < plan->blocks_count; i++) all += plan->blocks[i];
+    if (all > plan->bytes_pending) plan->bytes_pending = all;
 }
 
 static fst_status plan_tensors(planner *p) {
     fst_plan *plan = p->plan;
-    fst_status status = FST_OK;
-    keep_companions(p);
+    fst_status status = keep_companions(p);
     size_windows(p);
     for (size_t first = 0, end; first < plan->stored_count && !status; first = end) {
         end = batch_end(p, first);
         status = add_companions(p, first, end);
         for (size_t i = first; i < end && !status; i++) {
             fst_plan_tensor *tensor = &plan->tensors[i];
-            if (tensor->result == FST_NO_TENSOR) continue;
+            if (is_companion(p, i)) continue;
             fst_plan_tensor *scales = scales_of(p, tensor);
             plan->bytes_out += tensor->nbytes + (scales ? scales->nbytes : 0);
             status = place(p, tensor);
             if (!status) status = add_tensor(p, (uint32_t)i);
             if (scales) scales->first_chunk = tensor->first_chunk, scales->chunks = tensor->chunks;
+            if (tensor->fused == FST_NO_TENSOR || status) continue;
+            fst_plan_tensor *whole = &plan->tensors[tensor->fused];
+            whole->pieces += tensor->pieces;
+            if (whole->last_part == i) note_pending(plan, whole->block);
         }
     }
     return status;
@@ -771,15 +1276,28 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
     for (size_t i = 0; i < files; i++) count += headers[i].count;
     out->tensors = count <= UINT32_MAX ? calloc(count ? count : 1, sizeof *out->tensors) : NULL;
     if (!out->tensors) return no_memory(error);
+    if (choices) {
+        p.chosen = malloc((count + 1) * sizeof *p.chosen);
+        p.kept = malloc((count + 1) * sizeof *p.kept);
+        if (!p.chosen || !p.kept) status = no_memory(error);
+    }
     for (size_t i = 0; i < files && !status; i++) {
         status = choose_results(&p, (uint32_t)i, choices);
         if (choices) choices += headers[i].count;
     }
     out->stored_count = out->tensors_count;
     if (!status) status = add_scales(&p);
+    if (!status) status = fuse_all(&p);
     if (!status) choose_doubled(&p);
     if (!status) status = plan_tensors(&p);
     close_chunk(&p);
+    for (size_t i = 0; i < out->stored_count; i++) {
+        const fst_cut *cut = fst_plan_cut(out, &out->tensors[i]);
+        const fst_entry *entry = entry_of(&p, &out->tensors[i]);
+        out->bytes_needed += cut ? cut->needed : entry->end - entry->begin;
+    }
+    free(p.chosen);
+    free(p.kept);
     if (out->blocks_count && out->blocks[0] == 0) /* they are all empty */
         out->bytes_blocks = out->blocks[0] = FST_TENSOR_ALIGN;
     if (status) fst_plan_free(out);
@@ -795,5 +1313,8 @@ void fst_plan_free(fst_plan *plan) {
     free(plan->batches);
     free(plan->stripes);
     free(plan->windows);
+    free(plan->extents);
+    for (size_t i = 0; i < plan->cuts_count; i++) fst_cut_free(&plan->cuts[i]);
+    free(plan->cuts);
     memset(plan, 0, sizeof *plan);
 }

@@ -14,10 +14,15 @@
  * Weights that are quantized under computed scales need what is under one scale at once. Where that fits into a chunk,
  * pieces are whole rows, bands or matrices. Otherwise a tensor is cut into stripes, of as few rows as it takes, and each is
  * parked in device memory until its last piece is there; then one launch makes its codes and scales. Stripes lie in
- * windows, of which there is memory for two: a stripe of the next but one waits until all of a window are done with. */
+ * windows, of which there is memory for two: a stripe of the next but one waits until all of a window are done with.
+ *
+ * Of tensors that are cut (cut.h) only what is wanted is read: a chunk's bytes are then gathered from extents of the file, one
+ * after the other. Where results are not as contiguous as what is read, pieces are converted by kernels that know the
+ * shapes. Tensors that are fused are parts of one result, which is a tensor of the plan behind all others. */
 #ifndef FST_PLAN_H
 #define FST_PLAN_H
 
+#include "cut.h"
 #include "header.h"
 #include "quantize.h"
 #include "scheme.h"
@@ -31,6 +36,8 @@ typedef struct fst_plan_options {
     const fst_scheme *scheme; /* of the tensors that are not skipped; NULL: none is quantized */
     uint64_t  batch_bytes;  /* of companions; a batch has at least one weight's. 0: 16 MiB */
     uint64_t  window_bytes; /* of parked stripes; a window has at least one. 0: 8 chunks */
+    unsigned  rank, ranks;  /* 0 of 0: of 1 */
+    uint64_t  segment_bytes; /* where cut rows are shorter, whole ones may be read; 0: never */
 } fst_plan_options;
 
 #define FST_TENSOR_ALIGN 256u
@@ -46,6 +53,13 @@ typedef struct fst_choice {
     void     *memory;       /* its result goes there; NULL: into a block */
     uint64_t  memory_bytes; /* how much there is */
     fst_scale scale;        /* computed, where the cast is to a type that has such */
+    int32_t   shard_dim;    /* of the result, along which it is cut; FST_REPLICATE: it is not */
+    uint32_t  unit;         /* parts begin at multiples of so many */
+    uint64_t  begin, end;   /* the part that is wanted; both 0: the rank's */
+    uint32_t  layout;       /* FST_TRANSPOSE, FST_DEINTERLEAVE */
+    int32_t   into_dim;     /* of `into`, as in fst_rule */
+    uint64_t  into_place;
+    const char *into;       /* the result that it becomes a part of, a copy of the loading's; NULL: none */
 } fst_choice;
 
 typedef enum fst_conversion {
@@ -75,13 +89,13 @@ typedef struct fst_plan_tensor {
     uint32_t  scales;       /* QUANTIZE: the tensor of its scales, one of those behind the given ones */
     uint32_t  counter;      /* QUANTIZE, FNUZ: of what is not a number; otherwise FST_NO_COUNTER */
     fst_dtype scale_codes;       /* of a companion that holds scales: what their codes mean; otherwise FST_NATIVE */
+    uint32_t  cut;          /* in `cuts`; FST_NO_CUT: all of it comes, as it is */
+    uint32_t  fused;        /* the tensor that it is a part of, or FST_NO_TENSOR */
+    uint32_t  next_part;    /* of the same; of one that is fused: the first */
+    uint32_t  last_part;    /* of one that is fused: which comes last */
+    const char *into;       /* likewise: its name; the choices' */
 } fst_plan_tensor;
 
-/* Whether pieces are launched one by one, however many a chunk has. */
-static inline int fst_plan_is_alone(const fst_plan_tensor *tensor) {
-    return tensor->weight || tensor->conversion == FST_CONVERT_FNUZ ||
-           (tensor->conversion == FST_CONVERT_QUANTIZE && !tensor->parked);
-}
 
 typedef struct fst_plan_piece {
     uint32_t tensor;
@@ -93,7 +107,8 @@ typedef struct fst_plan_piece {
     uint32_t matrix;        /* one of the stack; of packed integers first and count are words, or bytes of INT4_ROWS, and
                              * dst_offset is the matrix' start */
     uint32_t stripe;        /* that it is parked in, or FST_NO_STRIPE */
-} fst_plan_piece;
+} fst_plan_piece;           /* of what is boxed (cut.h), `first` is the byte of what is read of `matrix` and dst_offset 0;
+                             * of what is shaped, `first` is the element of the part, and dst_offset 0 */
 
 /* Rows of one matrix. */
 typedef struct fst_plan_stripe {
@@ -112,10 +127,20 @@ typedef struct fst_plan_run {
     uint32_t chunk_offset, nbytes;
 } fst_plan_run;
 
+/* Bytes of a file that are one behind the other in a chunk: segments of as many bytes, at a distance in the file. */
+typedef struct fst_plan_extent {
+    uint64_t offset;        /* of the first, in the file */
+    uint64_t pitch;         /* from one to the next */
+    uint32_t segment;       /* bytes of each */
+    uint32_t chunk_offset, nbytes;
+} fst_plan_extent;
+
 typedef struct fst_plan_chunk {
     uint32_t file;
-    uint64_t offset;        /* in the file, from its start */
+    uint64_t offset;        /* in the file, from its start, of the first byte */
     uint32_t nbytes;
+    uint32_t first_extent, extents;
+    int      gathered;      /* its bytes are not one behind the other in the file */
     uint32_t first_run, runs;
     uint32_t jobs_bytes;    /* room for the batch jobs of its CONVERT runs, 0 when there are none */
     uint32_t batch;         /* that it brings companions of, or whose companions it needs; or FST_NO_BATCH */
@@ -132,8 +157,8 @@ typedef struct fst_plan_batch {
 
 typedef struct fst_plan {
     size_t tensors_count, pieces_count, runs_count, chunks_count, blocks_count, batches_count;
-    fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out; then computed scales */
-    size_t stored_count;       /* of them, without the scales */
+    fst_plan_tensor *tensors;  /* as given: file by file, entry by entry, but those left out; then computed scales, and what is fused */
+    size_t stored_count;       /* of them, without the scales and what is fused */
     fst_plan_piece  *pieces;
     fst_plan_run    *runs;
     fst_plan_chunk  *chunks;   /* by file, then offset: the order of reading */
@@ -150,11 +175,28 @@ typedef struct fst_plan {
     uint32_t *windows;         /* stripes of each */
     uint64_t parked_bytes;     /* memory for two windows, or for the only one */
     uint32_t counters_count;
+    size_t extents_count, cuts_count;
+    fst_plan_extent *extents;
+    fst_cut  *cuts;
+    uint64_t bytes_needed;     /* of bytes_read, without what comes along */
+    uint64_t bytes_pending;    /* the most of blocks between the first of a fused tensor and the one when it is complete */
 } fst_plan;
+
+/* NULL: it is whole, and as in the file. */
+static inline const fst_cut *fst_plan_cut(const fst_plan *plan, const fst_plan_tensor *tensor) {
+    return tensor->cut == FST_NO_CUT ? NULL : &plan->cuts[tensor->cut];
+}
+
+/* Whether pieces are launched one by one, however many a chunk has. */
+static inline int fst_plan_is_alone(const fst_plan *plan, const fst_plan_tensor *tensor) {
+    const fst_cut *cut = fst_plan_cut(plan, tensor);
+    return tensor->weight || tensor->conversion == FST_CONVERT_FNUZ || (cut && (cut->boxed || cut->shaped)) ||
+           (tensor->conversion == FST_CONVERT_QUANTIZE && !tensor->parked);
+}
 
 /* `choices`, when not NULL, has one for each tensor, file by file.
  * FST_E_NO_CAST, FST_E_UNSUPPORTED, FST_E_MEMORY, FST_E_ARG (a chunk that holds no element, memory that is too small or
- * not aligned, scales of what is no matrix). */
+ * not aligned, scales of what is no matrix, a dimension or a range that is not there, parts that do not fit together). */
 fst_status fst_plan_make(const fst_header *headers, const char *const *paths, size_t files,
                          const fst_choice *choices, const fst_plan_options *options, fst_plan *out,
                          fst_error *error);

@@ -431,6 +431,24 @@ ssize_t fst_reader_read_to(fst_reader *reader, fst_how *how, size_t which, void 
     return read_buffered(reader, *how, &reader->files[which], out, offset, nbytes);
 }
 
+ssize_t fst_reader_gather(fst_reader *reader, fst_how *how, size_t which, void *out,
+                          const fst_segments *segments) {
+    file *f = &reader->files[which];
+    uint64_t offset = segments->offset, span = (segments->count - 1) * segments->pitch + segments->nbytes;
+    size_t done = 0;
+    if (*how == FST_HOW_DIRECT) *how = FST_HOW_BUFFERED;
+    int drop = is_to_be_dropped(reader, f, *how, offset, span);
+    if (*how == FST_HOW_BUFFERED) read_ahead(f, offset, span);
+    for (uint64_t i = 0; i < segments->count; i++, offset += segments->pitch) {
+        ssize_t got = fst_os_read_all(f->fd, (char *)out + done, segments->nbytes, offset);
+        if (got < 0) return got;
+        done += (size_t)got;
+        if ((size_t)got < segments->nbytes) break;
+    }
+    if (drop) fst_os_calls.advise(f->fd, segments->offset, span, FST_ADVICE_DONTNEED);
+    return count_bytes(reader, *how, (ssize_t)done);
+}
+
 /* ---- Reads through a ring -------------------------------------------------------------------------- */
 
 #define NOTE_DROP 4u /* beside an fst_how */

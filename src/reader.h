@@ -51,6 +51,15 @@ ssize_t fst_reader_read(fst_reader *reader, fst_how *how, size_t file, void *slo
 ssize_t fst_reader_read_to(fst_reader *reader, fst_how *how, size_t file, void *out, uint64_t offset,
                            size_t nbytes);
 
+/* Pieces of a file that lie at a distance from one another: one after the other to any address. As fst_reader_read_to, for all of
+ * their bytes. */
+typedef struct fst_segments {
+    uint64_t offset, pitch, count;
+    size_t   nbytes; /* of each */
+} fst_segments;
+ssize_t fst_reader_gather(fst_reader *reader, fst_how *how, size_t file, void *out,
+                          const fst_segments *segments);
+
 /* fst_reader_read through a ring, in two steps. -EBUSY when the ring is full. */
 int fst_reader_submit(fst_reader *reader, fst_ring *ring, uint64_t tag, fst_how how, size_t file, void *slot,
                       uint64_t offset, size_t nbytes);

@@ -42,6 +42,13 @@ static fst_status set_limit(fst_loading *l) {
                             (unsigned long long)limit);
         limit = l->plan.blocks[i];
     }
+    if (l->plan.bytes_pending > limit && l->options.memory_bytes)
+        return fst_fail(
+            l->error, FST_E_ARG, 0, NULL,
+            "results that are fused take %llu bytes until their parts are there, more than the stream's "
+            "bound of %llu",
+            (unsigned long long)l->plan.bytes_pending, (unsigned long long)limit);
+    if (l->plan.bytes_pending > limit) limit = l->plan.bytes_pending;
     l->budget->limit = limit;
     return FST_OK;
 }

@@ -113,9 +113,15 @@ typedef enum op_kind {
     OP_BATCH,
     OP_SCALED,
     OP_QUANTIZE,
+    OP_ROWS,
+    OP_TRANSPOSE,
     OP_FNUZ,
     OP_BNB4,
     OP_PACKED,
+    OP_BOX_SCALED,
+    OP_BOX_BNB4,
+    OP_BOX_PACKED,
+    OP_BOX_CAST,
     OP_EVENT,
     OP_FOLLOW
 } op_kind;
@@ -130,9 +136,12 @@ typedef struct op {
     fst_batch_args batch;
     fst_scaled_args scaled;
     fst_quantize_args quantize;
+    fst_rows_args rows;
+    fst_transpose_args transpose;
     fst_fnuz_args fnuz;
     fst_bnb4_args bnb4;
     fst_packed_args packed;
+    fst_box box;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -172,9 +181,20 @@ static void run_one(stream *s) {
     if (o->kind == OP_BATCH) fst_kernels_cpu()->batch(NULL, &o->batch);
     if (o->kind == OP_SCALED) fst_kernels_cpu()->scaled(NULL, &o->scaled);
     if (o->kind == OP_QUANTIZE) fst_kernels_cpu()->quantize(NULL, &o->quantize);
+    if (o->kind == OP_ROWS && fst_kernels_cpu()->rows(NULL, &o->rows)) test_note(__FILE__, __LINE__, "rows");
+    if (o->kind == OP_TRANSPOSE && fst_kernels_cpu()->transpose(NULL, &o->transpose))
+        test_note(__FILE__, __LINE__, "transpose");
     if (o->kind == OP_FNUZ) fst_kernels_cpu()->fnuz(NULL, &o->fnuz);
     if (o->kind == OP_BNB4) fst_kernels_cpu()->bnb4(NULL, &o->bnb4);
     if (o->kind == OP_PACKED) fst_kernels_cpu()->packed(NULL, &o->packed);
+    if (o->kind == OP_BOX_SCALED && fst_kernels_cpu()->box_scaled(NULL, &o->scaled, &o->box))
+        test_note(__FILE__, __LINE__, "box_scaled");
+    if (o->kind == OP_BOX_BNB4 && fst_kernels_cpu()->box_bnb4(NULL, &o->bnb4, &o->box))
+        test_note(__FILE__, __LINE__, "box_bnb4");
+    if (o->kind == OP_BOX_PACKED && fst_kernels_cpu()->box_packed(NULL, &o->packed, &o->box))
+        test_note(__FILE__, __LINE__, "box_packed");
+    if (o->kind == OP_BOX_CAST && fst_kernels_cpu()->box_cast(NULL, &o->cast, &o->box))
+        test_note(__FILE__, __LINE__, "box_cast");
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -408,6 +428,16 @@ static int fake_quantize(fst_queue to, const fst_quantize_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_rows(fst_queue to, const fst_rows_args *args) {
+    op o = {.kind = OP_ROWS, .rows = *args};
+    return enqueue(to, &o);
+}
+
+static int fake_transpose(fst_queue to, const fst_transpose_args *args) {
+    op o = {.kind = OP_TRANSPOSE, .transpose = *args};
+    return enqueue(to, &o);
+}
+
 static int fake_fnuz(fst_queue to, const fst_fnuz_args *args) {
     op o = {.kind = OP_FNUZ, .fnuz = *args};
     return enqueue(to, &o);
@@ -420,6 +450,26 @@ static int fake_bnb4(fst_queue to, const fst_bnb4_args *args) {
 
 static int fake_packed(fst_queue to, const fst_packed_args *args) {
     op o = {.kind = OP_PACKED, .packed = *args};
+    return enqueue(to, &o);
+}
+
+static int fake_box_scaled(fst_queue to, const fst_scaled_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_SCALED, .scaled = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_bnb4(fst_queue to, const fst_bnb4_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_BNB4, .bnb4 = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_packed(fst_queue to, const fst_packed_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_PACKED, .packed = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_cast(fst_queue to, const fst_cast_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_CAST, .cast = *args, .box = *box};
     return enqueue(to, &o);
 }
 
@@ -452,9 +502,15 @@ void fake_gpu_begin(const fake_gpu_options *options) {
                                         .batch = fake_batch,
                                         .scaled = fake_scaled,
                                         .quantize = fake_quantize,
+                                        .rows = fake_rows,
+                                        .transpose = fake_transpose,
                                         .fnuz = fake_fnuz,
                                         .bnb4 = fake_bnb4,
                                         .packed = fake_packed,
+                                        .box_scaled = fake_box_scaled,
+                                        .box_bnb4 = fake_box_bnb4,
+                                        .box_packed = fake_box_packed,
+                                        .box_cast = fake_box_cast,
                                         .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
