@@ -72,7 +72,16 @@ static int packed(fst_queue stream, const fst_packed_args *a) {
 }
 
 int main(int argc, char **argv) {
-    static const fst_kernels kernels = {cast, batch, scaled, quantize, rows, transpose, fnuz, bnb4, packed, "wrong"};
+    static const fst_kernels kernels = {.cast = cast,
+                                        .batch = batch,
+                                        .scaled = scaled,
+                                        .quantize = quantize,
+                                        .rows = rows,
+                                        .transpose = transpose,
+                                        .fnuz = fnuz,
+                                        .bnb4 = bnb4,
+                                        .packed = packed,
+                                        .target = "wrong"};
     static const char *const ways[] = {"last", "nothing", "beyond"};
     static fst_gpu gpu;
     for (unsigned i = 0; i < 3 && argc > 1; i++)

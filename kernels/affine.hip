@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr uint32_t over_127 = 0x3C010204; // RN32(1 / 127)
-
 template <int Src, int Dst> struct Affine {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;

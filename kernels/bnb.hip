@@ -6,12 +6,6 @@
 
 namespace {
 
-// Two roundings: no multiply-add.
-FST_FN uint32_t add_rounded(uint32_t a, uint32_t b) {
-    const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) + fst_float_of_bits32(b));
-    return (bits & 0x7FFFFFFF) > 0x7F800000 ? (a & 0x80000000) | 0x7FC00000 : bits;
-}
-
 template <int Dst> struct Bnb4 {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;

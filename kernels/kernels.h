@@ -204,26 +204,30 @@ typedef struct fst_fnuz_args {
 } fst_fnuz_args;
 
 /* A part of a matrix of codes, [row, row + rows) x [col, col + cols) of the whole one, which other arguments describe (their
- * `src` and `dst` as below, `first` and `count` without meaning), for shards: everything is counted in the whole matrix,
- * so that a border may cut blocks, groups and words.
+ * `src` and `dst` as below, `first` and `count` without meaning; of fst_bnb4_args and fst_cast_args, matrix_cols says how
+ * long a whole row is), for shards: everything is counted in the whole matrix, so that a border may cut blocks, groups
+ * and words.
  *
  * Codes are stored in rows: of the matrix (FST_PACKED_ROW and what is not packed), of pairs of rows (FST_PACKED_PAIRS), of
  * words across its columns (FST_PACKED_COLUMN), of its columns (FST_PACKED_TRANSPOSED). `src` is byte src_byte of stored
- * row src_row, other rows are src_pitch bytes apart. src_pitch 0: it is byte src_byte of all that is stored (bitsandbytes' 4
- * bits, plain F4 and F6: their rows need not fill bytes). All bytes that hold codes of the part are there, no others are
- * touched.
+ * row src_row, other rows are src_pitch bytes apart. src_pitch 0: it is byte src_byte of all that is stored (of all kinds;
+ * the only way where rows do not fill bytes, as they need not in bitsandbytes' 4 bits, F4 and F6). All bytes that hold
+ * codes of the part are there, no others are touched. The part may begin behind `src`, not before it.
  *
  * dst is the result's first element, which element (origin_row, origin_col) becomes; others lie dst_row and dst_col
- * elements apart. With dst_half, row 2 i + k of the result goes to row i + k x dst_half.
+ * elements apart: any steps that put no two elements of the part in one place, the larger one beyond all that the smaller
+ * one covers. With dst_half, row 2 i + k of the result goes to row i + k x dst_half, and i is below dst_half.
  *
- * `scales` begins with element scales_first of all scales, and its rows are scales_pitch elements apart (0: all are there);
- * `zeros` likewise, in words or bytes. Pointers are aligned as the arguments have it. g_idx, maps and nested scales are whole. */
+ * `scales` begins with element scales_first of all scales, and its rows are scales_pitch elements apart (0: as far as those
+ * of all scales); `zeros` likewise, in words or bytes; of `absmax` scales_first alone. Counts are those of all scales.
+ * Pointers are aligned as the arguments have it. g_idx, maps and nested scales are whole. */
 typedef struct fst_box {
     uint64_t row, col, rows, cols;
     uint64_t src_row, src_byte, src_pitch;
     uint64_t origin_row, origin_col, dst_row, dst_col, dst_half;
     uint64_t scales_first, scales_pitch;
     uint64_t zeros_first, zeros_pitch;
+    uint64_t matrix_cols; /* for box_bnb4, box_cast */
 } fst_box;
 
 typedef struct fst_kernels {
@@ -236,6 +240,11 @@ typedef struct fst_kernels {
     int (*fnuz)(fst_queue stream, const fst_fnuz_args *args);
     int (*bnb4)(fst_queue stream, const fst_bnb4_args *args);
     int (*packed)(fst_queue stream, const fst_packed_args *args);
+    /* What the same without box_ make of the part, bit for bit. box_cast: F4 and F6 to F32, F16, BF16. */
+    int (*box_scaled)(fst_queue stream, const fst_scaled_args *args, const fst_box *box);
+    int (*box_bnb4)(fst_queue stream, const fst_bnb4_args *args, const fst_box *box);
+    int (*box_packed)(fst_queue stream, const fst_packed_args *args, const fst_box *box);
+    int (*box_cast)(fst_queue stream, const fst_cast_args *args, const fst_box *box);
     const char *target; /* "x86-64-v3", "hip", "cuda" */
 } fst_kernels;
 

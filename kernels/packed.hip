@@ -3,11 +3,10 @@
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
 #include "nvidia.h"
+#include "packing.h"
 #include "product.h"
 
 namespace {
-
-constexpr uint32_t base = 0x4B400000; // 1.5 x 2^23: F32 bits in which small integers are added exactly
 
 FST_FN uint32_t scale_bits(uint64_t scales, int dtype, uint64_t index) {
     if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
@@ -25,9 +24,6 @@ template <unsigned Bits> FST_FN At place_of(uint64_t i, bool padded) {
     const uint64_t at = i * Bits + (padded ? i / (32 / Bits) * (32 % Bits) : 0);
     return {at / 32, static_cast<unsigned>(at % 32)};
 }
-
-// AWQ's order of eight codes in a word.
-FST_FN unsigned awq_shift(unsigned i) { return i / 2 * 4 + i % 2 * 16; }
 
 // The result, and what scales its elements.
 template <unsigned Bits, int Dst> struct Matrix {
@@ -74,10 +70,6 @@ template <unsigned Bits, int Dst> struct Matrix {
     FST_INLINE Scale scale_of(uint64_t row, uint64_t j) const {
         return {scale_bits(scales, scale_dtype, row * scale_row + j * scale_col),
                 base + static_cast<uint32_t>(zero_of(row, j))};
-    }
-
-    static FST_INLINE uint32_t difference(uint32_t code, uint32_t zero) {
-        return fst_bits_of_float32(fst_float_of_bits32(base | code) - fst_float_of_bits32(zero));
     }
 
     // Columns [col, stop) of a row; code(col) is one's code.
@@ -459,17 +451,9 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
 
 // ---- Launching ----
 
-uint64_t ceil_of(uint64_t n, uint64_t by) { return n / by + (n % by != 0); }
-
-// Words of `count` codes one after the other.
-uint64_t words_of(uint64_t count, unsigned bits, bool padded) {
-    return padded ? ceil_of(count, 32 / bits) : count / 32 * bits + ceil_of(count % 32 * bits, 32);
-}
-
 template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args *a) {
     const uint64_t groups = a->groups_count;
     const bool transposed = a->layout == FST_PACKED_COLUMN || a->layout == FST_PACKED_TRANSPOSED;
-    const bool offset = (a->flags & FST_K_OFFSET) || (a->flags & FST_K_SIGNED);
     const uint64_t dst = reinterpret_cast<uint64_t>(a->dst);
     Matrix<Bits, Dst> m = {};
     m.src = reinterpret_cast<uint64_t>(a->src), m.dst = dst;
@@ -479,11 +463,9 @@ template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args
     m.first = a->first, m.end = a->first + a->count;
     m.scale_row = transposed ? 1 : groups, m.scale_col = transposed ? a->rows : 1;
     m.group = divisor(a->group);
-    const bool packed = a->zeros_kind != FST_ZEROS_NONE && a->zeros_kind != FST_ZEROS_BYTES;
-    const bool one = a->flags & FST_K_ZERO_PLUS_ONE, carry = a->flags & FST_K_ZERO_CARRY;
-    m.fixed = packed ? one : offset ? 1 << (Bits - 1) : 0;
-    m.zero_carry = packed && carry ? 0xFFFFFFFF / m.mask : 0;
-    m.flip = a->flags & FST_K_SIGNED ? 1u << (Bits - 1) : 0;
+    m.fixed = fixed_zero(a);
+    m.zero_carry = zero_carry(a);
+    m.flip = sign_flip(a);
     m.scale_dtype = a->scale_dtype, m.zeros_kind = a->zeros_kind;
     m.flags = a->flags;
     const bool padded = a->flags & FST_K_PADDED;
@@ -551,29 +533,6 @@ packed_fn *find(const fst_packed_args *a) {
     }
 }
 
-// Words (bytes, of pairs) of a row of them, and how many such rows must not be parted. False: it does not fit.
-bool shape_of(const fst_packed_args *a, uint64_t *all, uint64_t *width, uint64_t *unit) {
-    const bool straddles = 32 % a->bits != 0 && !(a->flags & FST_K_PADDED);
-    uint64_t high = a->rows;
-    *unit = 1;
-    switch (a->layout) {
-    case FST_PACKED_ROW:
-        *width = words_of(a->cols, a->bits, a->flags & FST_K_PADDED);
-        if (straddles) *unit = a->bits;
-        break;
-    case FST_PACKED_PAIRS:
-        *width = a->cols, high = a->rows / 2;
-        if (a->rows % 2) return false;
-        break;
-    case FST_PACKED_TRANSPOSED: *width = ceil_of(a->rows, 8), high = a->cols; break;
-    default:
-        *width = a->rows, high = a->cols / 32 * a->bits + a->cols % 32 * a->bits / 32;
-        if (a->cols * a->bits % 32) return false;
-        if (straddles) *unit = a->rows * a->bits;
-    }
-    return !__builtin_mul_overflow(*width, high, all);
-}
-
 // Whether a range may begin or end at a word.
 bool is_cut(const fst_packed_args *a, uint64_t at, uint64_t width, uint64_t unit) {
     return (a->layout == FST_PACKED_ROW ? at % width : at) % unit == 0;
@@ -592,18 +551,7 @@ extern "C" int FST_SYMBOL(fst_packed)(fst_queue stream, const fst_packed_args *a
         end > all)
         return FST_K_SIZE;
     if (!is_cut(args, args->first, width, unit) || !is_cut(args, end, width, unit)) return FST_K_SIZE;
-    const int scale = args->scale_dtype;
-    if (scale != FST_T_F32 && scale != FST_T_F16 && scale != FST_T_BF16) return FST_K_SCALE;
-    if (args->group == 0 || args->groups_count == 0 ||
-        (!args->groups && ceil_of(args->cols, args->group) > args->groups_count))
-        return FST_K_SCALE;
-    if (!args->src || !args->dst || !args->scales || (args->zeros_kind != FST_ZEROS_NONE && !args->zeros))
-        return FST_K_NULL;
-    const unsigned dst_size = fst_type_bits(args->dst_dtype) / 8, scale_size = fst_type_bits(scale) / 8;
-    const uint64_t zero_mask = args->zeros_kind == FST_ZEROS_BYTES ? 0 : 3;
-    if (reinterpret_cast<uint64_t>(args->dst) % dst_size ||
-        reinterpret_cast<uint64_t>(args->scales) % scale_size ||
-        (reinterpret_cast<uint64_t>(args->zeros) & zero_mask) || reinterpret_cast<uint64_t>(args->groups) % 4)
-        return FST_K_ALIGN;
+    const int code = check_packed(args);
+    if (code) return code;
     return launcher(stream, args);
 }

@@ -19,6 +19,12 @@ FST_FN uint32_t divide(uint32_t a, uint32_t b) {
     return (bits & 0x7FFFFFFF) > 0x7F800000 ? ((a ^ b) & 0x80000000) | 0x7FC00000 : bits;
 }
 
+// The sum of a product and something else, likewise, with the sign of the first: no multiply-add.
+FST_FN uint32_t add_rounded(uint32_t a, uint32_t b) {
+    const uint32_t bits = fst_bits_of_float32(fst_float_of_bits32(a) + fst_float_of_bits32(b));
+    return (bits & 0x7FFFFFFF) > 0x7F800000 ? (a & 0x80000000) | 0x7FC00000 : bits;
+}
+
 // F32 bits -> the code of F32, F16 or BF16.
 template <int Dst> FST_FN uint32_t encode(uint32_t bits) {
     if constexpr (Dst == FST_T_F32) return bits;

@@ -7,7 +7,9 @@
 
 namespace {
 
-// Codes of 8 and 4 bits -> F32 bits, exactly.
+constexpr uint32_t over_127 = 0x3C010204; // RN32(1 / 127)
+
+// Codes of 8, 6 and 4 bits -> F32 bits, exactly.
 template <int Src> FST_FN uint32_t decode(uint32_t code) {
     if constexpr (Src == FST_T_I8) return fst_bits_of_float32(static_cast<float>(static_cast<int8_t>(code)));
     else return fst_decode32(code, fst_float_of(Src));

@@ -9,7 +9,7 @@
 #include "fst.h"
 #include "kernels.h"
 
-#define FST_GPU_ABI 5
+#define FST_GPU_ABI 6
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
 #define FST_GPU_NOT_READY (-1)

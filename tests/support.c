@@ -116,6 +116,10 @@ typedef enum op_kind {
     OP_FNUZ,
     OP_BNB4,
     OP_PACKED,
+    OP_BOX_SCALED,
+    OP_BOX_BNB4,
+    OP_BOX_PACKED,
+    OP_BOX_CAST,
     OP_EVENT,
     OP_FOLLOW
 } op_kind;
@@ -133,6 +137,7 @@ typedef struct op {
     fst_fnuz_args fnuz;
     fst_bnb4_args bnb4;
     fst_packed_args packed;
+    fst_box box;
     struct event *event;
     struct stream *of; /* FOLLOW: what of it must have run */
     long at;
@@ -175,6 +180,10 @@ static void run_one(stream *s) {
     if (o->kind == OP_FNUZ) fst_kernels_cpu()->fnuz(NULL, &o->fnuz);
     if (o->kind == OP_BNB4) fst_kernels_cpu()->bnb4(NULL, &o->bnb4);
     if (o->kind == OP_PACKED) fst_kernels_cpu()->packed(NULL, &o->packed);
+    if (o->kind == OP_BOX_SCALED) fst_kernels_cpu()->box_scaled(NULL, &o->scaled, &o->box);
+    if (o->kind == OP_BOX_BNB4) fst_kernels_cpu()->box_bnb4(NULL, &o->bnb4, &o->box);
+    if (o->kind == OP_BOX_PACKED) fst_kernels_cpu()->box_packed(NULL, &o->packed, &o->box);
+    if (o->kind == OP_BOX_CAST) fst_kernels_cpu()->box_cast(NULL, &o->cast, &o->box);
     if (o->kind == OP_FOLLOW)
         while (o->of && o->of->run < o->at) run_one(o->of);
     free(o);
@@ -423,6 +432,26 @@ static int fake_packed(fst_queue to, const fst_packed_args *args) {
     return enqueue(to, &o);
 }
 
+static int fake_box_scaled(fst_queue to, const fst_scaled_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_SCALED, .scaled = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_bnb4(fst_queue to, const fst_bnb4_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_BNB4, .bnb4 = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_packed(fst_queue to, const fst_packed_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_PACKED, .packed = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
+static int fake_box_cast(fst_queue to, const fst_cast_args *args, const fst_box *box) {
+    op o = {.kind = OP_BOX_CAST, .cast = *args, .box = *box};
+    return enqueue(to, &o);
+}
+
 void fake_gpu_begin(const fake_gpu_options *options) {
     static const fst_gpu_calls calls = {
         .enter = fake_enter,
@@ -455,6 +484,10 @@ void fake_gpu_begin(const fake_gpu_options *options) {
                                         .fnuz = fake_fnuz,
                                         .bnb4 = fake_bnb4,
                                         .packed = fake_packed,
+                                        .box_scaled = fake_box_scaled,
+                                        .box_bnb4 = fake_box_bnb4,
+                                        .box_packed = fake_box_packed,
+                                        .box_cast = fake_box_cast,
                                         .target = "fake"};
     static const fst_gpu gpu = {.calls = &calls,
                                 .kernels = &kernels,
