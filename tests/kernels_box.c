@@ -8,8 +8,8 @@
 
 enum {
     CAPACITY = 1 << 21,
-    ROOM = 1 << 17,      /* bytes of what is stored, at most; of scales, of zero points */
-    SCALES = 1 << 19,    /* where these lie on the device */
+    ROOM = 1 << 17,   /* bytes of what is stored, at most; of scales, of zero points */
+    SCALES = 1 << 19, /* where these lie on the device */
     ZEROS = 1 << 20,
     GROUPS = 3 << 19,
     MAPS = GROUPS + 4096, /* of bitsandbytes; NVFP4's global scale */
@@ -71,7 +71,8 @@ static void fill_scales(uint64_t *random, void *bytes, uint64_t count, int dtype
 }
 
 static uint64_t side(uint64_t *random) {
-    static const uint64_t sides[] = {1, 2, 3, 5, 7, 8, 13, 16, 24, 31, 32, 33, 40, 61, 64, 67, 96, 97, 128, 131, 160};
+    static const uint64_t sides[] = {1,  2,  3,  5,  7,  8,  13, 16,  24,  31, 32,
+                                     33, 40, 61, 64, 67, 96, 97, 128, 131, 160};
     return sides[rig_below(random, sizeof sides / sizeof *sides)];
 }
 
@@ -162,7 +163,8 @@ static void make_packed_zeros(matrix *m, uint64_t *random) {
 
 static void make_packed(matrix *m, uint64_t *random) {
     static const unsigned column_bits[] = {2, 3, 4, 8};
-    static const unsigned unsigned_flags[] = {0, FST_K_OFFSET, FST_K_ZERO_PLUS_ONE, FST_K_OFFSET | FST_K_ZERO_CARRY};
+    static const unsigned unsigned_flags[] = {0, FST_K_OFFSET, FST_K_ZERO_PLUS_ONE,
+                                              FST_K_OFFSET | FST_K_ZERO_CARRY};
     static const int scale_types[] = {FST_T_F32, FST_T_F16, FST_T_BF16};
     fst_packed_args *a = &m->packed;
     a->layout = (int)rig_below(random, 4);
@@ -192,7 +194,8 @@ static void find_stored(matrix *m) {
     const fst_packed_args *a = &m->packed;
     m->row_bits = m->cols * bits_of(m), m->stored_rows = m->rows;
     if (m->family != PACKED) return;
-    if (a->layout == FST_PACKED_ROW) m->row_bits = 32 * words_for(m->cols, a->bits, (a->flags & FST_K_PADDED) != 0);
+    if (a->layout == FST_PACKED_ROW)
+        m->row_bits = 32 * words_for(m->cols, a->bits, (a->flags & FST_K_PADDED) != 0);
     if (a->layout == FST_PACKED_PAIRS) m->row_bits = 8 * m->cols, m->stored_rows = m->rows / 2;
     if (a->layout == FST_PACKED_COLUMN) m->row_bits = 32 * m->rows, m->stored_rows = m->cols * a->bits / 32;
     if (a->layout == FST_PACKED_TRANSPOSED) m->row_bits = 32 * ceil_of(m->rows, 8), m->stored_rows = m->cols;
@@ -219,7 +222,8 @@ static matrix *make(family kind, uint64_t *random) {
 /* ---- Launching ---- */
 
 /* With pointers to the device. No box: all of it. */
-static int launch(const test_rig *rig, const matrix *m, const uint8_t *src, uint8_t *dst, const fst_box *box) {
+static int launch(const test_rig *rig, const matrix *m, const uint8_t *src, uint8_t *dst,
+                  const fst_box *box) {
     const fst_kernels *k = rig->gpu.kernels;
     const uint64_t all = m->rows * m->cols;
     if (m->family == SCALED) {
@@ -278,7 +282,8 @@ static need stored_need(const matrix *m, const fst_box *b) {
     const int layout = m->family == PACKED ? m->packed.layout : FST_PACKED_ROW;
     if (layout == FST_PACKED_PAIRS) return (need){b->row / 2, row_last / 2, b->col, col_last};
     if (layout == FST_PACKED_COLUMN) return (need){bit / 32, bit_last / 32, b->row * 4, row_last * 4 + 3};
-    if (layout == FST_PACKED_TRANSPOSED) return (need){b->col, col_last, b->row / 8 * 4, row_last / 8 * 4 + 3};
+    if (layout == FST_PACKED_TRANSPOSED)
+        return (need){b->col, col_last, b->row / 8 * 4, row_last / 8 * 4 + 3};
     return (need){b->row, row_last, bit / 8, bit_last / 8};
 }
 
@@ -286,12 +291,16 @@ static need scales_need(const matrix *m, const fst_box *b) {
     const uint64_t row_last = b->row + b->rows - 1, col_last = b->col + b->cols - 1;
     if (m->family == SCALED) {
         const fst_scaled_args *a = &m->scaled;
-        const uint64_t high = a->kind == FST_SCALE_TENSOR ? m->rows : a->kind == FST_SCALE_BLOCK ? a->block_rows : 1;
-        const uint64_t wide = a->kind == FST_SCALE_TENSOR || a->kind == FST_SCALE_ROW ? m->cols : a->block_cols;
+        const uint64_t high = a->kind == FST_SCALE_TENSOR  ? m->rows
+                              : a->kind == FST_SCALE_BLOCK ? a->block_rows
+                                                           : 1;
+        const uint64_t wide =
+            a->kind == FST_SCALE_TENSOR || a->kind == FST_SCALE_ROW ? m->cols : a->block_cols;
         return (need){b->row / high, row_last / high, b->col / wide, col_last / wide};
     }
     if (m->family == BNB4)
-        return (need){0, 0, (b->row * m->cols + b->col) / m->bnb4.block, (row_last * m->cols + col_last) / m->bnb4.block};
+        return (need){0, 0, (b->row * m->cols + b->col) / m->bnb4.block,
+                      (row_last * m->cols + col_last) / m->bnb4.block};
     const fst_packed_args *a = &m->packed;
     uint64_t j = b->col / a->group, j_last = col_last / a->group;
     if (a->groups) j = 0, j_last = a->groups_count - 1;
@@ -311,7 +320,8 @@ static need zeros_need(const matrix *m, const fst_box *b) {
     words.row = bit_of(m, groups ? by_row.col : by_row.row) / 32;
     words.row_last = (bit_of(m, groups ? by_row.col_last : by_row.row_last) + a->bits - 1) / 32;
     if (groups) return (need){by_row.row, by_row.row_last, words.row, words.row_last};
-    if (a->zeros_kind == FST_ZEROS_ROWS) return (need){by_row.col, by_row.col_last, words.row, words.row_last};
+    if (a->zeros_kind == FST_ZEROS_ROWS)
+        return (need){by_row.col, by_row.col_last, words.row, words.row_last};
     return (need){words.row, words.row_last, by_row.col, by_row.col_last};
 }
 
@@ -335,7 +345,8 @@ static void allow(test_rig *rig) {
 
 static uint8_t part[4 * ROOM];
 
-static void place_grid(test_rig *rig, const grid *g, need n, size_t at, uint64_t *first, uint64_t *pitch, uint64_t *random) {
+static void place_grid(test_rig *rig, const grid *g, need n, size_t at, uint64_t *first, uint64_t *pitch,
+                       uint64_t *random) {
     const uint64_t s = g->size;
     if (rig_below(random, 3) == 0) { /* all of them, or from the first that is needed on */
         *first = rig_below(random, 2) ? n.row * g->cols + n.col : 0, *pitch = 0;
@@ -352,9 +363,10 @@ static void place_grid(test_rig *rig, const grid *g, need n, size_t at, uint64_t
 static size_t place_codes(test_rig *rig, const matrix *m, fst_box *b, uint64_t *random) {
     const need n = stored_need(m, b);
     const size_t skew = 64 + rig_below(random, 16);
-    if (m->row_bits % 8 || rig_below(random, 3) == 0) { /* as they follow one another */
+    if (m->row_bits % 8 || rig_below(random, 3) == 0) {         /* as they follow one another */
         const uint64_t bits = m->row_bits % 8 ? bits_of(m) : 0; /* no layout of words */
-        const uint64_t first = bits ? (b->row * m->cols + b->col) * bits / 8 : n.row * (m->row_bits / 8) + n.col;
+        const uint64_t first =
+            bits ? (b->row * m->cols + b->col) * bits / 8 : n.row * (m->row_bits / 8) + n.col;
         const uint64_t last = bits ? ((n.row_last * m->cols + b->col + b->cols) * bits - 1) / 8
                                    : n.row_last * (m->row_bits / 8) + n.col_last;
         b->src_byte = first - rig_below(random, first < 9 ? first + 1 : 9);
@@ -362,7 +374,8 @@ static size_t place_codes(test_rig *rig, const matrix *m, fst_box *b, uint64_t *
         return skew;
     }
     need more = n; /* some more in front */
-    if (rig_below(random, 2)) more.col -= rig_below(random, n.col + 1), more.row -= rig_below(random, n.row + 1);
+    if (rig_below(random, 2))
+        more.col -= rig_below(random, n.col + 1), more.row -= rig_below(random, n.row + 1);
     b->src_row = more.row, b->src_byte = more.col;
     b->src_pitch = more.col_last - more.col + 1 + rig_below(random, 9);
     upload_part(rig, skew, part, put_part(part, m->stored, m->row_bits / 8, more, b->src_pitch));
@@ -372,7 +385,8 @@ static size_t place_codes(test_rig *rig, const matrix *m, fst_box *b, uint64_t *
 /* Where the result goes: rows, a wider result, every second row apart, transposed, steps in both directions. Returns how
  * many elements it covers. */
 static uint64_t place_result(fst_box *b, uint64_t *random) {
-    b->origin_row = b->row - rig_below(random, b->row + 1), b->origin_col = b->col - rig_below(random, b->col + 1);
+    b->origin_row = b->row - rig_below(random, b->row + 1),
+    b->origin_col = b->col - rig_below(random, b->col + 1);
     if (rig_below(random, 2)) b->origin_row = b->row, b->origin_col = b->col;
     const uint64_t rows = b->row + b->rows - b->origin_row, cols = b->col + b->cols - b->origin_col;
     if (rig_below(random, 3) == 0) b->dst_half = ceil_of(rows, 2) + rig_below(random, 3);
@@ -390,14 +404,15 @@ static uint64_t place_of(const fst_box *b, uint64_t row, uint64_t col) {
 
 static void fail_at(const test_rig *rig, const matrix *m, const fst_box *b, size_t byte, size_t begin) {
     static const char *const names[] = {"scaled", "bnb4", "packed", "cast"};
-    test_fail(__FILE__, __LINE__,
-              "%s: %s to %s, bits %u, layout %d, %llu x %llu: box of %llu x %llu at (%llu, %llu), steps %llu, %llu, half "
-              "%llu: byte %td is %02X",
-              rig->gpu.kernels->target, names[m->family], rig_dtype_name(m->target), bits_of(m), m->packed.layout,
-              (unsigned long long)m->rows, (unsigned long long)m->cols, (unsigned long long)b->rows,
-              (unsigned long long)b->cols, (unsigned long long)b->row, (unsigned long long)b->col,
-              (unsigned long long)b->dst_row, (unsigned long long)b->dst_col, (unsigned long long)b->dst_half,
-              (ptrdiff_t)byte - (ptrdiff_t)begin, rig->host[byte]);
+    test_fail(
+        __FILE__, __LINE__,
+        "%s: %s to %s, bits %u, layout %d, %llu x %llu: box of %llu x %llu at (%llu, %llu), steps %llu, %llu, half "
+        "%llu: byte %td is %02X",
+        rig->gpu.kernels->target, names[m->family], rig_dtype_name(m->target), bits_of(m), m->packed.layout,
+        (unsigned long long)m->rows, (unsigned long long)m->cols, (unsigned long long)b->rows,
+        (unsigned long long)b->cols, (unsigned long long)b->row, (unsigned long long)b->col,
+        (unsigned long long)b->dst_row, (unsigned long long)b->dst_col, (unsigned long long)b->dst_half,
+        (ptrdiff_t)byte - (ptrdiff_t)begin, rig->host[byte]);
 }
 
 static void check_box(test_rig *rig, const matrix *m, uint64_t *random) {
@@ -409,7 +424,8 @@ static void check_box(test_rig *rig, const matrix *m, uint64_t *random) {
     if (rig_below(random, 6) == 0) b.row = 0, b.rows = m->rows;
     if (rig_below(random, 6) == 0) b.col = 0, b.cols = m->cols;
     const uint64_t covered = place_result(&b, random);
-    const size_t begin = RIG_GUARD + size * rig_below(random, 16 / size), end = begin + covered * size + RIG_GUARD;
+    const size_t begin = RIG_GUARD + size * rig_below(random, 16 / size),
+                 end = begin + covered * size + RIG_GUARD;
     CHECK(end <= sizeof canvas);
     memset(canvas, 0xA5, end);
     rig_upload(rig, rig->dst, canvas, end);
@@ -445,3 +461,255 @@ TEST(kernels_box, scaled) { check_family(SCALED, 500); }
 TEST(kernels_box, bnb4) { check_family(BNB4, 150); }
 TEST(kernels_box, packed) { check_family(PACKED, 800); }
 TEST(kernels_box, cast) { check_family(CAST, 150); }
+
+/* ---- What goes wrong ---- */
+
+static uint16_t memory[1 << 14];
+static uint32_t words[1 << 12];
+
+/* Rows 2 to 7 and columns 3 to 40 of 8 x 64. */
+static const fst_box good = {.row = 2,
+                             .col = 3,
+                             .rows = 6,
+                             .cols = 38,
+                             .src_row = 2,
+                             .src_byte = 3,
+                             .src_pitch = 64,
+                             .origin_row = 2,
+                             .origin_col = 3,
+                             .dst_row = 38,
+                             .dst_col = 1,
+                             .matrix_cols = 64};
+
+static const fst_scaled_args good_scaled = {.src = words,
+                                            .dst = memory,
+                                            .scales = words,
+                                            .scales_count = 4,
+                                            .rows = 8,
+                                            .cols = 64,
+                                            .src_dtype = FST_T_F8_E4M3,
+                                            .dst_dtype = FST_T_BF16,
+                                            .scale_dtype = FST_T_F32,
+                                            .kind = FST_SCALE_BLOCK,
+                                            .block_rows = 4,
+                                            .block_cols = 32};
+
+static int run_box(const fst_box *box) { return fst_kernels_cpu()->box_scaled(NULL, &good_scaled, box); }
+static int run_args(const fst_scaled_args *args) { return fst_kernels_cpu()->box_scaled(NULL, args, &good); }
+
+TEST(kernels_box, wrong_places_of_the_part) {
+    fst_box b = good;
+    CHECK_INT(0, run_box(&b));
+    b.rows = 7;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.cols = 62;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.row = UINT64_MAX, b.rows = 2;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.origin_row = 3;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.origin_col = 4;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.rows = 0, b.src_pitch = 1;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.cols = 0, b.dst_col = 0;
+    CHECK_INT(0, run_box(&b));
+}
+
+TEST(kernels_box, wrong_places_of_the_codes) {
+    fst_box b = good;
+    b.src_byte = 4; /* it begins before them */
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.src_row = 3;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.src_row = 1, b.src_byte = 67; /* the same place */
+    CHECK_INT(0, run_box(&b));
+    b = good, b.src_pitch = 0, b.src_byte = 131;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.src_pitch = 0, b.src_byte = 132;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.src_pitch = 37;
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.src_pitch = 38;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.src_pitch = UINT64_MAX;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+}
+
+TEST(kernels_box, wrong_steps_of_the_result) {
+    fst_box b = good;
+    b.dst_row = 37;
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_row = 0;
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_col = 0;
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_row = 1, b.dst_col = 5;
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_row = 1, b.dst_col = 6;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.dst_half = 2; /* of six rows */
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_half = 3;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.dst_half = 4, b.dst_row = 1, b.dst_col = 6; /* rows 0 to 2 and 4 to 6 */
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    b = good, b.dst_half = UINT64_MAX;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+    b = good, b.dst_row = UINT64_MAX;
+    CHECK_INT(FST_K_SIZE, run_box(&b));
+}
+
+TEST(kernels_box, wrong_places_of_scales) {
+    fst_box b = good;
+    b.scales_first = 1; /* the first that is needed is 0 */
+    CHECK_INT(FST_K_SCALE, run_box(&b));
+    b = good, b.row = 4, b.rows = 4, b.scales_first = 2, b.scales_pitch = 1;
+    CHECK_INT(0, run_box(&b));
+    b = good, b.scales_pitch = 1; /* two of each row are needed */
+    CHECK_INT(FST_K_STRIDE, run_box(&b));
+    fst_scaled_args a = good_scaled;
+    a.src_dtype = FST_T_I8, a.zeros = words, b = good, b.zeros_first = 1;
+    CHECK_INT(FST_K_SCALE, fst_kernels_cpu()->box_scaled(NULL, &a, &b));
+}
+
+TEST(kernels_box, wrong_arguments_of_scaled) {
+    fst_scaled_args a = good_scaled;
+    a.src_dtype = FST_T_F16;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.dst_dtype = FST_T_F64;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.flags = FST_K_OVER_127;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.src_dtype = FST_T_I8, a.flags = FST_K_DIVIDE;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.global_scale = words;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.kind = 4;
+    CHECK_INT(FST_K_NO_KERNEL, run_args(&a));
+    a = good_scaled, a.rows = UINT64_MAX / 8;
+    CHECK_INT(FST_K_SIZE, run_args(&a));
+    a = good_scaled, a.scales_count = 3;
+    CHECK_INT(FST_K_SCALE, run_args(&a));
+    a = good_scaled, a.scale_dtype = FST_T_I8;
+    CHECK_INT(FST_K_SCALE, run_args(&a));
+    a = good_scaled, a.src = NULL;
+    CHECK_INT(FST_K_NULL, run_args(&a));
+    a = good_scaled, a.dst = (char *)memory + 1;
+    CHECK_INT(FST_K_ALIGN, run_args(&a));
+    a = good_scaled, a.scales = (char *)words + 2;
+    CHECK_INT(FST_K_ALIGN, run_args(&a));
+    a = good_scaled, a.src_dtype = FST_T_F4, a.cols = 41, a.block_cols = 41,
+    a.scales_count = 2; /* half bytes */
+    CHECK_INT(FST_K_STRIDE, run_args(&a));
+}
+
+TEST(kernels_box, wrong_arguments_of_bnb4) {
+    const fst_bnb4_args right = {.src = words,
+                                 .dst = memory,
+                                 .map = words,
+                                 .absmax = words,
+                                 .dst_dtype = FST_T_BF16,
+                                 .elements = 512,
+                                 .block = 64};
+    int (*const run)(fst_queue, const fst_bnb4_args *, const fst_box *) = fst_kernels_cpu()->box_bnb4;
+    fst_box b = good;
+    fst_bnb4_args a = right;
+    b.src_byte = 1;
+    CHECK_INT(0, run(NULL, &a, &b));
+    a.elements = 511;
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    a.elements = 448;
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    a = right, a.dst_dtype = FST_T_F64;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a = right, a.block = 0;
+    CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
+    a = right, a.map = NULL;
+    CHECK_INT(FST_K_NULL, run(NULL, &a, &b));
+    a = right, a.nested = words, a.nested_block = 256;
+    CHECK_INT(FST_K_NULL, run(NULL, &a, &b));
+    a = right, a.absmax = (char *)words + 1;
+    CHECK_INT(FST_K_ALIGN, run(NULL, &a, &b));
+    a = right, a.dst = (char *)memory + 1;
+    CHECK_INT(FST_K_ALIGN, run(NULL, &a, &b));
+    b.scales_first = 3; /* element 131 is under 2 */
+    CHECK_INT(FST_K_SCALE, run(NULL, &right, &b));
+    b.scales_first = 0, b.matrix_cols = 0;
+    CHECK_INT(FST_K_SIZE, run(NULL, &right, &b));
+}
+
+TEST(kernels_box, wrong_arguments_of_packed) {
+    const fst_packed_args right = {.src = words,
+                                   .dst = memory,
+                                   .scales = words,
+                                   .zeros = words,
+                                   .rows = 8,
+                                   .cols = 64,
+                                   .group = 32,
+                                   .groups_count = 2,
+                                   .bits = 3,
+                                   .dst_dtype = FST_T_BF16,
+                                   .scale_dtype = FST_T_F16,
+                                   .layout = FST_PACKED_COLUMN,
+                                   .zeros_kind = FST_ZEROS_ROWS};
+    int (*const run)(fst_queue, const fst_packed_args *, const fst_box *) = fst_kernels_cpu()->box_packed;
+    fst_box b = good;
+    fst_packed_args a = right;
+    b.src_row = 0, b.src_byte = 8, b.src_pitch = 24; /* six words of a row of eight */
+    CHECK_INT(0, run(NULL, &a, &b));
+    b.src_pitch = 23;
+    CHECK_INT(FST_K_STRIDE, run(NULL, &a, &b));
+    b.src_pitch = 24, b.src_byte = 10; /* column 3 is in the word's second byte */
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    b.src_byte = 8, b.zeros_first = 1;
+    CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
+    b.zeros_first = 0, b.scales_first = 3; /* row 2 of group 0 is element 2 */
+    CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
+    b.scales_first = 2, b.scales_pitch = 5;
+    CHECK_INT(FST_K_STRIDE, run(NULL, &a, &b));
+    b.scales_pitch = 6;
+    CHECK_INT(0, run(NULL, &a, &b));
+    a.bits = 5;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a.layout = FST_PACKED_ROW, a.bits = 0;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a = right, a.layout = 4;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a = right, a.cols = 65;
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    a = right, a.groups_count = 1;
+    CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
+    a = right, a.zeros_kind = 5;
+    CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
+    a = right, a.zeros = NULL;
+    CHECK_INT(FST_K_NULL, run(NULL, &a, &b));
+    a = right, a.zeros = (char *)words + 2;
+    CHECK_INT(FST_K_ALIGN, run(NULL, &a, &b));
+}
+
+TEST(kernels_box, wrong_arguments_of_cast) {
+    const fst_cast_args right = {
+        .src = words, .dst = memory, .src_dtype = FST_T_F6_E2M3, .dst_dtype = FST_T_BF16};
+    int (*const run)(fst_queue, const fst_cast_args *, const fst_box *) = fst_kernels_cpu()->box_cast;
+    fst_box b = good;
+    fst_cast_args a = right;
+    b.src_byte = 2;
+    CHECK_INT(0, run(NULL, &a, &b));
+    b.matrix_cols = 61; /* rows do not fill bytes */
+    CHECK_INT(FST_K_STRIDE, run(NULL, &a, &b));
+    b.src_pitch = 0;
+    CHECK_INT(0, run(NULL, &a, &b));
+    b.matrix_cols = 40;
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    b = good, b.row = UINT64_MAX;
+    CHECK_INT(FST_K_SIZE, run(NULL, &a, &b));
+    b = good, b.src_byte = 2, a.src_dtype = FST_T_F8_E4M3;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a = right, a.dst_dtype = FST_T_F64;
+    CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
+    a = right, a.dst = NULL;
+    CHECK_INT(FST_K_NULL, run(NULL, &a, &b));
+    a = right, a.dst = (char *)memory + 1;
+    CHECK_INT(FST_K_ALIGN, run(NULL, &a, &b));
+}
