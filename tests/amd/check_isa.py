@@ -83,6 +83,9 @@ def number_alone():
     return {}
 
 
+# Parts: what the codes are, their type (PackedCodes: how they lie), the target's. An element a thread, no vectors.
+BOX = re.compile(r"Box<(?:\(anonymous namespace\)::)?(\w+)(?:<(\d+)>)?, (\d+)>")
+
 # What a kernel's body (the type that launch.h's `run` is given) must have. A new one needs a line here.
 RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
          (re.compile(r"Rows<(\d+), (\d+)>"), stream(2)),
@@ -94,6 +97,7 @@ RULES = [(re.compile(r"(?:Cast|Batch|Scaled|Encode)<(\d+), (\d+)>"), stream(1)),
          (re.compile(r"PackedRows<(\d+)u?, (\d+)>"), lambda bits, target: {"store": ALIGNED}),
          (re.compile(r"PackedPairs<(\d+)>"), lambda target: {"store": 2 * ALIGNED}),
          (re.compile(r"PackedTile<(\d+)u?, (\d+), (?:true|false)>"), lambda bits, target: {"load": ANY, "store": ALIGNED}),
+         (BOX, lambda codes, kind, target: {}),
          (re.compile(r"Fnuz"), lambda: {"load": ANY, "store": ALIGNED}),
          (re.compile(r"Begin|MakeScale<\d+>"), number_alone)]
 BODY = re.compile(r"^void (?:\(anonymous namespace\)::)?run(?:_reduce|_phases)?<(?:\(anonymous namespace\)::)?(?:fault::)?(.*)>\(")
@@ -117,17 +121,24 @@ def required():
         "Amax": codes, "Encode": codes, "Tile": codes,
         "MakeScale": sorted({(target,) for _, target in codes}),
         "Begin": [()], "Fnuz": [()],
+        "ScaledCodes": itertools.product([*floats[4:], "I8", "F4"], plain),
+        "NarrowCodes": itertools.product(narrow[1:], plain),
+        "Nvfp4Codes": [(name,) for name in plain],
+        "Bnb4Codes": [(name,) for name in plain],
     }
     families["Batch"] = families["Cast"]
     packed = {("PackedRows", bits, NUMBERS[name]) for bits in range(1, 9) for name in plain}
     packed |= {("PackedTile", bits, NUMBERS[name]) for bits in (2, 3, 4, 8) for name in plain}
     packed |= {("PackedPairs", NUMBERS[name]) for name in plain}
+    packed |= {("PackedCodes", layout, NUMBERS[name]) for layout in range(4) for name in plain}
     return packed | {(family, *(NUMBERS[name] for name in types))
                      for family, all_types in families.items() for types in all_types}
 
 
 def identity(name):
     """A kernel as `required` names it: without what comes after its types, such as a number of threads."""
+    if box := BOX.fullmatch(short(name)):
+        return (box[1], *(int(group) for group in box.groups()[1:] if group))
     family, _, types = short(name).partition("<")
     return (family, *map(int, re.findall(r"\d+", types)[:2]))
 
