@@ -155,7 +155,8 @@ enum {
 enum {
     FST_NON_SATURATING = 1u << 0, /* out of range becomes Inf, or NaN where there is no Inf */
     FST_AS_READY       = 1u << 1, /* streams: as tensors become complete, not in the order of the files */
-    FST_STRICT_SHARDS  = 1u << 2  /* a rule of `shards` that matches no tensor is FST_E_NOT_FOUND */
+    FST_STRICT_SHARDS  = 1u << 2  /* a rule of `shards` that matches no tensor is FST_E_NOT_FOUND, those of fst_shard_rules
+                                     aside */
 };
 
 /* How files are read. */
@@ -183,7 +184,9 @@ typedef enum fst_scale {
     FST_QUANTIZE_BLOCK     /* one for 128 x 128: X.weight_scale_inv, [rows / 128, columns / 128], rounded up */
 } fst_scale;
 
-/* Which tensors are cut among ranks, and along what; which are left out. */
+/* Which tensors are cut among ranks, and along what; which are left out. A quantized weight is known by the name of its codes
+ * in the file and by the one that it has dequantized; its companions (scales and so on) are where it is. FST_E_ARG: two rules
+ * for the same glob that contradict one another. */
 enum {
     FST_REPLICATE = -1, /* every rank has all of it */
     FST_SKIP      = -2, /* it is not loaded */
@@ -330,8 +333,8 @@ FST_API fst_model *fst_load_cast(const char *const *files, fst_dtype target);
 FST_API fst_status fst_load(const char *const *files, const fst_options *options, fst_model **out,
                             fst_error *error);
 
-/* Reads and checks the headers alone; touches no device. The tensors have no data, and `cast` of the
- * options is not applied. */
+/* Reads and checks the headers alone; touches no device. The tensors have no data, and `cast`, `rule` and `shards` of the
+ * options are not applied. */
 FST_API fst_status fst_open(const char *const *files, const fst_options *options, fst_model **out,
                             fst_error *error);
 
@@ -456,7 +459,7 @@ typedef struct fst_stats {
     uint64_t    bytes_needed;      /* of the files, that results are made of; bytes_read has headers, and what came along */
     uint64_t    bytes_storage;     /* that this process caused to be read from storage meanwhile, as the system counts; UINT64_MAX:
                                       it does not tell */
-    uint64_t    shards_unused;     /* rules of options.shards that match no tensor */
+    uint64_t    shards_unused;     /* rules of options.shards that match no tensor; those of fst_shard_rules do not count */
 } fst_stats;
 
 /* Fills in *out up to out->size. After fst_open most of it is zero. */
@@ -539,6 +542,9 @@ typedef struct fst_convert_stats {
     const char *device;        /* "cpu", "hip:0", "cuda:0" */
     const char *device_name;
     uint64_t    nans;          /* NaNs among the values that scales were computed for, by this run */
+    uint64_t    bytes_needed;  /* the next three as in fst_stats */
+    uint64_t    bytes_storage;
+    uint64_t    shards_unused;
 } fst_convert_stats;
 
 /* Makes a checkpoint directory of a checkpoint directory, converted as fst_load would with these options: files

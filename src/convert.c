@@ -208,6 +208,18 @@ static fst_status put_configs(const fst_convert_job *c, fst_text *text) {
     return status;
 }
 
+/* Which part of the tensors this is. */
+static void put_part(const fst_options *o, fst_text *text) {
+    if (!o->shards) return;
+    fst_put_format(text, ",\"rank\":%u,\"ranks\":%u,\"rules\":[", o->rank, o->ranks);
+    for (const fst_shard_rule *rule = o->shards; rule->glob; rule++) {
+        fst_put_format(text, "%s", rule == o->shards ? "" : ",");
+        fst_put_string(text, rule->glob, strlen(rule->glob));
+        fst_put_format(text, ",%" PRId32 ",%" PRIu32, rule->dim, rule->unit);
+    }
+    fst_put_format(text, "]");
+}
+
 /* The journal's first line. Twice the same only when nothing has changed. */
 static fst_status make_head(const fst_convert_job *c, uint64_t plan, fst_text *text) {
     const fst_options *o = &c->options;
@@ -216,6 +228,7 @@ static fst_status make_head(const fst_convert_job *c, uint64_t plan, fst_text *t
     fst_put_format(
         text, ",\"shard_bytes\":%" PRIu64 ",\"plan\":\"%016" PRIx64 "\",\"config\":", c->shard_bytes, plan);
     fst_put_string(text, o->config ? o->config : "", o->config ? strlen(o->config) : 0);
+    put_part(o, text);
     fst_put_format(text, ",\"directory\":");
     fst_put_string(text, c->source, strlen(c->source));
     fst_put_format(text, ",\"inputs\":[");
@@ -545,6 +558,8 @@ static void add_stats(fst_convert_job *c, const fst_stream *stream, fst_convert_
     stats->bytes_read = load.bytes_read;
     stats->peak_bytes = load.peak_device_bytes + load.pinned_bytes;
     stats->nans = load.nans;
+    stats->bytes_needed = load.bytes_needed;
+    stats->bytes_storage = load.bytes_storage;
     stats->write_seconds = c->writer.write_seconds;
     stats->sync_seconds = c->writer.sync_seconds;
 }
@@ -622,6 +637,7 @@ static void fill_stats(const fst_convert_job *c, const fst_extras *extras, fst_c
         stats->bytes_out += c->shards[i].nbytes;
         stats->shards_kept += c->shards[i].kept != 0;
     }
+    stats->shards_unused = c->model->stats.shards_unused;
     stats->device = c->model->gpu->label;
     stats->device_name = c->model->gpu->name;
     stats->seconds = fst_os_now() - c->started;

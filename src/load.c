@@ -5,6 +5,7 @@
 
 #include "loading.h"
 #include "quantize.h"
+#include "shard.h"
 
 #define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
@@ -31,7 +32,7 @@ static fst_status copy_options(const fst_options *given, fst_options *options, f
 }
 
 static fst_status check_options(const fst_options *options, fst_error *error) {
-    const unsigned known = FST_NON_SATURATING | FST_AS_READY;
+    const unsigned known = FST_NON_SATURATING | FST_AS_READY | FST_STRICT_SHARDS;
     if ((int)options->cast < 0 || options->cast >= FST_DTYPE_COUNT)
         return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no dtype to cast to", (int)options->cast);
     if (options->device < 0)
@@ -54,7 +55,7 @@ static fst_status check_options(const fst_options *options, fst_error *error) {
                         fst_dtype_name(options->cast));
     if (options->allocator && (!options->allocator->allocate || !options->allocator->release))
         return refuse(error, "the allocator lacks a function");
-    return FST_OK;
+    return fst_shards_check(options, error);
 }
 
 fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given) {

@@ -56,6 +56,14 @@ fst_status fst_loading_read_tensor(fst_loading *l, uint32_t tensor, unsigned cha
 fst_status fst_loading_check_files(fst_loading *l);
 void       fst_loading_close(fst_loading *l);
 
+/* ---- choices.c ---- */
+
+/* What is wanted of each of the model's tensors, which are all that the index lets count, by the options' shard rules and the
+ * caller's rule; tensors that are left out are the model's no more. */
+fst_status fst_loading_choose(fst_loading *l);
+/* Whether any tensor is cut. */
+int fst_loading_is_cut(const fst_loading *l);
+
 /* ---- companions.c ---- */
 
 /* What only small companions' bytes tell of the quantized weights that a load dequantizes: shapes of packed ones, and

@@ -179,32 +179,10 @@ fst_status fst_loading_fill_names(fst_loading *l) {
     return FST_OK;
 }
 
-/* Asks the caller's rule what to do with a tensor. */
-static fst_status apply_rule(fst_loading *l, const fst_model_tensor *tensor, fst_choice *choice) {
-    const fst_options *options = &l->options;
-    fst_where where = {fst_file_path(l->model, tensor->file), (int)tensor->file,
-                       (int64_t)(l->model->headers[tensor->file].data_start + tensor->entry->begin)};
-    fst_rule rule = {.cast = choice->cast, .scale = choice->scale};
-    fst_tensor described;
-    fst_describe_tensor(l->model, tensor, &described);
-    if (options->rule(options->rule_arg, &described, &rule))
-        return fst_fail(l->error, FST_E_CANCELLED, 0, &where, "tensor \"%s\": the rule ended the load",
-                        described.name);
-    if ((int)rule.cast < 0 || rule.cast >= FST_DTYPE_COUNT)
-        return fst_fail(l->error, FST_E_ARG, 0, &where, "tensor \"%s\": the rule's %d is no dtype to cast to",
-                        described.name, (int)rule.cast);
-    if ((unsigned)rule.scale > FST_QUANTIZE_BLOCK)
-        return fst_fail(l->error, FST_E_ARG, 0, &where, "tensor \"%s\": the rule's %d is no kind of scales",
-                        described.name, (int)rule.scale);
-    *choice = (fst_choice){rule.skip != 0, rule.cast, rule.memory, rule.memory_bytes, rule.scale};
-    return FST_OK;
-}
-
 /* The tensors that count, in the order of files and offsets; without data yet. */
 static fst_status list_tensors(fst_loading *l) {
     fst_model *model = l->model;
-    fst_choice *choice = l->choices;
-    const unsigned char *unwanted = l->unwanted;
+    const fst_choice *choice = l->choices;
     if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
     model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
     if (!model->tensors) return fst_no_memory(l->error);
@@ -212,23 +190,17 @@ static fst_status list_tensors(fst_loading *l) {
         const fst_header *header = &model->headers[file];
         for (size_t i = 0; i < header->count; i++, choice++) {
             const fst_entry *entry = &header->tensors[i];
-            fst_model_tensor tensor = {.entry = entry,
-                                       .file = (uint32_t)file,
-                                       .dtype = entry->dtype,
-                                       .nbytes = entry->end - entry->begin,
-                                       .hash = l->hashes[file][i]};
             if (choice->skip) continue;
-            choice->cast = l->options.cast;
-            choice->scale = l->options.scale;
-            fst_quantize_defaults(entry, &choice->cast, &choice->scale);
-            fst_status status = l->options.rule ? apply_rule(l, &tensor, choice) : FST_OK;
-            if (status) return status;
-            if (!choice->skip && unwanted) choice->skip = *unwanted++;
-            if (!choice->skip) model->tensors[model->count++] = tensor;
+            model->tensors[model->count++] = (fst_model_tensor){.entry = entry,
+                                                                .file = (uint32_t)file,
+                                                                .dtype = entry->dtype,
+                                                                .nbytes = entry->end - entry->begin,
+                                                                .hash = l->hashes[file][i]};
         }
     }
+    fst_status status = fst_loading_choose(l);
     model->stats.tensors_ignored = l->total - model->count;
-    return fst_loading_fill_names(l);
+    return status ? status : fst_loading_fill_names(l);
 }
 
 /* What of small companions must be known before planning. */
@@ -303,7 +275,7 @@ static void apply_scheme(fst_loading *l) {
     }
 }
 
-/* A load as stored needs to know nothing of it, and an open fails for nothing that is wrong with it. */
+/* A load as stored needs to know nothing of it, unless it cuts; an open fails for nothing that is wrong with it. */
 static fst_status understand(fst_loading *l) {
     fst_model *model = l->model;
     model->quantization_error.file = -1;
@@ -313,7 +285,7 @@ static fst_status understand(fst_loading *l) {
         *l->error = model->quantization_error;
         return status;
     }
-    if (l->options.cast == FST_NATIVE && !l->options.rule) return FST_OK;
+    if (l->options.cast == FST_NATIVE && !l->options.rule && !fst_loading_is_cut(l)) return FST_OK;
     fst_status status = find_scheme(l, l->error);
     if (status) return status;
     model->stats.bare_weights = model->scheme->bare;
@@ -374,6 +346,7 @@ void fst_loading_close(fst_loading *l) {
     free(l->hashes);
     free(l->fds);
     free(l->ids);
+    for (size_t i = 0; l->choices && i < l->total; i++) free((void *)l->choices[i].into);
     free(l->choices);
     l->fds = NULL;
     l->hashes = NULL;

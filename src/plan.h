@@ -46,6 +46,13 @@ typedef struct fst_choice {
     void     *memory;       /* its result goes there; NULL: into a block */
     uint64_t  memory_bytes; /* how much there is */
     fst_scale scale;        /* computed, where the cast is to a type that has such */
+    int32_t   shard_dim;    /* of the result, along which it is cut; FST_REPLICATE: it is not */
+    uint32_t  unit;         /* parts begin at multiples of so many */
+    uint64_t  begin, end;   /* the part that is wanted; both 0: the rank's */
+    uint32_t  layout;       /* FST_TRANSPOSE, FST_DEINTERLEAVE */
+    int32_t   into_dim;     /* of `into`, as in fst_rule */
+    uint64_t  into_place;
+    const char *into;       /* the result that it becomes a part of, a copy of the loading's; NULL: none */
 } fst_choice;
 
 typedef enum fst_conversion {

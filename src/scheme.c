@@ -757,6 +757,71 @@ static fst_status look_at(finder *f, uint32_t i) {
     return add_int4_rows(f, i, length, scale);
 }
 
+/* ---- Names alone --------------------------------------------------------------------------------------- */
+
+/* What names of companions end in, and their codes' instead. */
+static const struct {
+    const char *companion, *codes;
+    int takes_any; /* codes of any dtype */
+} owner_names[] = {
+    {".weight_scale_inv", ".weight", 0},
+    {".weight_scale", ".weight", 0},
+    {".weight_scale", ".weight_packed", 0},
+    {".weight_scale_2", ".weight", 0},
+    {".weight_global_scale", ".weight_packed", 0},
+    {".weight_zero_point", ".weight", 0},
+    {".weight_zero_point", ".weight_packed", 0},
+    {".weight_shape", ".weight_packed", 0},
+    {".weight_g_idx", ".weight_packed", 0},
+    {".scale", ".weight", 0},
+    {".SCB", ".weight", 0},
+    {".weight_format", ".weight", 0},
+    {".qzeros", ".qweight", 0},
+    {".scales", ".qweight", 0},
+    {".g_idx", ".qweight", 0},
+    {".scales", ".blocks", 0},
+    {"_scales", "_blocks", 0},
+    {"_scale_inv", "", 0},
+    {"_scales_inv", "", 0},
+    {"_scale", "", 0},
+    {".absmax", "", 1},
+    {".quant_map", "", 1},
+    {".nested_absmax", "", 1},
+    {".nested_quant_map", "", 1},
+    {".quant_state.bitsandbytes__nf4", "", 1},
+    {".quant_state.bitsandbytes__fp4", "", 1},
+};
+
+static int name_ends_in(const char *name, size_t length, const char *suffix) {
+    size_t size = strlen(suffix);
+    return length >= size && !memcmp(name + length - size, suffix, size);
+}
+
+int fst_scheme_owner_name(const char *name, size_t length, size_t k, fst_scheme_name *out, int *takes_any) {
+    if (name_ends_in(name, length, ".weight") || name_ends_in(name, length, ".bias")) return 0; /* most */
+    for (size_t i = 0; i < sizeof owner_names / sizeof *owner_names; i++) {
+        if (!name_ends_in(name, length, owner_names[i].companion) || k--) continue;
+        out->length = length - strlen(owner_names[i].companion);
+        out->suffix = owner_names[i].codes;
+        *takes_any = owner_names[i].takes_any;
+        return 1;
+    }
+    return 0;
+}
+
+int fst_scheme_may_be_codes(fst_dtype dtype) { return may_be_codes(dtype); }
+
+int fst_scheme_weight_name(const char *name, size_t length, fst_scheme_name *out) {
+    static const char *const suffixes[][2] = {
+        {".qweight", ".weight"}, {".weight_packed", ".weight"}, {"_blocks", ""}, {".blocks", ""}};
+    for (size_t i = 0; i < sizeof suffixes / sizeof *suffixes; i++) {
+        if (!name_ends_in(name, length, suffixes[i][0])) continue;
+        *out = (fst_scheme_name){length - strlen(suffixes[i][0]), suffixes[i][1]};
+        return 1;
+    }
+    return 0;
+}
+
 /* ---- The rest ------------------------------------------------------------------------------------------- */
 
 static int ends_in_one_of(const fst_entry *entry, const char *const *suffixes) {

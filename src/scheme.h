@@ -41,6 +41,19 @@ struct fst_quantized;
 /* Whether its codes are integers in words, or two rows to a byte: of the kernels `packed`. */
 int fst_scheme_is_packed(const struct fst_quantized *weight);
 
+/* A name made of another one: its first `length` bytes, then `suffix`. */
+typedef struct fst_scheme_name {
+    size_t      length;
+    const char *suffix;
+} fst_scheme_name;
+
+/* By names alone, for those who ask before the scheme is found. The k-th name that codes may have to which a tensor called
+ * `name` belongs, if there are such; *takes_any: codes of any dtype. 0: there is no k-th. */
+int fst_scheme_owner_name(const char *name, size_t length, size_t k, fst_scheme_name *out, int *takes_any);
+int fst_scheme_may_be_codes(fst_dtype dtype);
+/* What the weight is called whose codes are called `name`; 0: the same. */
+int fst_scheme_weight_name(const char *name, size_t length, fst_scheme_name *out);
+
 /* What a companion is for. */
 typedef enum fst_companion {
     FST_COMPANION_SCALE,

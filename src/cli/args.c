@@ -119,6 +119,104 @@ static int set_scale(arguments *args, const char *value) {
     return EXIT_OK;
 }
 
+/* ---- Shards ---------------------------------------------------------------------------------- */
+
+#define MAX_RANKS 65536
+#define MAX_DIM 63
+
+/* RANK/SIZE */
+static int set_ranks(arguments *args, const char *option, const char *value) {
+    const char *slash = strchr(value, '/');
+    char *first = slash ? strndup(value, (size_t)(slash - value)) : NULL;
+    long rank = first ? parse_number(first, 0, MAX_RANKS - 1) : -1;
+    long ranks = slash ? parse_number(slash + 1, 1, MAX_RANKS) : -1;
+    free(first);
+    if (rank < 0 || ranks < 0)
+        return usage_wrong("%s: '%s' is not RANK/SIZE, as 0/2; at most %d ranks", option, value, MAX_RANKS);
+    if (rank >= ranks) return usage_wrong("%s: rank %ld of %ld: ranks count from 0", option, rank, ranks);
+    if (args->ranks && (args->rank != (unsigned)rank || args->ranks != (unsigned)ranks))
+        return usage_wrong("%s: rank %u of %u was given before", option, args->rank, args->ranks);
+    args->rank = (unsigned)rank;
+    args->ranks = (unsigned)ranks;
+    return EXIT_OK;
+}
+
+static int set_rank(arguments *args, const char *value) { return set_ranks(args, "--rank", value); }
+
+static int set_tp(arguments *args, const char *value) {
+    args->is_tp = 1;
+    return set_ranks(args, "--tp", value);
+}
+
+/* A rule for the first `length` bytes of `text`. */
+static int add_shard(arguments *args, const char *option, const char *text, size_t length, int32_t dim,
+                     uint32_t unit) {
+    if (!length) return usage_wrong("%s: the pattern is empty", option);
+    char *glob = must(strndup(text, length));
+    args->shards = must(realloc(args->shards, (args->shards_count + 1) * sizeof *args->shards));
+    args->shards[args->shards_count++] = (fst_shard_rule){glob, dim, unit};
+    return EXIT_OK;
+}
+
+/* GLOB=DIM, GLOB=DIM/UNIT, GLOB=replicate. Names may have a '=': the last one counts. */
+static int set_shard(arguments *args, const char *value) {
+    const char *equals = strrchr(value, '='), *slash = equals ? strchr(equals, '/') : NULL;
+    char *number = equals ? strndup(equals + 1, slash ? (size_t)(slash - equals) - 1 : strlen(equals)) : NULL;
+    long dim = number ? parse_number(number, 0, MAX_DIM) : -1;
+    long unit = slash ? parse_number(slash + 1, 1, UINT32_MAX) : 1;
+    free(number);
+    if (equals && !strcmp(equals + 1, "replicate")) dim = FST_REPLICATE;
+    else if (dim < 0 || unit < 0)
+        return usage_wrong("--shard: '%s' is not GLOB=DIM, GLOB=DIM/UNIT or GLOB=replicate; DIM is 0 to %d",
+                           value, MAX_DIM);
+    return add_shard(args, "--shard", value, (size_t)(equals - value), (int32_t)dim, (uint32_t)unit);
+}
+
+static int set_only(arguments *args, const char *value) {
+    return add_shard(args, "--only", value, strlen(value), FST_ONLY, 0);
+}
+
+static int set_skip(arguments *args, const char *value) {
+    return add_shard(args, "--skip", value, strlen(value), FST_SKIP, 0);
+}
+
+static int set_strict(arguments *args, const char *value) {
+    (void)value;
+    args->strict = 1;
+    return EXIT_OK;
+}
+
+static int set_read(arguments *args, const char *value) {
+    static const char *const words[] = {"auto", "exact"}; /* as fst_read_mode counts */
+    int which = parse_word(value, words, 2);
+    if (which < 0) return usage_wrong("--read: '%s' is none of auto, exact", value);
+    args->read = (fst_read_mode)which;
+    return EXIT_OK;
+}
+
+/* Two rules for the same pattern, of which one must be a mistake. */
+static int contradict(const fst_shard_rule *a, const fst_shard_rule *b) {
+    if (strcmp(a->glob, b->glob) != 0) return 0;
+    int leaves_out = (a->dim <= FST_SKIP) + (b->dim <= FST_SKIP);
+    return leaves_out == 1 ? 0 : a->dim != b->dim || a->unit != b->unit;
+}
+
+/* Checks the rules given, and appends the library's. */
+static int finish_shards(arguments *args) {
+    static const fst_shard_rule none = {NULL, 0, 0};
+    const fst_shard_rule *more = args->is_tp ? fst_shard_rules() : &none;
+    size_t count = 0;
+    for (size_t i = 0; i < args->shards_count; i++)
+        for (size_t k = 0; k < i; k++)
+            if (contradict(&args->shards[i], &args->shards[k]))
+                return usage_wrong("'%s' is given twice, and not the same", args->shards[i].glob);
+    if (!args->shards_count && !args->is_tp) return EXIT_OK;
+    while (more[count].glob) count++;
+    args->shards = must(realloc(args->shards, (args->shards_count + count + 1) * sizeof *args->shards));
+    memcpy(args->shards + args->shards_count, more, (count + 1) * sizeof *more);
+    return EXIT_OK;
+}
+
 enum { FOR_INSPECT = 1 << COMMAND_INSPECT, FOR_LOAD = 1 << COMMAND_LOAD, FOR_CONVERT = 1 << COMMAND_CONVERT };
 
 typedef struct option_rule {
@@ -138,6 +236,13 @@ static const option_rule rules[] = {
     {"--threads", FOR_LOAD | FOR_CONVERT, 1, set_threads},
     {"--reader", FOR_LOAD | FOR_CONVERT, 1, set_reader},
     {"--cache", FOR_LOAD | FOR_CONVERT, 1, set_cache},
+    {"--tp", FOR_LOAD | FOR_CONVERT, 1, set_tp},
+    {"--rank", FOR_LOAD | FOR_CONVERT, 1, set_rank},
+    {"--shard", FOR_LOAD | FOR_CONVERT, 1, set_shard},
+    {"--only", FOR_LOAD | FOR_CONVERT, 1, set_only},
+    {"--skip", FOR_LOAD | FOR_CONVERT, 1, set_skip},
+    {"--strict", FOR_LOAD | FOR_CONVERT, 0, set_strict},
+    {"--read", FOR_LOAD | FOR_CONVERT, 1, set_read},
     {"--shard-size", FOR_CONVERT, 1, set_shard_size},
     {"--output", FOR_CONVERT, 1, set_output},
     {"-o", FOR_CONVERT, 1, set_output},
@@ -213,6 +318,8 @@ static int parse_rest(arguments *args, int argc, char **argv) {
     if (args->scale && !takes_scales)
         return usage_wrong("--scale goes with --cast F8_E4M3, F8_E5M2 or F8_E4M3FNUZ");
     if (!args->paths_count) return usage_wrong("%s: no path is given; see fst --help", argv[1]);
+    int status = finish_shards(args);
+    if (status) return status;
     return args->command == COMMAND_CONVERT ? check_output(args) : EXIT_OK;
 }
 
@@ -227,6 +334,10 @@ int arguments_parse(int argc, char **argv, arguments *out) {
 }
 
 void arguments_free(arguments *args) {
+    for (size_t i = 0; i < args->shards_count; i++) free((void *)args->shards[i].glob);
+    free(args->shards);
+    args->shards = NULL;
+    args->shards_count = 0;
     free(args->paths);
     args->paths = NULL;
 }

@@ -25,6 +25,13 @@ typedef struct arguments {
     const char  *output; /* NULL when not given */
     int          to_directory; /* `output` is one */
     uint64_t     shard_bytes;
+    unsigned     rank, ranks;
+    int          is_tp;      /* with the library's rules behind those given */
+    int          strict;
+    fst_read_mode read;
+    fst_shard_rule *shards;  /* as given, then the library's, then one with a NULL glob; NULL: none. Their globs, but the
+                                library's, are freed by arguments_free, as is the list */
+    size_t       shards_count; /* of those given */
     const char **paths;  /* NULL-terminated; freed by arguments_free */
     size_t       paths_count;
 } arguments;
@@ -58,6 +65,9 @@ char *valid_utf8(const char *text, size_t *length);
 
 /* Columns that a terminal needs for UTF-8 text, taking every character as one. */
 size_t text_width(const char *text);
+
+/* A line on stderr for rules that match nothing. */
+void warn_unused(uint64_t count);
 
 /* "1.50 GB"; returns out. */
 const char *format_bytes(char out[32], uint64_t bytes);

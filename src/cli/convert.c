@@ -34,6 +34,9 @@ static void print_json(const fst_convert_stats *stats, FILE *out) {
     yyjson_mut_obj_add_real(doc, root, "gb_per_s", rate(stats));
     yyjson_mut_obj_add_uint(doc, root, "peak_bytes", stats->peak_bytes);
     yyjson_mut_obj_add_uint(doc, root, "nans", stats->nans);
+    yyjson_mut_obj_add_uint(doc, root, "bytes_needed", stats->bytes_needed);
+    yyjson_mut_obj_add_uint(doc, root, "bytes_storage", stats->bytes_storage);
+    yyjson_mut_obj_add_uint(doc, root, "shards_unused", stats->shards_unused);
     json_add_text(doc, root, "device", stats->device);
     json_add_text(doc, root, "device_name", stats->device_name);
     json_print(doc, out);
@@ -59,6 +62,7 @@ int run_convert(const arguments *args, FILE *out) {
     fst_convert_stats stats = {.size = sizeof stats};
     fst_error error;
     if (convert(args, &stats, &error)) return report_failed(&error);
+    if (!args->json) warn_unused(stats.shards_unused);
     if (args->json) print_json(&stats, out);
     else print_lines(args, &stats, out);
     return EXIT_OK;

@@ -63,6 +63,9 @@ static void print_json(const arguments *args, const fst_model *model, const fst_
     for (size_t i = 0; i < sizeof times / sizeof *times; i++)
         yyjson_mut_obj_add_real(doc, root, times[i].key, times[i].value);
     yyjson_mut_obj_add_uint(doc, root, "nans", stats->nans);
+    yyjson_mut_obj_add_uint(doc, root, "bytes_needed", stats->bytes_needed);
+    yyjson_mut_obj_add_uint(doc, root, "bytes_storage", stats->bytes_storage);
+    yyjson_mut_obj_add_uint(doc, root, "shards_unused", stats->shards_unused);
     if (!yyjson_mut_obj_add_uint(doc, root, "tensors_ignored", stats->tensors_ignored)) must(NULL);
     json_print(doc, out);
 }
@@ -96,7 +99,8 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
     fprintf(out, "files    %zu\n", fst_model_file_count(model));
     fprintf(out, "tensors  %zu", fst_model_count(model));
     if (stats->tensors_ignored)
-        fprintf(out, ", %" PRIu64 " ignored: not in the index", stats->tensors_ignored);
+        fprintf(out, ", %" PRIu64 " ignored: not in the index%s", stats->tensors_ignored,
+                args->shards ? ", or left out" : "");
     format_bytes(bytes, stats->bytes_read);
     fprintf(out, "\nread     %s in %.3f s: %.2f GB/s with %u threads, limited by: %s\n", bytes,
             stats->seconds, rate(stats), stats->threads, stats->limit);
@@ -151,6 +155,7 @@ int run_load(const arguments *args, FILE *out) {
     }
     fst_stats stats = {.size = sizeof stats};
     fst_model_stats(model, &stats);
+    if (!args->json) warn_unused(stats.shards_unused);
     if (args->json) print_json(args, model, &stats, seconds_write, out);
     else print_lines(args, model, &stats, seconds_write, out);
     fst_model_free(model);

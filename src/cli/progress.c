@@ -74,6 +74,11 @@ fst_options options_for(const arguments *args, progress *bar) {
     options.threads = args->threads;
     options.reader = args->reader;
     options.cache = args->cache;
+    options.rank = args->rank;
+    options.ranks = args->ranks;
+    options.shards = args->shards;
+    options.read = args->read;
+    if (args->strict) options.flags |= FST_STRICT_SHARDS;
     options.progress = progress_tick;
     options.progress_arg = bar;
     options.cancel = interrupt_flag();

@@ -87,6 +87,12 @@ void report_error(const fst_error *error) {
     report(error->path, error->status, text);
 }
 
+void warn_unused(uint64_t count) {
+    if (count)
+        fprintf(stderr, "fst: warning: %llu of --shard, --only and --skip match%s no tensor\n",
+                (unsigned long long)count, count == 1 ? "es" : "");
+}
+
 int report_failed(const fst_error *error) {
     report_error(error);
     int signal = *interrupt_flag();
