@@ -117,7 +117,7 @@ static const char *wrong_part(const fst_rule *rule) {
     if (rule->shard_dim < FST_REPLICATE || rule->shard_dim >= FST_MAX_DIMS)
         return "the rule's shard_dim is no dimension, from 0 to 63, nor FST_REPLICATE";
     if (rule->shard_begin > rule->shard_end) return "the rule's part ends before it begins";
-    if (rule->shard_end && rule->shard_dim == FST_REPLICATE) return "the rule names a part, but no dimension";
+    if (rule->shard_end && rule->shard_dim == FST_REPLICATE) return "the rule's part has no dimension";
     if (rule->layout & ~(uint32_t)(FST_TRANSPOSE | FST_DEINTERLEAVE))
         return "the rule's layout has unknown bits";
     if (rule->into && !*rule->into) return "the rule's name of a result to become a part of is empty";

@@ -8,7 +8,6 @@
 #include "status.h"
 
 #define MOST_RANKS 65536u
-#define TAIL 16u /* bytes of a name that are compared at once */
 
 void fst_shard_range(uint64_t extent, uint64_t unit, unsigned rank, unsigned ranks, uint64_t *begin,
                      uint64_t *end) {
@@ -29,9 +28,12 @@ void fst_shard_range(uint64_t extent, uint64_t unit, unsigned rank, unsigned ran
 /* docs/shards.md tells what they are. Their globs are objects of their own, so that they are known again in a longer list. */
 #define READY_MADE(X)                                                                             \
     /* Towers have other names for some of a block's weights: they stay whole. */                 \
-    X(vision, "*vision_*", FST_REPLICATE, 0)                                                      \
-    X(visual, "*visual.*", FST_REPLICATE, 0)                                                      \
-    X(audio, "*audio_*", FST_REPLICATE, 0)                                                        \
+    X(vision, "vision_*", FST_REPLICATE, 0)                                                       \
+    X(model_vision, "model.vision_*", FST_REPLICATE, 0)                                           \
+    X(visual, "visual.*", FST_REPLICATE, 0)                                                       \
+    X(model_visual, "model.visual.*", FST_REPLICATE, 0)                                           \
+    X(audio, "audio_*", FST_REPLICATE, 0)                                                         \
+    X(model_audio, "model.audio_*", FST_REPLICATE, 0)                                             \
     X(q, "*.q_proj.weight", 0, 0)                                                                 \
     X(k, "*.k_proj.weight", 0, 0)                                                                 \
     X(v, "*.v_proj.weight", 0, 0)                                                                 \
@@ -91,10 +93,15 @@ static int is_ready_made(const fst_shard_rule *rule) {
 
 /* ---- Globs --------------------------------------------------------------------------------------- */
 
-/* The last bytes of a name, or of what a glob ends in: where `mask` is 0, any will do. */
-typedef struct tail {
-    uint64_t bytes[TAIL / 8];
-} tail;
+/* What is known of a name before it is compared, or of the names that a glob matches: most names are told from most globs by
+ * it. The last bytes but eight come first, as they differ most; then the last and the first ones. */
+enum { BEFORE_LAST, LAST, FIRST, WORDS };
+typedef struct edges {
+    uint64_t words[WORDS];
+} edges;
+typedef struct pairs { /* of neighbouring bytes, hashed: a set */
+    uint64_t bits[4];
+} pairs;
 
 typedef struct glob {
     const char *text;
@@ -144,21 +151,44 @@ static glob make_glob(const char *text) {
     return g;
 }
 
-static tail last_bytes(const char *name, size_t length) {
-    tail t = {{0}};
-    size_t size = length < TAIL ? length : TAIL;
-    memcpy((char *)t.bytes + TAIL - size, name + length - size, size);
-    return t;
+static edges edges_of(const char *head, size_t head_size, const char *end, size_t end_size) {
+    edges e = {{0}};
+    char *bytes = (char *)e.words;
+    if (head_size >= 8) memcpy(bytes + 8 * (size_t)FIRST, head, 8);
+    else memcpy(bytes + 8 * (size_t)FIRST, head, head_size);
+    if (end_size >= 16) memcpy(bytes, end + (end_size - 16), 16);
+    else memcpy(bytes + 16 - end_size, end, end_size);
+    return e;
 }
 
-/* What the tail of every name that matches has, and where. */
-static void glob_tail(const glob *g, tail *wanted, tail *mask) {
-    *wanted = last_bytes(g->text + g->length - g->end, g->end);
-    for (size_t i = 0; i < TAIL; i++) {
-        char *byte = (char *)wanted->bytes + i;
+/* What every name that matches has at its edges, and where: elsewhere, `mask` is 0. No glob and no name has a NUL. */
+static void glob_edges(const glob *g, edges *wanted, edges *mask) {
+    *wanted = edges_of(g->text, g->head, g->text + g->length - g->end, g->end);
+    for (size_t i = 0; i < sizeof *wanted; i++) {
+        char *byte = (char *)wanted->words + i;
         if (*byte == '?') *byte = 0;
-        ((unsigned char *)mask->bytes)[i] = *byte ? 0xFF : 0;
+        ((unsigned char *)mask->words)[i] = *byte ? 0xFF : 0;
     }
+}
+
+static void add_pair(pairs *set, char first, char second) {
+    unsigned hash = ((unsigned char)first * 37u + (unsigned char)second) & 255;
+    set->bits[hash / 64] |= (uint64_t)1 << hash % 64;
+}
+
+static pairs pairs_of(const char *name, size_t length) {
+    pairs set = {{0}};
+    for (size_t i = 1; i < length; i++) add_pair(&set, name[i - 1], name[i]);
+    return set;
+}
+
+/* What is between stars must be somewhere in a name. */
+static pairs glob_pairs(const glob *g) {
+    pairs set = {{0}};
+    for (size_t i = g->head + 2; i + g->end < g->length; i++)
+        if (!strchr("*?", g->text[i - 1]) && !strchr("*?", g->text[i]))
+            add_pair(&set, g->text[i - 1], g->text[i]);
+    return set;
 }
 
 /* ---- Lists --------------------------------------------------------------------------------------- */
@@ -227,8 +257,11 @@ fst_status fst_shards_check(const fst_options *options, fst_error *error) {
 
 struct fst_shards {
     size_t count, cuts; /* rules that leave something out follow those that cut */
+    size_t cuts_unused;
     int has_only;
-    tail *wanted, *mask;
+    int has_pairs; /* a glob has some */
+    edges *wanted, *mask;
+    pairs *pairs;
     glob *globs;
     const fst_shard_rule **rules;
     unsigned char *used; /* it matches something, or need not */
@@ -240,7 +273,9 @@ static void add_rule(fst_shards *s, const fst_shard_rule *rule) {
     s->globs[i] = make_glob(rule->glob);
     s->used[i] = (unsigned char)is_ready_made(rule);
     s->has_only |= rule->dim == FST_ONLY;
-    glob_tail(&s->globs[i], &s->wanted[i], &s->mask[i]);
+    glob_edges(&s->globs[i], &s->wanted[i], &s->mask[i]);
+    s->pairs[i] = glob_pairs(&s->globs[i]);
+    for (int k = 0; k < 4; k++) s->has_pairs |= s->pairs[i].bits[k] != 0;
 }
 
 fst_shards *fst_shards_new(const fst_shard_rule *rules) {
@@ -250,16 +285,18 @@ fst_shards *fst_shards_new(const fst_shard_rule *rules) {
     if (!s) return NULL;
     s->wanted = calloc(count + 1, sizeof *s->wanted);
     s->mask = calloc(count + 1, sizeof *s->mask);
+    s->pairs = calloc(count + 1, sizeof *s->pairs);
     s->globs = calloc(count + 1, sizeof *s->globs);
     s->rules = calloc(count + 1, sizeof *s->rules);
     s->used = calloc(count + 1, 1);
-    if (!s->wanted || !s->mask || !s->globs || !s->rules || !s->used) {
+    if (!s->wanted || !s->mask || !s->pairs || !s->globs || !s->rules || !s->used) {
         fst_shards_free(s);
         return NULL;
     }
     for (size_t i = 0; i < count; i++)
         if (rules[i].dim > FST_SKIP) add_rule(s, &rules[i]);
     s->cuts = s->count;
+    for (size_t i = 0; i < s->cuts; i++) s->cuts_unused += !s->used[i];
     for (size_t i = 0; i < count; i++)
         if (rules[i].dim <= FST_SKIP) add_rule(s, &rules[i]);
     return s;
@@ -269,6 +306,7 @@ void fst_shards_free(fst_shards *s) {
     if (!s) return;
     free(s->wanted);
     free(s->mask);
+    free(s->pairs);
     free(s->globs);
     free((void *)s->rules);
     free(s->used);
@@ -279,32 +317,49 @@ int fst_shards_skip(const fst_shards *s) { return s->cuts < s->count; }
 
 #define MOST_NAMES 4
 
-/* Most rules are told from most names by the last bytes. */
-static int rule_matches(const fst_shards *s, size_t rule, const fst_string *names, const tail *tails,
-                        size_t count) {
-    const tail *wanted = &s->wanted[rule], *mask = &s->mask[rule];
-    for (size_t i = 0; i < count; i++) {
-        uint64_t differ = ((tails[i].bytes[0] & mask->bytes[0]) ^ wanted->bytes[0]) |
-                          ((tails[i].bytes[1] & mask->bytes[1]) ^ wanted->bytes[1]);
-        if (!differ && matches(&s->globs[rule], names[i].data, names[i].length)) return 1;
-    }
+/* A name with what is known of it. */
+typedef struct subject {
+    fst_string name;
+    edges edges;
+    pairs pairs;
+} subject;
+
+static int may_match(const fst_shards *s, size_t rule, const subject *of) {
+    for (int i = 0; i < WORDS; i++)
+        if ((of->edges.words[i] & s->mask[rule].words[i]) != s->wanted[rule].words[i]) return 0;
+    for (int i = 0; i < 4; i++)
+        if (s->pairs[rule].bits[i] & ~of->pairs.bits[i]) return 0;
+    return 1;
+}
+
+static int rule_matches(const fst_shards *s, size_t rule, const subject *subjects, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (may_match(s, rule, &subjects[i]) &&
+            matches(&s->globs[rule], subjects[i].name.data, subjects[i].name.length))
+            return 1;
     return 0;
 }
 
 fst_cut fst_shards_find(fst_shards *s, const fst_string *names, size_t count) {
     fst_cut cut = {0, FST_REPLICATE, 1};
     const fst_shard_rule *first = NULL;
-    tail tails[MOST_NAMES];
+    subject subjects[MOST_NAMES];
     int wanted = !s->has_only;
     if (count > MOST_NAMES) count = MOST_NAMES;
-    for (size_t i = 0; i < count; i++) tails[i] = last_bytes(names[i].data, names[i].length);
-    for (size_t i = 0; i < s->cuts; i++) { /* after the first, to know that they match something */
-        if ((first && s->used[i]) || !rule_matches(s, i, names, tails, count)) continue;
+    for (size_t i = 0; i < count; i++) {
+        subjects[i].name = names[i];
+        subjects[i].edges = edges_of(names[i].data, names[i].length, names[i].data, names[i].length);
+        subjects[i].pairs = s->has_pairs ? pairs_of(names[i].data, names[i].length) : (pairs){{0}};
+    }
+    /* After the first one, it is about whether the others match anything. */
+    for (size_t i = 0; i < s->cuts && !(first && s->cuts_unused == 0); i++) {
+        if ((first && s->used[i]) || !rule_matches(s, i, subjects, count)) continue;
+        s->cuts_unused -= !s->used[i];
         s->used[i] = 1;
         if (!first) first = s->rules[i];
     }
     for (size_t i = s->cuts; i < s->count; i++) {
-        if (!rule_matches(s, i, names, tails, count)) continue;
+        if (!rule_matches(s, i, subjects, count)) continue;
         s->used[i] = 1;
         if (s->rules[i]->dim == FST_SKIP) cut.skip = 1;
         else wanted = 1;
