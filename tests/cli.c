@@ -154,7 +154,7 @@ TEST(cli, help_lists_the_commands) {
     for (size_t i = 0; i < 5; i++) {
         check_good(RUN(ways[i][0], ways[i][1]));
         CHECK(strstr(out, "inspect") && strstr(out, "load") && strstr(out, "convert") &&
-              strstr(out, "--cast"));
+              strstr(out, "--cast") && strstr(out, "--tp"));
     }
 }
 
@@ -208,6 +208,42 @@ TEST(cli, convert_needs_an_output) {
 TEST(cli, one_directory_becomes_one) {
     check_failed(2, RUN("convert", "-o", "out", "x", "y"),
                  "fst: FST_E_ARG: convert: one directory becomes one");
+}
+TEST(cli, wrong_ranks) {
+    static const char *const wrong[] = {"",     "0",   "/",    "0/",    "/2",   "2/2",  "3/2",
+                                        "-1/2", "0/0", "0/-1", "1.0/2", "0/2x", " 0/2", "0/65537"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        check_failed(2, RUN("load", "--tp", wrong[i], "/nowhere"), "fst: FST_E_ARG: --tp:");
+        check_failed(2, RUN("convert", "--rank", wrong[i], "-o", "out", "/nowhere"),
+                     "fst: FST_E_ARG: --rank:");
+    }
+    check_failed(2, RUN("load", "--tp", "0/2", "--rank", "1/2", "/nowhere"),
+                 "fst: FST_E_ARG: --rank: rank 0 of 2 was given before");
+    check_failed(2, RUN("inspect", "--tp", "0/2", "/nowhere"),
+                 "fst: FST_E_ARG: inspect: there is no option --tp");
+}
+TEST(cli, wrong_shards) {
+    static const char *const wrong[] = {
+        "",    "x",     "x=",    "=0",   "x=-1",        "x=64",    "x=0/",
+        "x=a", "x=0/0", "x=0/b", "x=/8", "x=Replicate", "x=0/8/8", "x=0/4294967296"};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
+        check_failed(2, RUN("load", "--shard", wrong[i], "/nowhere"), "fst: FST_E_ARG: --shard:");
+    check_failed(2, RUN("load", "--only", "", "/nowhere"), "fst: FST_E_ARG: --only: the pattern is empty");
+    check_failed(2, RUN("load", "--skip=", "/nowhere"), "fst: FST_E_ARG: --skip: the pattern is empty");
+    check_failed(2, RUN("load", "--read", "some", "/nowhere"), "fst: FST_E_ARG: --read: 'some'");
+    check_failed(2, RUN("load", "--strict=1", "/nowhere"), "fst: FST_E_ARG: --strict takes no value");
+}
+TEST(cli, shards_that_contradict) {
+    const char *why = "fst: FST_E_ARG: 'a.*' is given twice";
+    check_failed(2, RUN("load", "--shard", "a.*=0", "--shard", "b=1", "--shard", "a.*=1", "/nowhere"), why);
+    check_failed(2, RUN("load", "--shard", "a.*=0", "--shard", "a.*=0/2", "/nowhere"), why);
+    check_failed(2, RUN("load", "--shard", "a.*=0", "--shard", "a.*=replicate", "/nowhere"), why);
+    check_failed(2, RUN("load", "--only", "a.*", "--skip", "a.*", "/nowhere"), why);
+    /* The same twice is no contradiction, nor one of --tp's own that is overruled: the path comes next. */
+    check_failed(1, RUN("load", "--shard", "a.*=0", "--shard", "a.*=0/1", "/nowhere"),
+                 "fst: /nowhere: FST_E_IO");
+    check_failed(1, RUN("load", "--tp", "0/1", "--shard", "*.q_proj.weight=1", "/nowhere"),
+                 "fst: /nowhere: FST_E_IO");
 }
 TEST(cli, wrong_shard_size) {
     static const char *const wrong[] = {"0", "", "-1", "0.5", "5GB", "inf", "nan", "0x10", "1e19", " 1"};
@@ -509,6 +545,59 @@ static const char *small_directory(void) {
     CHECK_INT(0, mkdir(test_path("in"), 0700));
     support_checkpoint(test_path("in/a.safetensors"), "{\"format\":\"pt\"}", small, 2, 0);
     return test_path("in");
+}
+
+TEST(cli, tensors_are_left_out) {
+    small_directory();
+    const char *path = test_path("in");
+    check_good(RUN("load", "--device", "cpu", "--json", "--skip", "byt*", path));
+    yyjson_doc *doc = parsed();
+    CHECK_INT(1, uint_at(doc, "/tensors"));
+    CHECK_INT(24, uint_at(doc, "/bytes_out"));
+    CHECK_INT(1, uint_at(doc, "/tensors_ignored"));
+    CHECK_INT(0, uint_at(doc, "/shards_unused"));
+    uint_at(doc, "/bytes_needed");
+    uint_at(doc, "/bytes_storage");
+    yyjson_doc_free(doc);
+    check_good(RUN("load", "--device", "cpu", "--only", "?ytes", "--read", "exact", "--tp", "0/1", path));
+    CHECK(strstr(out, "tensors  1, 1 ignored: not in the index, or left out\n"));
+    check_good(
+        RUN("convert", "--device", "cpu", "--only", "bytes", "-o", test_path("out.safetensors"), path));
+    check_good(RUN("inspect", "--json", test_path("out.safetensors")));
+    doc = parsed();
+    CHECK_STR("bytes", text_at(doc, "/files/0/tensors/0/name"));
+    CHECK(!yyjson_doc_ptr_get(doc, "/files/0/tensors/1"));
+    yyjson_doc_free(doc);
+    check_good(RUN("convert", "--device", "cpu", "--json", "--rank", "0/1", "--skip", "bytes", "--skip",
+                   "none", "-o", test_path("out"), path));
+    doc = parsed();
+    CHECK_INT(1, uint_at(doc, "/tensors"));
+    CHECK_INT(1, uint_at(doc, "/shards_unused"));
+    uint_at(doc, "/bytes_needed");
+    uint_at(doc, "/bytes_storage");
+    yyjson_doc_free(doc);
+}
+
+TEST(cli, patterns_that_match_nothing) {
+    small_directory();
+    const char *path = test_path("in");
+    CHECK_INT(0, RUN("load", "--device", "cpu", "--tp", "0/1", "--shard", "none=0", path));
+    CHECK_STR("fst: warning: 1 of --shard, --only and --skip matches no tensor\n", err);
+    CHECK_INT(0,
+              RUN("convert", "--device", "cpu", "--skip", "n", "--skip", "m", "-o", test_path("out"), path));
+    CHECK_STR("fst: warning: 2 of --shard, --only and --skip match no tensor\n", err);
+    check_good(RUN("load", "--device", "cpu", "--json", "--skip", "none", path));
+    yyjson_doc *doc = parsed();
+    CHECK_INT(1, uint_at(doc, "/shards_unused"));
+    yyjson_doc_free(doc);
+    check_failed(1, RUN("load", "--device", "cpu", "--strict", "--skip", "none", path),
+                 "fst: FST_E_NOT_FOUND: the shard rule \"none\" matches no tensor");
+    check_failed(
+        1, RUN("convert", "--device", "cpu", "--strict", "--skip", "none", "-o", test_path("out2"), path),
+        "fst: FST_E_NOT_FOUND: the shard rule \"none\" matches no tensor");
+    struct stat there;
+    CHECK(stat(test_path("out2"), &there) != 0);
+    check_good(RUN("load", "--device", "cpu", "--strict", "--tp", "0/1", path));
 }
 
 TEST(cli, convert_to_a_directory) {

@@ -14,6 +14,7 @@
 #include <yyjson.h>
 
 #include "harness.h"
+#include "loading.h"
 #include "model.h"
 #include "support.h"
 
@@ -306,6 +307,39 @@ TEST(memory, of_a_quantized_load) {
         fail_acts(s, 20);
     }
     fake_gpu_end();
+}
+
+static int name_part(void *arg, const fst_tensor *tensor, fst_rule *rule) {
+    (void)arg, (void)tensor;
+    rule->into = "qkv";
+    return 0;
+}
+
+/* As far as the plan: what comes of a part is another matter. */
+static fst_status choose(const scene *s, fst_error *error) {
+    static const fst_shard_rule rules[] = {
+        {"*.weight", FST_ONLY, 0}, {"*.other.*", FST_SKIP, 0}, {"x.*", 0, 8}, {NULL, 0, 0}};
+    fst_loading l = {.error = error};
+    fst_options options = options_of(s);
+    options.shards = rules;
+    options.rule = name_part;
+    fst_status status = fst_loading_begin(&l, s->files, &options);
+    if (!status) status = fst_loading_open(&l, s->files);
+    if (!status) CHECK_INT(2, l.model->count);
+    if (!status) CHECK_STR("qkv", l.choices[1].into);
+    fst_loading_end(&l);
+    fst_model_free(l.model);
+    return status;
+}
+
+TEST(memory, of_shard_rules) {
+    static unsigned char codes[16], scale[4];
+    const support_tensor tensors[] = {{"other", "U8", "[16]", codes, 16},
+                                      {"x.weight", "F8_E4M3", "[4,4]", codes, 16},
+                                      {"x.weight_scale_inv", "F32", "[1,1]", scale, 4}};
+    support_checkpoint(test_path("1.safetensors"), NULL, tensors, 3, 0);
+    scene s = {.act = choose, .files = {test_path("1.safetensors"), NULL}, .device = FST_DEVICE_CPU};
+    fail_acts(s, 15);
 }
 
 TEST(memory, of_a_load_that_finds_an_engine) {
