@@ -8,7 +8,7 @@
 
 /* ---- Rules for shards ------------------------------------------------------------------------------ */
 
-/* Rules may speak of a tensor by its name, by that of the weight whose codes it holds, and a companion of a weight goes where
+/* Rules may speak of a tensor by its name or by that of the weight whose codes it holds, and a companion of a weight goes where
  * that goes. All this is known by names: the scheme is found later, of what is left. */
 typedef struct namer {
     fst_loading *l;
@@ -34,24 +34,10 @@ static int weight_name(const fst_entry *entry, char *buffer, fst_string *out) {
     return 1;
 }
 
-/* The entry that holds the codes which this one belongs to, or NULL. */
-static const fst_entry *find_owner(const namer *n, const fst_entry *entry) {
-    const fst_model *model = n->l->model;
-    fst_scheme_name made;
-    int takes_any;
-    for (size_t k = 0; fst_scheme_owner_name(entry->name, entry->name_length, k, &made, &takes_any); k++) {
-        fst_string name = join(n->buffers[0], entry->name, &made);
-        uint64_t hash = fst_model_hash(model, name.data, name.length);
-        uint32_t found = model->names[fst_model_slot(model, hash, name.data, name.length)].index;
-        const fst_entry *owner = found ? model->tensors[found - 1].entry : NULL;
-        if (owner && (takes_any || fst_scheme_may_be_codes(owner->dtype))) return owner;
-    }
-    return NULL;
-}
-
 /* A table of names before anything is left out. Of two tensors with one name the first: that is an error only if both stay. */
 static fst_status index_names(fst_loading *l) {
     fst_model *model = l->model;
+    if (model->names) return FST_OK;
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
@@ -65,6 +51,21 @@ static fst_status index_names(fst_loading *l) {
     return FST_OK;
 }
 
+/* The tensor that holds the codes which this one belongs to, or FST_NO_TENSOR. There is a table of names. */
+static uint32_t find_owner(const namer *n, const fst_entry *entry) {
+    const fst_model *model = n->l->model;
+    fst_scheme_name made;
+    int takes_any;
+    for (size_t k = 0; fst_scheme_owner_name(entry->name, entry->name_length, k, &made, &takes_any); k++) {
+        fst_string name = join(n->buffers[0], entry->name, &made);
+        uint64_t hash = fst_model_hash(model, name.data, name.length);
+        uint32_t found = model->names[fst_model_slot(model, hash, name.data, name.length)].index;
+        if (found && (takes_any || fst_scheme_may_be_codes(model->tensors[found - 1].entry->dtype)))
+            return found - 1;
+    }
+    return FST_NO_TENSOR;
+}
+
 /* A companion is cut as its weight is, by whoever cuts that: not on its own. */
 static fst_status find_cut(const namer *n, fst_shards *shards, const fst_entry *entry, fst_cut *cut) {
     fst_string names[4] = {name_of(entry)};
@@ -72,9 +73,10 @@ static fst_status find_cut(const namer *n, fst_shards *shards, const fst_entry *
     count += (size_t)weight_name(entry, n->buffers[1], &names[count]);
     *cut = fst_shards_find(shards, names, count);
     if (cut->dim == FST_REPLICATE && !fst_shards_skip(shards)) return FST_OK;
-    fst_status status = n->l->model->names ? FST_OK : index_names(n->l);
-    const fst_entry *owner = status ? NULL : find_owner(n, entry);
-    if (!owner) return status;
+    fst_status status = index_names(n->l);
+    uint32_t found = status ? FST_NO_TENSOR : find_owner(n, entry);
+    if (found == FST_NO_TENSOR) return status;
+    const fst_entry *owner = n->l->model->tensors[found].entry;
     names[count++] = name_of(owner);
     count += (size_t)weight_name(owner, n->buffers[0], &names[count]);
     *cut = fst_shards_find(shards, names, count);
@@ -91,22 +93,15 @@ static fst_status count_unused(fst_loading *l, const fst_shards *shards) {
 }
 
 /* Of every tensor of the model; the caller frees. */
-static fst_status find_cuts(fst_loading *l, fst_cut **out) {
-    const fst_model *model = l->model;
-    size_t longest = 0;
-    for (size_t i = 0; i < model->count; i++)
-        if (model->tensors[i].entry->name_length > longest) longest = model->tensors[i].entry->name_length;
-    size_t room = longest + 16; /* a suffix is made longer by a few bytes */
-    fst_shards *shards = fst_shards_new(l->options.shards);
-    char *buffer = malloc(2 * room);
+static fst_status find_cuts(const namer *n, fst_cut **out) {
+    const fst_model *model = n->l->model;
+    fst_shards *shards = fst_shards_new(n->l->options.shards);
     fst_cut *cuts = *out = calloc(model->count + 1, sizeof *cuts);
-    fst_status status = shards && buffer && cuts ? FST_OK : fst_no_memory(l->error);
-    namer n = {l, {buffer, buffer ? buffer + room : NULL}};
+    fst_status status = shards && cuts ? FST_OK : fst_no_memory(n->l->error);
     for (size_t i = 0; i < model->count && !status; i++)
-        status = find_cut(&n, shards, model->tensors[i].entry, &cuts[i]);
-    if (!status) status = count_unused(l, shards);
+        status = find_cut(n, shards, model->tensors[i].entry, &cuts[i]);
+    if (!status) status = count_unused(n->l, shards);
     fst_shards_free(shards);
-    free(buffer);
     return status;
 }
 
@@ -182,23 +177,61 @@ static fst_status choose(fst_loading *l, const fst_model_tensor *tensor, const f
     return l->options.rule ? ask_rule(l, tensor, choice) : FST_OK;
 }
 
-fst_status fst_loading_choose(fst_loading *l) {
+/* Of every tensor of the model; `choices` gets where. */
+static fst_status choose_all(const namer *n, fst_choice **choices) {
     static const fst_cut whole = {0, FST_REPLICATE, 1};
-    fst_model *model = l->model;
-    const unsigned char *unwanted = l->unwanted;
+    fst_loading *l = n->l;
     fst_cut *cuts = NULL;
-    size_t tensor = 0, kept = 0;
-    fst_status status = l->options.shards && !l->opens_only ? find_cuts(l, &cuts) : FST_OK;
+    size_t tensor = 0;
+    fst_status status = l->options.shards && !l->opens_only ? find_cuts(n, &cuts) : FST_OK;
     for (size_t i = 0; i < l->total && !status; i++) {
-        fst_choice *choice = &l->choices[i];
-        if (choice->skip) continue;
-        status = choose(l, &model->tensors[tensor], cuts ? &cuts[tensor] : &whole, choice);
-        if (!choice->skip && unwanted) choice->skip = *unwanted++;
-        if (!choice->skip) model->tensors[kept++] = model->tensors[tensor];
+        if (l->choices[i].skip) continue; /* by the index */
+        choices[tensor] = &l->choices[i];
+        status = choose(l, &l->model->tensors[tensor], cuts ? &cuts[tensor] : &whole, choices[tensor]);
         tensor++;
     }
     free(cuts);
+    return status;
+}
+
+/* A weight that the caller's rule left out takes its companions along. The list's rules have done so. */
+static fst_status skip_companions(const namer *n, fst_choice **choices) {
+    const fst_model *model = n->l->model;
+    fst_status status = index_names(n->l);
+    for (size_t i = 0; i < model->count && !status; i++) {
+        uint32_t owner = choices[i]->skip ? FST_NO_TENSOR : find_owner(n, model->tensors[i].entry);
+        if (owner != FST_NO_TENSOR && choices[owner]->skip) choices[i]->skip = 1;
+    }
+    return status;
+}
+
+/* The model's tensors are then those that are not left out. */
+static void drop_skipped(fst_loading *l, fst_choice **choices) {
+    fst_model *model = l->model;
+    const unsigned char *unwanted = l->unwanted;
+    size_t kept = 0;
+    for (size_t i = 0; i < model->count; i++) {
+        if (!choices[i]->skip && unwanted) choices[i]->skip = *unwanted++;
+        if (!choices[i]->skip) model->tensors[kept++] = model->tensors[i];
+    }
     model->count = kept;
+}
+
+fst_status fst_loading_choose(fst_loading *l) {
+    const fst_model *model = l->model;
+    size_t longest = 0;
+    for (size_t i = 0; i < model->count; i++)
+        if (model->tensors[i].entry->name_length > longest) longest = model->tensors[i].entry->name_length;
+    size_t room = longest + 16; /* a suffix is made longer by a few bytes */
+    char *buffer = malloc(2 * room);
+    fst_choice **choices = malloc((model->count + 1) * sizeof(fst_choice *));
+    fst_status status = buffer && choices ? FST_OK : fst_no_memory(l->error);
+    namer n = {l, {buffer, buffer ? buffer + room : NULL}};
+    if (!status) status = choose_all(&n, choices);
+    if (!status && l->options.rule) status = skip_companions(&n, choices);
+    if (!status) drop_skipped(l, choices);
+    free(buffer);
+    free((void *)choices);
     return status;
 }
 

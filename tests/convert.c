@@ -142,9 +142,15 @@ static void make_input(void) {
     write_text("in", ".gitattributes", "x");
 }
 
+static const fst_shard_rule *rules; /* of all conversions from then on, for this rank of two */
+static unsigned rank;
+
 static fst_options options_for(fst_dtype cast) {
     fst_options options = support_options(FST_DEVICE_CPU);
     options.cast = cast;
+    options.shards = rules;
+    options.rank = rules ? rank : 0;
+    options.ranks = rules ? 2 : 0;
     return options;
 }
 
@@ -808,6 +814,29 @@ TEST(convert, other_options_start_over) {
     CHECK_INT(1, stats.shards);
     CHECK(!is_there("out", "model-00001-of-00003.safetensors"));
     check_output();
+}
+
+TEST(convert, another_part_starts_over) {
+    static const fst_shard_rule whole[] = {{"*", FST_REPLICATE, 0}, {NULL, 0, 0}},
+                                same[] = {{"?*", FST_REPLICATE, 0}, {NULL, 0, 0}};
+    make_input();
+    leave_two_files();
+    rules = whole, rank = 0;
+    check_converts(FST_BF16, 13);
+    int kept[3] = {(int)stats.shards_kept};
+    leave_two_files();
+    rank = 1;
+    check_converts(FST_BF16, 13);
+    kept[1] = (int)stats.shards_kept;
+    leave_two_files();
+    rules = same;
+    check_converts(FST_BF16, 13);
+    kept[2] = (int)stats.shards_kept;
+    leave_two_files();
+    check_converts(FST_BF16, 13);
+    rules = NULL;
+    CHECK_INT(2, stats.shards_kept);
+    for (int i = 0; i < 3; i++) CHECK_INT(0, kept[i]);
 }
 
 TEST(convert, a_touched_input_starts_over) {

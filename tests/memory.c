@@ -327,6 +327,7 @@ static fst_status choose(const scene *s, fst_error *error) {
     if (!status) status = fst_loading_open(&l, s->files);
     if (!status) CHECK_INT(2, l.model->count);
     if (!status) CHECK_STR("qkv", l.choices[1].into);
+    if (status) fst_set_last_error(error);
     fst_loading_end(&l);
     fst_model_free(l.model);
     return status;

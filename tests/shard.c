@@ -672,6 +672,27 @@ TEST(shard, the_callers_rule_begins_with_what_the_list_says) {
     close_again(&l);
 }
 
+static int skip_named(void *arg, const fst_tensor *tensor, fst_rule *rule) {
+    if (strcmp(arg, tensor->name) == 0) rule->skip = !rule->skip;
+    return 0;
+}
+
+TEST(shard, a_weight_that_the_callers_rule_leaves_out_takes_its_scales_along) {
+    static const fst_dtype casts[] = {FST_BF16, FST_NATIVE};
+    static const char *const want[] = {"x.b.weight norm.weight",
+                                       "x.b.weight norm.weight x.b.weight_scale_inv"};
+    write_fp8();
+    for (size_t i = 0; i < 2; i++) {
+        fst_options options = support_options(FST_DEVICE_CPU);
+        char name[] = "x.a.weight";
+        options.cast = casts[i];
+        options.rule = skip_named;
+        options.rule_arg = name;
+        CHECK_STR(want[i], load_names(test_directory(), &options));
+        CHECK_INT(2, stats.tensors_ignored);
+    }
+}
+
 static void wrong_rule(fst_rule said, const char *text) {
     talk t = {"norm.weight", {0}, said};
     fst_loading l;
