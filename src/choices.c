@@ -197,6 +197,9 @@ static fst_status choose_all(const namer *n, fst_choice **choices) {
 /* A weight that the caller's rule left out takes its companions along. The list's rules have done so. */
 static fst_status skip_companions(const namer *n, fst_choice **choices) {
     const fst_model *model = n->l->model;
+    size_t skipped = 0;
+    for (size_t i = 0; i < model->count; i++) skipped += choices[i]->skip != 0;
+    if (!skipped) return FST_OK;
     fst_status status = index_names(n->l);
     for (size_t i = 0; i < model->count && !status; i++) {
         uint32_t owner = choices[i]->skip ? FST_NO_TENSOR : find_owner(n, model->tensors[i].entry);
