@@ -7,9 +7,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
-#define INT8 0        /* ncclInt8 */
-#define IN_PROGRESS 7 /* ncclInProgress: what one that does not block says at first */
+#define INT8 0         /* ncclInt8 */
+#define IN_PROGRESS 7  /* ncclInProgress: what one that does not block says at first */
+#define REMOTE_ERROR 6 /* ncclRemoteError */
 #define DLPACK_ROCM 10
 
 /* As in nccl.h: ncclComm_t is a pointer, results and types are enums. */
@@ -27,6 +29,8 @@ struct fst_comm_use {
     void *comm;
     const nccl *nccl;
     unsigned rank;
+    pthread_mutex_t lock; /* of calls that look at the communicator, against its end */
+    int aborted;
 };
 
 static int find(void *library, const char *name, void *function, size_t size) {
@@ -67,6 +71,11 @@ static void describe(fst_comm_use *use, int code, char *text, size_t size) {
     snprintf(text, size, "%s", said ? said : "error");
 }
 
+static void close_comm(fst_comm_use *use) {
+    pthread_mutex_destroy(&use->lock);
+    free(use);
+}
+
 static fst_status open_comm(void *comm, const fst_gpu *gpu, fst_comm_use **out, unsigned *rank,
                             unsigned *ranks, char *why, size_t size) {
     int amd = gpu->dlpack_type == DLPACK_ROCM, own = 0, count = 0, device = 0;
@@ -83,6 +92,7 @@ static fst_status open_comm(void *comm, const fst_gpu *gpu, fst_comm_use **out, 
         return FST_E_MEMORY;
     }
     use->comm = comm, use->nccl = library;
+    pthread_mutex_init(&use->lock, NULL);
     int code = library->count(comm, &count);
     if (!code) code = library->user_rank(comm, &own);
     if (!code) code = library->device(comm, &device);
@@ -90,7 +100,7 @@ static fst_status open_comm(void *comm, const fst_gpu *gpu, fst_comm_use **out, 
     else if (device != gpu->index)
         snprintf(why, size, "the communicator is for GPU %d, the load for %s", device, gpu->label);
     if (code || device != gpu->index) {
-        free(use);
+        close_comm(use);
         return FST_E_ARG;
     }
     *rank = use->rank = (unsigned)own, *ranks = (unsigned)count;
@@ -100,18 +110,22 @@ static fst_status open_comm(void *comm, const fst_gpu *gpu, fst_comm_use **out, 
 
 /* What happened to the communicator beside all calls. */
 static int state(fst_comm_use *use) {
-    int code, said = 0;
-    code = use->nccl->async_error(use->comm, &said);
+    int code = REMOTE_ERROR, said = 0;
+    pthread_mutex_lock(&use->lock);
+    if (!use->aborted) code = use->nccl->async_error(use->comm, &said);
+    pthread_mutex_unlock(&use->lock);
     return code ? code : said;
 }
 
 /* In place is: send from where the own part is received. */
 static int gather(fst_comm_use *use, void *memory, size_t nbytes, fst_queue stream,
                   fst_comm_request *request) {
+    const struct timespec nap = {0, 20000};
     (void)request;
     int code =
         use->nccl->all_gather((char *)memory + use->rank * nbytes, memory, nbytes, INT8, use->comm, stream);
-    while (code == IN_PROGRESS) code = state(use); /* what follows must be queued behind it */
+    while (code == IN_PROGRESS && (code = state(use)) == IN_PROGRESS)
+        nanosleep(&nap, NULL); /* what follows must be queued behind it */
     return code;
 }
 
@@ -121,11 +135,14 @@ static int test(fst_comm_use *use, fst_comm_request *request, int *done) {
     return code == IN_PROGRESS ? 0 : code;
 }
 
-static int abort_comm(fst_comm_use *use) { return use->nccl->abort(use->comm); }
+static int abort_comm(fst_comm_use *use) {
+    pthread_mutex_lock(&use->lock);
+    use->aborted = 1;
+    pthread_mutex_unlock(&use->lock);
+    return use->nccl->abort(use->comm);
+}
 
 static void leave(fst_comm_use *use, int lost) { (void)use, (void)lost; }
-
-static void close_comm(fst_comm_use *use) { free(use); }
 
 const fst_comm_calls fst_comm_nccl = {
     .name = "NCCL",

@@ -167,14 +167,16 @@ static fst_status lose_timeout(fst_peers *p, const round *r, fst_error *error) {
 }
 
 static fst_status lose_code(fst_peers *p, int code, const char *what, fst_error *error) {
-    char text[256];
+    char text[512];
     if (what) {
-        fst_gpu_fail(&p->why_lost, p->gpu, code, what);
+        fst_error why;
+        fst_gpu_fail(&why, p->gpu, code, what);
+        snprintf(text, sizeof text, "%s", why.text);
     } else {
-        p->calls->describe(p->use, code, text, sizeof text);
-        fst_fail(&p->why_lost, FST_E_PEER, 0, NULL, "rank %u of %u: %s: %s", p->rank, p->ranks,
-                 p->calls->name, text);
+        int used = snprintf(text, sizeof text, "%s: ", p->calls->name);
+        p->calls->describe(p->use, code, text + used, sizeof text - (size_t)used);
     }
+    fst_fail(&p->why_lost, FST_E_PEER, 0, NULL, "rank %u of %u: %s", p->rank, p->ranks, text);
     return lose(p, error);
 }
 

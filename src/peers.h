@@ -17,8 +17,9 @@
  * one everywhere, because begin is what ends them, FST_PEERS_DEPTH rounds behind the failed one: so it may be that a rank has
  * to begin some more without anything to give. After that the communicator can be used again.
  *
- * A rank that does not come within the timeout, or an error of the transport, is FST_E_PEER with a `code` of 0: the peers
- * are lost, all calls say so at once, the communicator is aborted if it may be. */
+ * A rank that does not come within the timeout, or an error of the transport or of its work on the device, is FST_E_PEER with a
+ * `code` of 0: the peers are lost, all calls say so at once, the communicator is aborted if it may be. Then that is what
+ * the load returns, even if it had failed otherwise before: the caller must hear that the communicator is gone. */
 #ifndef FST_PEERS_H
 #define FST_PEERS_H
 

@@ -163,6 +163,10 @@ TEST(peers_gpu, every_call_of_the_device_can_fail) {
         status = whole_load(1, 3, &error);
         CHECK_INT(status, error.status);
         if (status) CHECK(status == FST_E_DEVICE || status == FST_E_DEVICE_MEMORY || status == FST_E_PEER);
+        if (status == FST_E_PEER) CHECK_INT(0, error.code);
+        if (status == FST_E_PEER)
+            CHECK(strstr(error.text, "rank 1 of 3: queueing") || strstr(error.text, "NCCL") ||
+                  strstr(error.text, "recording") || strstr(error.text, "current"));
         fake_gpu_end();
     } while (status);
     CHECK(at > 40);
@@ -241,13 +245,15 @@ TEST(peers_gpu, a_gather_that_does_not_even_return) {
 }
 
 TEST(peers_gpu, aborting_frees_everything) {
-    for (int blocks = 0; blocks < 2; blocks++) {
+    for (int how = 0; how < 3; how++) {
         fst_peers *peers;
         fst_error error;
         begin_case(&(fake_gpu_options){.seed = 9}, "libnccl.so.2");
         CHECK_INT(FST_OK, open_ring(50, 1, &peers, &error));
-        if (blocks) ring.blocks = 1;
-        else ring.stuck = 1;
+        if (how == 0) ring.stuck = 1;
+        if (how == 1) ring.blocks = 1;
+        if (how == 2)
+            ring.in_progress = 1 << 30; /* a communicator that does not block, and is at it for ever */
         CHECK_INT(FST_E_PEER, fst_peers_agree(peers, FST_OK, NULL, 0, &error));
         CHECK_INT(1, ring.aborts);
         CHECK_INT(FST_E_PEER, fst_peers_finish(peers, &error));
