@@ -20,11 +20,11 @@ static struct {
     fake_nccl comm; /* first */
     uint64_t words[MOST_ROUNDS][SLOT];
     unsigned char parts[RANKS][PART];
-    unsigned rounds;
-    int gathers, fail_at; /* the so-manieth gather fails */
+    atomic_uint rounds;
+    int fail_at; /* the so-manieth gather fails */
     int fail_round, fail_with;
-    int states, in_progress, state;   /* what the communicator says: so often that it is at it, then this */
-    atomic_int blocks, stuck, aborts; /* a gather does not return; no event comes */
+    int states, in_progress, state; /* what the communicator says: so often that it is at it, then this */
+    atomic_int gathers, blocks, stuck, aborts; /* a gather does not return; no event comes */
 } ring;
 
 static fst_gpu gpu;
@@ -44,10 +44,12 @@ static int all_gather(fake_nccl *comm, const void *send, void *receive, size_t c
     while (ring.blocks && !ring.aborts) usleep(100);
     if (ring.aborts || ++ring.gathers == ring.fail_at) return 6;
     int words = count == SLOT * sizeof(uint64_t);
-    uint64_t *others = ring.words[ring.rounds % MOST_ROUNDS];
-    if (words) others[0] = (uint64_t)ring.rounds << 32;
-    if (words && ring.fail_with && ring.fail_round == (int)ring.rounds) others[0] |= (uint64_t)ring.fail_with;
-    if (words) ring.rounds++;
+    unsigned round = ring.rounds;
+    uint64_t *others = ring.words[round % MOST_ROUNDS];
+    if (words) {
+        others[0] = (uint64_t)round << 32 | (uint64_t)(ring.fail_round == (int)round ? ring.fail_with : 0);
+        ring.rounds++;
+    }
     for (size_t rank = 0; rank < RANKS && !code; rank++)
         if (rank != OWN)
             code = gpu_calls.copy_on_device(&gpu, stream, to + rank * count,

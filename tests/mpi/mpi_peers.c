@@ -72,12 +72,20 @@ static unsigned char *buffers[FST_PEERS_DEPTH];
 static unsigned rounds(fst_peers *peers, int failing, unsigned fails_at, fst_status *status,
                        fst_error *error) {
     unsigned round, seen = 0;
+    fst_status came;
     for (int i = 0; i < FST_PEERS_DEPTH; i++)
         if (!buffers[i]) buffers[i] = malloc((size_t)RANKS * LARGEST);
     for (round = 0; round < ROUNDS; round++) {
         unsigned char *buffer = buffers[round % FST_PEERS_DEPTH];
-        if (round >= FST_PEERS_DEPTH && fst_peers_wait(peers, NULL) == FST_OK) check(buffer, seen);
-        seen += round >= FST_PEERS_DEPTH;
+        /* Rank 2 looks more often than it must. */
+        while (seen + FST_PEERS_DEPTH == round || (rank == 2 && seen < round)) {
+            int done = 1;
+            came = seen + FST_PEERS_DEPTH == round ? fst_peers_wait(peers, NULL)
+                                                   : fst_peers_test(peers, &done, NULL);
+            if (!done) break;
+            if (came == FST_OK) check(buffers[seen % FST_PEERS_DEPTH], seen);
+            seen++;
+        }
         fill(buffer, round);
         fst_status mine = rank == failing && round >= fails_at ? FST_E_IO : FST_OK;
         if (fst_peers_begin(peers, buffer, size_of(round), NULL, mine, NULL)) break;
