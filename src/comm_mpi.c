@@ -1,4 +1,5 @@
-/* Parts between ranks by MPI, for the CPU device. A module of its own, so that the library starts where there is no MPI. */
+/* Parts between ranks by MPI, for the CPU device. A module of its own, so that the library starts where there is
+ * no MPI. */
 #include "comm.h"
 
 #include <limits.h>

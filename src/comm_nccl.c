@@ -1,5 +1,5 @@
-/* Parts between ranks by NCCL, or AMD's RCCL, which has the same functions. Neither is needed to build this: the caller
- * has a communicator, so the library that made it is in the process. */
+/* Parts between ranks by NCCL, or AMD's RCCL, which has the same functions. Neither is needed to build this: the
+ * caller has a communicator, so the library that made it is in the process. */
 #include "comm.h"
 
 #include <dlfcn.h>

@@ -158,10 +158,10 @@ static fst_status lose(fst_peers *p, fst_error *error) {
     return lost(p, error);
 }
 
-static fst_status lose_timeout(fst_peers *p, const round *r, fst_error *error) {
+static fst_status lose_timeout(fst_peers *p, const round *r, uint64_t number, fst_error *error) {
     fst_fail(&p->why_lost, FST_E_PEER, 0, NULL,
              "rank %u of %u waited %u ms for the others' %s, round %llu: %s", p->rank, p->ranks,
-             p->timeout_ms, r->buffer ? "data" : "plans", (unsigned long long)p->done,
+             p->timeout_ms, r->buffer ? "data" : "plans", (unsigned long long)number,
              "a rank did not come, or went away");
     return lose(p, error);
 }
@@ -263,7 +263,7 @@ static fst_status start(fst_peers *p, void *buffer, size_t nbytes, fst_queue str
     r->what = NULL;
     p->begun++;
     if (!p->calls->on_device) start_on_host(p, r);
-    else if (!start_by_helper(p, r)) return lose_timeout(p, r, error);
+    else if (!start_by_helper(p, r)) return lose_timeout(p, r, p->begun - 1, error);
     return r->code ? lose_code(p, r->code, r->what, error) : FST_OK;
 }
 
@@ -321,7 +321,7 @@ fst_status fst_peers_test(fst_peers *p, int *done, fst_error *error) {
     if (!*done) {
         double now = fst_os_now();
         if (p->since == 0) p->since = now;
-        return (now - p->since) * 1e3 < p->timeout_ms ? FST_OK : lose_timeout(p, r, error);
+        return (now - p->since) * 1e3 < p->timeout_ms ? FST_OK : lose_timeout(p, r, p->done, error);
     }
     p->since = 0;
     fst_error why = {.file = -1, .offset = -1};
@@ -516,6 +516,7 @@ static fst_status open_communicator(fst_peers *p, void *comm, fst_error *error) 
 static fst_status check_place(fst_peers *p, const fst_peers_options *o, fst_error *error) {
     if ((o->rank == 0 && o->ranks == 0) || (o->rank == p->rank && o->ranks == p->ranks)) return FST_OK;
     (void)fst_peers_agree(p, FST_E_ARG, NULL, 0, NULL);
+    if (p->lost) return lost(p, error);
     return fst_fail(error, FST_E_ARG, 0, NULL, "rank %u of %u in the options, %u of %u in the communicator",
                     o->rank, o->ranks, p->rank, p->ranks);
 }
@@ -524,6 +525,7 @@ fst_status fst_peers_open(const fst_peers_options *o, fst_peers **out, fst_error
     const fst_comm_calls *calls;
     pthread_condattr_t attributes;
     *out = NULL;
+    if (o->kind == FST_COMM_NONE && !o->comm) return FST_OK;
     fst_status status = find_calls(o, &calls, error);
     if (status) return status;
     fst_peers *p = calloc(1, sizeof *p);

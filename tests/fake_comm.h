@@ -1,5 +1,5 @@
-/* A communicator whose ranks are in this process: in threads of their own, or in one that takes turns. In the place of
- * MPI's and NCCL's after fake_comm_new; `fake_comm_rank` is what goes into the options as `comm`. */
+/* A communicator whose ranks are in this process: in threads of their own, or in one that takes turns. In the
+ * place of MPI's and NCCL's after fake_comm_new; `fake_comm_rank` is what goes into the options as `comm`. */
 #ifndef FST_TESTS_FAKE_COMM_H
 #define FST_TESTS_FAKE_COMM_H
 

@@ -1,5 +1,5 @@
-/* Ranks that share the reading: what they agree on, rounds of parts, ranks that fail, are late or never come. Over MPI itself:
- * tests/mpi. */
+/* Ranks that share the reading: what they agree on, rounds of parts, ranks that fail, are late or never come.
+ * Over MPI itself: tests/mpi. */
 #include "peers.h"
 
 #include <pthread.h>
@@ -330,6 +330,10 @@ TEST(peers, communicators_that_are_none) {
     fst_peers_options options = {.kind = FST_COMM_MPI, .gpu = fst_gpu_cpu()};
     fst_gpu gpu = {.label = "fake:0", .dlpack_type = 2};
     check_refused(&options, "comm_kind is set, comm is NULL");
+    options.kind = FST_COMM_NONE;
+    fst_peers *peers = (fst_peers *)&released;
+    CHECK_INT(FST_OK, fst_peers_open(&options, &peers, NULL));
+    CHECK(peers == NULL); /* nothing is wrong with that: each for itself */
     options.comm = &comm, options.kind = FST_COMM_NONE;
     check_refused(&options, "comm_kind 0: want FST_COMM_NCCL or _MPI");
     options.kind = (fst_comm_kind)3;

@@ -96,7 +96,8 @@ static fst_status open_ring(unsigned timeout_ms, int may_abort, fst_peers **out,
     return fst_peers_open(&options, out, error);
 }
 
-/* A round after which the parts are copied to `result`, all on one stream and without waiting; then what came is waited for. */
+/* A round after which the parts are copied to `result`, all on one stream and without waiting; then what came is
+ * waited for. */
 static fst_status one_round(fst_peers *peers, fst_queue stream, unsigned char *memory, fst_status mine,
                             unsigned char *result, fst_error *error) {
     int code = gpu_calls.to_device(&gpu, stream, memory + OWN * PART, ring.parts[OWN], PART);

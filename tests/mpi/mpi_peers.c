@@ -1,5 +1,5 @@
-/* Ranks that share the reading, over MPI itself: mpirun -n 4 fst_mpi_tests CASE. What fails says so and ends all ranks; what
- * hangs is ended by the alarm. */
+/* Ranks that share the reading, over MPI itself: mpirun -n 4 fst_mpi_tests CASE. What fails says so and ends all
+ * ranks; what hangs is ended by the alarm. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-/* Libraries that are called like NCCL and RCCL, with those of their functions that fst calls, as nccl.h declares them:
- * what happens in them is up to the case. */
+/* Libraries that are called like NCCL and RCCL, with those of their functions that fst calls, as nccl.h declares
+ * them: what happens in them is up to the case. */
 #include "fake_nccl.h"
 
 #define EXPORT __attribute__((visibility("default")))
