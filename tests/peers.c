@@ -258,7 +258,7 @@ TEST(peers, a_rank_that_does_not_come_is_not_waited_for) {
     CHECK_INT(0, done);
     double from = fst_os_now();
     CHECK_INT(FST_E_PEER, fst_peers_wait(peers, &error));
-    CHECK(fst_os_now() - from > 0.05 && fst_os_now() - from < 2);
+    CHECK(fst_os_now() - from > 0.05 && fst_os_now() - from < 10);
     CHECK_STR("rank 0 of 2 waited 60 ms for the others' data, round 0: a rank did not come, or went away",
               error.text);
     CHECK_INT(0, error.code);

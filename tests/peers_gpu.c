@@ -243,7 +243,7 @@ TEST(peers_gpu, a_gather_that_does_not_even_return) {
     ring.blocks = 1;
     double from = fst_os_now();
     CHECK_INT(FST_E_PEER, fst_peers_agree(peers, FST_OK, NULL, 0, &error));
-    CHECK(fst_os_now() - from < 2);
+    CHECK(fst_os_now() - from < 10);
     check_left_behind(peers);
 }
 
