@@ -222,6 +222,31 @@ static void sleep_or_leave(int agreed) {
 static void a_rank_that_sleeps_too_long(void) { sleep_or_leave(1); }
 static void a_rank_that_never_began(void) { sleep_or_leave(0); }
 
+/* It believes to be done, while the others are at a round. Its next load is not taken for that round. */
+static void a_rank_that_returns_early(void) {
+    fst_peers *peers = open_peers(800);
+    fst_error error;
+    fst_status status = fst_peers_agree(peers, FST_OK, NULL, 0, &error);
+    CHECK(status == FST_OK, "%s", error.text);
+    if (rank != 3) {
+        status = fst_peers_begin(peers, &rank, 0, NULL, FST_OK, &error);
+        CHECK(status == FST_OK, "%s", error.text);
+        status = fst_peers_finish(peers, &error);
+        CHECK_ERROR(FST_E_PEER, 0, "of 4 waited 800 ms for the others' data, round 1", status, &error);
+    }
+    fst_peers_close(peers);
+    MPI_Barrier(MPI_COMM_WORLD);
+    status = try_open(800, &peers, &error);
+    if (rank != 3) {
+        CHECK_ERROR(FST_E_PEER, 0, "out of step", status, &error);
+        return;
+    }
+    CHECK(status == FST_OK, "%s", error.text);
+    status = fst_peers_agree(peers, FST_OK, NULL, 0, &error);
+    CHECK_ERROR(FST_E_PEER, 0, "something else uses the communicator", status, &error);
+    fst_peers_close(peers);
+}
+
 /* ---- Without MPI, or with too little of it ------------------------------------------------------ */
 
 static void expect_refusal(const char *text) {
@@ -259,9 +284,9 @@ static const struct {
     const char *name;
     void (*run)(void);
 } cases[] = {
-    CASE(parts_reach_every_rank),      CASE(a_rank_that_cannot_read), CASE(a_rank_that_cannot_plan),
-    CASE(a_rank_that_plans_otherwise), CASE(a_rank_that_sleeps),      CASE(another_size_in_the_options),
-    CASE(a_rank_that_sleeps_too_long), CASE(a_rank_that_never_began),
+    CASE(parts_reach_every_rank),      CASE(a_rank_that_cannot_read),   CASE(a_rank_that_cannot_plan),
+    CASE(a_rank_that_plans_otherwise), CASE(a_rank_that_sleeps),        CASE(another_size_in_the_options),
+    CASE(a_rank_that_sleeps_too_long), CASE(a_rank_that_returns_early), CASE(a_rank_that_never_began),
 };
 
 int main(int argc, char **argv) {
