@@ -133,7 +133,8 @@ FST_API const char *fst_status_name(fst_status status);
 /* What went wrong. Plain data that the caller owns: copy it, keep it, throw it away. */
 typedef struct fst_error {
     fst_status status;
-    int        code;       /* errno, or the HIP or CUDA error; 0 when there is none */
+    int        code;       /* errno, or the HIP or CUDA error, or (FST_E_PEER) another rank's fst_status; 0 when there
+                              is none */
     int        file;       /* index into the files of the load; -1 when it is about no file */
     int64_t    offset;     /* byte in that file, from its start; -1 when it is about no byte */
     char       path[256];  /* the file's path, its tail when longer; "" when it is about no file */
