@@ -133,7 +133,8 @@ FST_API const char *fst_status_name(fst_status status);
 /* What went wrong. Plain data that the caller owns: copy it, keep it, throw it away. */
 typedef struct fst_error {
     fst_status status;
-    int        code;       /* errno, or the HIP or CUDA error; 0 when there is none */
+    int        code;       /* errno, or the HIP or CUDA error, or (FST_E_PEER) another rank's fst_status; 0 when there
+                              is none */
     int        file;       /* index into the files of the load; -1 when it is about no file */
     int64_t    offset;     /* byte in that file, from its start; -1 when it is about no byte */
     char       path[256];  /* the file's path, its tail when longer; "" when it is about no file */
@@ -155,8 +156,9 @@ enum {
 enum {
     FST_NON_SATURATING = 1u << 0, /* out of range becomes Inf, or NaN where there is no Inf */
     FST_AS_READY       = 1u << 1, /* streams: as tensors become complete, not in the order of the files */
-    FST_STRICT_SHARDS  = 1u << 2  /* a rule of `shards` that matches no tensor is FST_E_NOT_FOUND, those of fst_shard_rules
+    FST_STRICT_SHARDS  = 1u << 2, /* a rule of `shards` that matches no tensor is FST_E_NOT_FOUND, those of fst_shard_rules
                                      aside */
+    FST_ABORT_COMM     = 1u << 3  /* `comm` may be aborted when a rank does not come */
 };
 
 /* How files are read. */
@@ -203,6 +205,19 @@ typedef enum fst_read_mode {
     FST_READ_AUTO = 0, /* whole rows where that is sooner: at most twice the bytes that are needed */
     FST_READ_EXACT     /* the bytes that are needed */
 } fst_read_mode;
+
+/* A communicator of the caller's over which ranks share the reading of files (docs/peers.md): each reads a part and
+ * gets the others' parts from them. All ranks of it call with the same files and options, but for `rank`, and use it
+ * for nothing else until the call returns; it stays the caller's.
+ * When a rank fails, the others return FST_E_PEER with its fst_status as `code`, and the communicator can be used again.
+ * When one does not come within `timeout_ms`, they return FST_E_PEER with a `code` of 0, and the communicator is out of
+ * step: no other call may use it. With FST_ABORT_COMM, NCCL's has then been aborted, which has freed it. */
+typedef enum fst_comm_kind {
+    FST_COMM_NONE = 0,
+    FST_COMM_NCCL, /* `comm` is a ncclComm_t, NCCL's or RCCL's, of the GPU that is loaded onto */
+    FST_COMM_MPI   /* `comm` points to an MPI_Comm; for the CPU device. MPI was initialised with MPI_THREAD_FUNNELED or
+                      more, and is called in the thread that called, alone */
+} fst_comm_kind;
 
 typedef struct fst_progress {
     uint64_t bytes_done;  /* bytes of the files that are in place, converted */
@@ -292,12 +307,16 @@ typedef struct fst_options {
     const fst_shard_rule *shards; /* what is cut, and what left out: of rules that match a name with a dim of 0 or more or
                                      FST_REPLICATE the first counts; FST_SKIP and FST_ONLY count in any place. NULL: nothing */
     fst_read_mode   read;
+    fst_comm_kind   comm_kind;    /* what `comm` is; FST_COMM_NONE: every rank reads for itself */
+    void           *comm;         /* `rank` and `ranks` are its own, or both 0 */
+    unsigned        timeout_ms;   /* longest wait for another rank; 0: ten minutes */
 } fst_options;
 
 #define FST_OPTIONS_INIT                                                                         \
     {sizeof(fst_options), FST_NATIVE, FST_DEVICE_AUTO, 0, 0, 0, NULL, NULL, NULL, FST_READER_AUTO, \
      FST_CACHE_AUTO, NULL, NULL, NULL, NULL, NULL, NULL, 0, FST_QUANTIZE_NONE, 0, 0, NULL,       \
-     FST_READ_AUTO}
+     FST_READ_AUTO,                                                                                \
+     FST_COMM_NONE, NULL, 0}
 
 /* ---- Loading --------------------------------------------------------------------------------- */
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "modules.h"
 #include "status.h"
 
 #define RUNTIMES 2
@@ -29,41 +30,8 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t searched = PTHREAD_ONCE_INIT;
 static const fst_gpu *fake;
 
-static void *open_module(const char *name, char *why, size_t size) {
-    /* Beside the library in a build tree or a private prefix, then where it is installed. */
-    static const char *const places[] = {"%.*slibfst-%s.so", "%.*sfst/libfst-%s.so",
-                                         "%.*s../lib/libfst-%s.so", "%.*s../lib/fst/libfst-%s.so"};
-    char path[4096];
-    const char *message = NULL;
-    Dl_info info;
-    snprintf(why, size, "no module for it is installed");
-    for (size_t i = 0; i < sizeof places / sizeof *places + 1; i++) {
-        if (i == sizeof places / sizeof *places) {
-            snprintf(path, sizeof path, "%s/libfst-%s.so", FST_MODULE_DIR, name);
-        } else {
-            const char *slash;
-            if (!dladdr((void *)runtimes, &info) || !info.dli_fname) continue;
-            slash = strrchr(info.dli_fname, '/');
-            int directory = slash ? (int)(slash - info.dli_fname + 1) : 0;
-            /* Without a slash dlopen would search the system's folders. */
-            char prefix[4096];
-            snprintf(prefix, sizeof prefix, "%s%.*s", slash ? "" : "./", directory, info.dli_fname);
-            if (snprintf(path, sizeof path, places[i], (int)strlen(prefix), prefix, name) >= (int)sizeof path)
-                continue;
-        }
-        FILE *there = fopen(path, "re");
-        if (!there) continue;
-        fclose(there);
-        void *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-        if (module) return module;
-        message = dlerror();
-        snprintf(why, size, "its module does not load: %s", message ? message : "no reason given");
-    }
-    return NULL;
-}
-
 static void search_runtime(struct runtime *runtime) {
-    void *module = open_module(runtime->name, runtime->why, sizeof runtime->why);
+    void *module = fst_module_open(runtime->name, runtime->why, sizeof runtime->why);
     if (!module) return;
     runtime->module = dlsym(module, "fst_module");
     if (!runtime->module || runtime->module->abi != FST_GPU_ABI) {

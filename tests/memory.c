@@ -16,6 +16,8 @@
 #include "harness.h"
 #include "loading.h"
 #include "model.h"
+#include "peers.h"
+#include "status.h"
 #include "support.h"
 
 /* ---- The allocator --------------------------------------------------------------------------- */
@@ -550,5 +552,64 @@ TEST(memory, of_a_conversion_on_the_cpu) { fail_conversions(FST_DEVICE_CPU); }
 TEST(memory, of_a_conversion_on_a_gpu) {
     fake_gpu_begin(&(fake_gpu_options){.seed = 6});
     fail_conversions(FST_DEVICE_GPU(0));
+    fake_gpu_end();
+}
+
+/* ---- Ranks that share the reading ---------------------------------------------------------------- */
+
+static fst_status alone_open(void *comm, const fst_gpu *gpu, fst_comm_use **out, unsigned *rank,
+                             unsigned *ranks, char *why, size_t size) {
+    (void)gpu, (void)why, (void)size;
+    *out = comm;
+    *rank = 0, *ranks = 1;
+    return FST_OK;
+}
+static int alone_gather(fst_comm_use *use, void *memory, size_t nbytes, fst_queue stream,
+                        fst_comm_request *request) {
+    (void)use, (void)memory, (void)nbytes, (void)stream, (void)request;
+    return 0;
+}
+static int alone_test(fst_comm_use *use, fst_comm_request *request, int *done) {
+    (void)use, (void)request;
+    *done = 1;
+    return 0;
+}
+static int alone_on_device(fst_comm_use *use, fst_comm_request *request, int *done) {
+    (void)use, (void)request, (void)done;
+    return 0;
+}
+static void alone_leave(fst_comm_use *use, int lost) { (void)use, (void)lost; }
+static void alone_close(fst_comm_use *use) { (void)use; }
+
+/* One rank opens, agrees with itself, and goes. */
+static fst_status meet(const scene *s, fst_error *error) {
+    char reason[256];
+    fst_peers *peers = (fst_peers *)(uintptr_t)1;
+    fst_peers_options options = {.kind = FST_COMM_MPI, .comm = &reason};
+    CHECK_INT(FST_OK, fst_gpu_find(s->device, &options.gpu, reason, sizeof reason, error));
+    fst_status status = fst_peers_open(&options, &peers, error);
+    if (status) CHECK(peers == NULL);
+    else status = fst_peers_agree(peers, FST_OK, NULL, 0, error);
+    fst_peers_close(peers);
+    if (status) fst_set_last_error(error);
+    return status;
+}
+
+TEST(memory, of_ranks_that_meet) {
+    fst_comm_calls alone = {.name = "ALONE",
+                            .open = alone_open,
+                            .gather = alone_gather,
+                            .test = alone_test,
+                            .leave = alone_leave,
+                            .close = alone_close};
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    fst_peers_set_fake(&alone);
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        scene s = {.act = meet, .device = device};
+        alone.on_device = device != FST_DEVICE_CPU;
+        alone.test = alone.on_device ? alone_on_device : alone_test;
+        CHECK(fail_each(&s) >= (alone.on_device ? 3 : 2));
+    }
+    fst_peers_set_fake(NULL);
     fake_gpu_end();
 }
