@@ -13,7 +13,9 @@ import unittest
 import xml.etree.ElementTree
 
 KERNELS = ("cast scale_tensor scale_row scale_group scale_block quantize_tensor quantize_row quantize_block "
-           "realign slice pack transpose deinterleave batch dequant_bnb_nf4 dequant_bnb_int8 dequant_int8").split()
+           "realign slice pack transpose deinterleave batch dequant_bnb_nf4 dequant_bnb_int8 dequant_int8 "
+           "dequant_fp8_block dequant_mxfp4 dequant_nvfp4 dequant_gptq dequant_awq dequant_packed dequant_int4_rows "
+           "dequant_int4_quark").split()
 FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
 NARROW = "F8_E8M0 F6_E2M3 F6_E3M2 F4".split()
 SMALL = ["--device", "cpu", "--bytes", "300K", "--runs", "3"]
