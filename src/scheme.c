@@ -575,6 +575,11 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     w->bits = 4;
     if (is_gptq) {
         w->bits = out && z->shape[1] * 32 % out == 0 ? (unsigned)(z->shape[1] * 32 / out) : 0;
+        if (w->bits >= 5 && w->bits <= 7)
+            return wrong(
+                f, FST_E_UNSUPPORTED, codes,
+                "GPTQ of %u bits is not dequantized (planes of bits); load it as stored, without a cast",
+                w->bits);
         if (w->bits != 2 && w->bits != 3 && w->bits != 4 && w->bits != 8)
             return misfit(f, codes, zero, "2, 3, 4 or 8 bits a column");
         if (f->config.bits && f->config.bits != w->bits)

@@ -458,7 +458,7 @@ TEST(scheme, companions_of_the_wrong_shape_or_dtype) {
         SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[2,8]"}, {"m.scales", "F16", "[1,64]"}),
         NULL, FST_E_QUANTIZED, "does not belong");
     check_refused(
-        SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[1,10]"}, {"m.scales", "F16", "[1,64]"}),
+        SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[1,18]"}, {"m.scales", "F16", "[1,64]"}),
         NULL, FST_E_QUANTIZED, "bits a column");
     check_refused(
         SPECS({"m.qweight", "I32", "[16,64]"}, {"m.qzeros", "I32", "[3,8]"}, {"m.scales", "F16", "[3,64]"}),
