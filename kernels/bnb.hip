@@ -1,10 +1,19 @@
 // bitsandbytes' 4 bits: codes of a table, times a scale for each run of elements, whatever rows it crosses.
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
-#include "pack.h"
+#include "nvidia.h"
 #include "product.h"
 
 namespace {
+
+// NF4's and FP4's values, for a checkpoint that does not bring its own.
+#ifndef FST_CPU_LEVEL
+__device__
+#endif
+const uint32_t tables[2][16] = {{0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F, 0xBDBA7871, 0x00000000,
+                                 0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A, 0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000},
+                                {0x00000000, 0x3BAAAAAB, 0x3F2AAAAB, 0x3F800000, 0x3EAAAAAB, 0x3F000000, 0x3E2AAAAB, 0x3E800000,
+                                 0x00000000, 0xBBAAAAAB, 0xBF2AAAAB, 0xBF800000, 0xBEAAAAAB, 0xBF000000, 0xBE2AAAAB, 0xBE800000}};
 
 // Two roundings: no multiply-add.
 FST_FN uint32_t add_rounded(uint32_t a, uint32_t b) {
@@ -20,6 +29,7 @@ template <int Dst> struct Bnb4 {
     uint64_t src, dst, map, absmax, nested, nested_map, first, count;
     Divisor block, nested_block;
     uint32_t offset;
+    unsigned fp4; // which table, where there is no map
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -47,9 +57,12 @@ template <int Dst> struct Bnb4 {
         return add_rounded(multiply(value, by), offset);
     }
 
+    FST_INLINE uint32_t value(uint32_t code) const {
+        return global<const uint32_t>(map ? map : reinterpret_cast<uint64_t>(tables[fp4]))[code];
+    }
+
     FST_INLINE typename word_of<dst_size>::type result(uint32_t code, uint32_t scale) const {
-        return static_cast<typename word_of<dst_size>::type>(
-            encode<Dst>(multiply(global<const uint32_t>(map)[code], scale)));
+        return static_cast<typename word_of<dst_size>::type>(encode<Dst>(multiply(value(code), scale)));
     }
 
     FST_INLINE void elements(uint64_t begin, uint64_t end) const {
@@ -82,6 +95,22 @@ template <int Dst> struct Bnb4 {
         const uint64_t cell = block.divide(first + begin), left = (cell + 1) * block.value - first - begin;
         const uint32_t scale = scale_of(cell), scale2 = left < width ? scale_of(cell + 1) : scale;
         Vector<16> out = {};
+#if FST_PACKED
+        uint32_t x[width];
+        bool has_nan = false;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++) {
+            const float product = fst_float_of_bits32(value(in.word[0] >> (4 * (i ^ 1)) & 15)) *
+                                  fst_float_of_bits32(i < left ? scale : scale2);
+            x[i] = fst_bits_of_float32(product);
+            has_nan |= product != product;
+        }
+        if (!has_nan) {
+            narrow_numbers<Dst>(x, out.word);
+            store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+            return true;
+        }
+#endif
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
             put<dst_size>(&out, i, result(in.word[0] >> (4 * (i ^ 1)) & 15, i < left ? scale : scale2));
@@ -102,7 +131,8 @@ template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
                             args->count,
                             divisor(args->block),
                             divisor(args->nested ? args->nested_block : 1),
-                            fst_bits_of_float32(args->offset)};
+                            fst_bits_of_float32(args->offset),
+                            args->fp4 != 0};
     return launch(stream, body, body.blocks());
 }
 
@@ -117,7 +147,7 @@ extern "C" int FST_SYMBOL(fst_bnb4)(fst_queue stream, const fst_bnb4_args *args)
         return FST_K_SIZE;
     if (args->block == 0 || (args->nested && args->nested_block == 0)) return FST_K_SCALE;
     if (args->count == 0) return FST_K_OK;
-    if (!args->src || !args->dst || !args->map || !args->absmax || (args->nested && !args->nested_map))
+    if (!args->src || !args->dst || !args->absmax || (args->nested && !args->nested_map))
         return FST_K_NULL;
     const uint64_t words = reinterpret_cast<uint64_t>(args->map) | reinterpret_cast<uint64_t>(args->nested) |
                            reinterpret_cast<uint64_t>(args->nested_map) |

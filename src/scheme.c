@@ -662,8 +662,8 @@ static fst_status add_bnb4(finder *f, uint32_t state, size_t length, fst_format 
     if (status) return status;
     if (scale == FST_NO_TENSOR) return missing(f, codes, "absmax");
     int is_nested = entry_of(f, scale)->dtype == FST_U8;
-    if (map == FST_NO_TENSOR) return missing(f, codes, "quant_map");
-    if (entry_of(f, map)->dtype != FST_F32 || elements_of(entry_of(f, map)) != 16)
+    /* Without one, bitsandbytes' own values (kernels/bnb.hip) count. */
+    if (map != FST_NO_TENSOR && (entry_of(f, map)->dtype != FST_F32 || elements_of(entry_of(f, map)) != 16))
         return misfit(f, codes, map, "F32, 16 of them");
     if (!is_nested && entry_of(f, scale)->dtype != FST_F32)
         return misfit(f, codes, scale, "F32, or U8 when nested");

@@ -423,9 +423,6 @@ TEST(scheme, companions_that_are_missing) {
                   FST_E_QUANTIZED, "global scale is missing");
     check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
                   NULL, FST_E_QUANTIZED, "absmax is missing");
-    check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "F32", "[1]"},
-                        {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
-                  NULL, FST_E_QUANTIZED, "quant_map is missing");
     check_refused(SPECS({"m.weight", "U8", "[4]"}, {"m.weight.absmax", "U8", "[1]"},
                         {"m.weight.quant_map", "F32", "[16]"}, {"m.weight.nested_absmax", "F32", "[1]"},
                         {"m.weight.quant_state.bitsandbytes__nf4", "U8", "[9]"}),
