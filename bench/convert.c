@@ -149,7 +149,7 @@ static uint64_t dst_window(const convert_case *c) {
     return round_up((c->dst_size > half ? c->dst_size : half) + 2 * CONVERT_GUARD, 4096);
 }
 
-static uint64_t scales_window(const convert_case *c) { return round_up(c->scales * 4, 256); }
+static uint64_t scales_window(const convert_case *c) { return round_up(c->companions, 256); }
 
 static uint64_t extra_window(const convert_case *c) {
     return scales_window(c) + 256 + round_up(c->jobs * sizeof(fst_batch_job), 256);
@@ -249,23 +249,13 @@ static void fill_sources(bench *b, const convert_case *c, unsigned sets) {
 }
 
 static void fill_scales(const bench *b, const convert_case *c, const convert_set *set) {
-    const size_t size = fst_dtype_bits((fst_dtype)c->spec.scale) / 8;
-    unsigned char *scales = malloc(c->scales * size);
-    if (!scales) bench_die("out of memory");
-    for (uint64_t i = 0; i < c->scales; i++) {
-        const uint32_t code = convert_scale(c->spec.scale, i);
-        memcpy(scales + i * size, &code, size);
-    }
-    upload(b, set->scales, scales, c->scales * size);
-    free(scales);
-    if (c->spec.kernel == CONVERT_BNB_NF4)
-        upload(b, (unsigned char *)set->nans, convert_nf4, sizeof convert_nf4);
-    if (c->spec.kernel != CONVERT_INT8_ZEROS) return;
-    int8_t *zeros = malloc(c->scales);
-    if (!zeros) bench_die("out of memory");
-    for (uint64_t i = 0; i < c->scales; i++) zeros[i] = convert_zero(i);
-    upload(b, set->scales + c->scales * size, zeros, c->scales);
-    free(zeros);
+    unsigned char *companions = calloc(1, c->companions);
+    if (!companions) bench_die("out of memory");
+    convert_companions(c, companions);
+    upload(b, set->scales, companions, c->companions);
+    free(companions);
+    if (c->spec.kernel == CONVERT_BNB_NF4) upload(b, set->nans, convert_nf4, sizeof convert_nf4);
+    if (c->spec.kernel == CONVERT_NVFP4) upload(b, set->nans, &convert_global, sizeof convert_global);
 }
 
 static void fill_jobs(const bench *b, const convert_case *c, const convert_set *set) {

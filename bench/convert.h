@@ -24,7 +24,15 @@ typedef enum convert_kernel {
     CONVERT_BATCH,
     CONVERT_BNB_NF4,    /* scales for runs of `group`, a table in the place of the counter */
     CONVERT_BNB_INT8,
-    CONVERT_INT8_ZEROS, /* a scale and a zero point a row, these behind the scales */
+    CONVERT_INT8_ZEROS, /* a scale and a zero point a row */
+    CONVERT_FP8_BLOCK,  /* as scale_block, in a model's shape */
+    CONVERT_MXFP4,      /* as scale_group */
+    CONVERT_NVFP4,      /* F8_E4M3 scales under one of F32, in the place of the counter */
+    CONVERT_GPTQ,       /* this one and those behind it: packed integers */
+    CONVERT_AWQ,
+    CONVERT_PACKED,     /* compressed-tensors' */
+    CONVERT_INT4_ROWS,
+    CONVERT_INT4_QUARK,
     CONVERT_KERNELS
 } convert_kernel;
 
@@ -45,7 +53,11 @@ typedef struct convert_spec {
     unsigned misaligned;      /* bytes that the source begins after a 256-byte boundary */
     unsigned flags;
     int      keep_bits;       /* fp8 to FNUZ by bits: fst_fnuz_args */
-    char     variant[40];     /* what sets it apart from cases of the same kernel and types, or "" */
+    unsigned bits;            /* of a code that is packed into words of `src`, otherwise 0 */
+    int      zeros, padded;   /* packed zero points; no code in two words */
+    int      act_order;       /* g_idx says which group a column is of */
+    int      nested;          /* bnb_nf4: scales are codes themselves */
+    char     variant[48];     /* what sets it apart from cases of the same kernel and types, or "" */
 } convert_spec;
 
 /* A spec in one size. The result is rows x cols, dst_stride elements from a row to the next. */
@@ -55,13 +67,15 @@ typedef struct convert_case {
     uint64_t rows, cols, src_stride, dst_stride;
     uint64_t src_size, dst_size; /* bytes that the buffers span, gaps between rows included */
     uint64_t scales, jobs;       /* counts */
+    uint64_t second_at, third_at, companions; /* bytes: behind the scales zero points, or nested scales; behind these
+                                               * g_idx, or the map of nested ones; all of them */
     uint64_t bytes_read, bytes_written; /* the least that the kernel must move */
 } convert_case;
 
 /* Where one set of buffers is on the device. */
 typedef struct convert_set {
     unsigned char *src, *dst;
-    unsigned char *scales; /* read by scale_*, written by quantize_* */
+    unsigned char *scales; /* read by scale_* and dequant_*, written by quantize_*; what is behind them too */
     uint64_t      *nans;
     fst_batch_job *jobs;   /* in device memory */
 } convert_set;
@@ -83,6 +97,19 @@ convert_case convert_size(const convert_spec *spec, uint64_t bytes);
 uint64_t convert_source_index(const convert_case *c, uint64_t row, uint64_t col);
 int convert_is_scale(convert_kernel kernel);
 int convert_is_quantize(convert_kernel kernel);
+int convert_is_packed(convert_kernel kernel);
+
+/* ---- convert_packed.c: packed integers, by their formats' definitions ---- */
+
+uint64_t convert_packed_unit(const convert_case *c);       /* bytes that a part may begin at a multiple of */
+uint64_t convert_packed_size(const convert_case *c);       /* bytes of the codes */
+uint64_t convert_packed_zeros_size(const convert_case *c); /* of zero points */
+uint32_t convert_zero_word(uint64_t index);
+uint32_t convert_group(const convert_case *c, uint64_t col);
+/* Code less zero point of an element, and the index of its scale. `word(of, i)` is word (int4_rows: byte) i of the codes. */
+typedef uint32_t convert_word(const void *of, uint64_t index);
+int32_t convert_packed_code(const convert_case *c, uint64_t row, uint64_t col, convert_word *word, const void *of);
+uint64_t convert_packed_scale(const convert_case *c, uint64_t row, uint64_t col);
 
 /* ---- convert_reference.c: the data, and what must come out ---- */
 
@@ -96,8 +123,12 @@ int  convert_data_fits(const convert_data *data, const convert_spec *spec);
 const unsigned char *convert_data_bytes(const convert_data *data, size_t *size);
 
 uint32_t convert_scale(int dtype, uint64_t index); /* the code of a scale that is given */
-int8_t convert_zero(uint64_t index);               /* a zero point */
 extern const uint32_t convert_nf4[16];             /* bitsandbytes' table, F32 bits */
+enum { CONVERT_NESTED = 256 };                     /* scales under one nested one */
+extern const float convert_offset;                 /* of nested scales */
+extern const uint32_t convert_global;              /* nvfp4's global scale, F32 bits */
+/* The scales and what is behind them. */
+void convert_companions(const convert_case *c, unsigned char *bytes);
 
 typedef struct convert_reference convert_reference;
 convert_reference *convert_reference_new(const convert_case *c, const convert_data *data);

@@ -35,7 +35,15 @@ const char *convert_kernel_name(convert_kernel kernel) {
                                                        "batch",
                                                        "dequant_bnb_nf4",
                                                        "dequant_bnb_int8",
-                                                       "dequant_int8"};
+                                                       "dequant_int8",
+                                                       "dequant_fp8_block",
+                                                       "dequant_mxfp4",
+                                                       "dequant_nvfp4",
+                                                       "dequant_gptq",
+                                                       "dequant_awq",
+                                                       "dequant_packed",
+                                                       "dequant_int4_rows",
+                                                       "dequant_int4_quark"};
     return names[kernel];
 }
 
@@ -46,6 +54,8 @@ int convert_is_scale(convert_kernel kernel) {
 int convert_is_quantize(convert_kernel kernel) {
     return kernel >= CONVERT_QUANTIZE_TENSOR && kernel <= CONVERT_QUANTIZE_BLOCK;
 }
+
+int convert_is_packed(convert_kernel kernel) { return kernel >= CONVERT_GPTQ; }
 
 void convert_name(const convert_spec *spec, char *text, size_t size) {
     snprintf(text, size, "%s %s->%s%s%s", convert_kernel_name(spec->kernel),
@@ -89,12 +99,13 @@ static void add_casts(list *l) {
     }
 }
 
-static void add_scaled(list *l, convert_kernel kernel, int src, int dst, int scale, unsigned group) {
+static convert_spec *add_scaled(list *l, convert_kernel kernel, int src, int dst, int scale, unsigned group) {
     convert_spec *spec = add(l, kernel, src, dst);
     spec->scale = scale;
     spec->group = group;
     int length = snprintf(spec->variant, sizeof spec->variant, "x %s", fst_dtype_name((fst_dtype)scale));
     if (group) snprintf(spec->variant + length, sizeof spec->variant - (size_t)length, " by %u", group);
+    return spec;
 }
 
 static void add_scales(list *l) {
@@ -130,6 +141,66 @@ static void add_integers(list *l) {
     add_scaled(l, CONVERT_BNB_INT8, FST_I8, FST_BF16, FST_F32, 0);
     add_scaled(l, CONVERT_BNB_INT8, FST_I8, FST_F16, FST_F32, 0);
     add_scaled(l, CONVERT_INT8_ZEROS, FST_I8, FST_BF16, FST_BF16, 0);
+}
+
+/* In the shapes of models: DeepSeek's 7168 columns, gpt-oss's 2880, Llama's 14336. */
+static void add_formats(list *l) {
+    for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
+        add_scaled(l, CONVERT_FP8_BLOCK, FST_F8_E4M3, wide[i], FST_F32, 0)->row = 7168;
+        add_scaled(l, CONVERT_MXFP4, FST_F4, wide[i], FST_F8_E8M0, 32)->row = 2880;
+        add_scaled(l, CONVERT_NVFP4, FST_F4, wide[i], FST_F8_E4M3, 16)->row = 7168;
+        convert_spec *nested = add_scaled(l, CONVERT_BNB_NF4, FST_F4, wide[i], FST_U8, 64);
+        nested->nested = 1;
+        strcat(nested->variant, ", nested");
+    }
+    convert_spec *divided = add_scaled(l, CONVERT_NVFP4, FST_F4, FST_BF16, FST_F8_E4M3, 16);
+    divided->row = 7168;
+    divided->flags = FST_K_DIVIDE;
+    strcat(divided->variant, ", divided");
+}
+
+static void add_packed(list *l) {
+    static const struct {
+        convert_kernel kernel;
+        unsigned bits, group;
+        int src, dst, scale, zeros, padded, act_order;
+    } cases[] = {
+        {CONVERT_GPTQ, 4, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 0},
+        {CONVERT_GPTQ, 4, 128, FST_I32, FST_F16, FST_F16, 1, 0, 0},
+        {CONVERT_GPTQ, 4, 128, FST_I32, FST_F32, FST_F16, 1, 0, 0},
+        {CONVERT_GPTQ, 4, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 1},
+        {CONVERT_GPTQ, 2, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 0},
+        {CONVERT_GPTQ, 3, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 0},
+        {CONVERT_GPTQ, 8, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 0},
+        {CONVERT_AWQ, 4, 128, FST_I32, FST_BF16, FST_F16, 1, 0, 0},
+        {CONVERT_AWQ, 4, 128, FST_I32, FST_F16, FST_F16, 1, 0, 0},
+        {CONVERT_AWQ, 4, 128, FST_I32, FST_F32, FST_F16, 1, 0, 0},
+        {CONVERT_PACKED, 4, 32, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 4, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 4, 128, FST_I32, FST_F16, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 4, 128, FST_I32, FST_F32, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 4, 32, FST_I32, FST_BF16, FST_BF16, 1, 0, 0},
+        {CONVERT_PACKED, 4, 128, FST_I32, FST_BF16, FST_BF16, 1, 0, 0},
+        {CONVERT_PACKED, 4, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 1},
+        {CONVERT_PACKED, 2, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 3, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_PACKED, 3, 128, FST_I32, FST_BF16, FST_BF16, 1, 1, 0},
+        {CONVERT_PACKED, 8, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_INT4_ROWS, 4, 128, FST_U8, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_INT4_QUARK, 4, 128, FST_I32, FST_BF16, FST_BF16, 0, 0, 0},
+        {CONVERT_INT4_QUARK, 4, 128, FST_I32, FST_BF16, FST_BF16, 1, 0, 0},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        convert_spec *spec = add(l, cases[i].kernel, cases[i].src, cases[i].dst);
+        spec->bits = cases[i].bits, spec->group = cases[i].group, spec->scale = cases[i].scale;
+        spec->zeros = cases[i].zeros, spec->padded = cases[i].padded, spec->act_order = cases[i].act_order;
+        spec->row = 14336;
+        const int zeros_vary = spec->kernel == CONVERT_PACKED || spec->kernel == CONVERT_INT4_QUARK;
+        snprintf(spec->variant, sizeof spec->variant, "%u bits x %s by %u%s%s%s", spec->bits,
+                 fst_dtype_name((fst_dtype)spec->scale), (unsigned)spec->group,
+                 zeros_vary && spec->zeros ? ", zeros" : "", spec->padded ? ", padded" : "",
+                 spec->act_order ? ", act-order" : "");
+    }
 }
 
 static void add_quantize(list *l) {
@@ -213,6 +284,8 @@ size_t convert_list(convert_spec specs[CONVERT_ROOM]) {
     add_casts(&l);
     add_scales(&l);
     add_integers(&l);
+    add_formats(&l);
+    add_packed(&l);
     add_realign(&l);
     add_rows(&l);
     add_transpose(&l);
@@ -234,7 +307,15 @@ static uint64_t count_scales(const convert_case *c) {
     case CONVERT_INT8_ZEROS:
     case CONVERT_QUANTIZE_ROW: return c->rows;
     case CONVERT_BNB_NF4:
+    case CONVERT_MXFP4:
+    case CONVERT_NVFP4:
+    case CONVERT_GPTQ:
+    case CONVERT_AWQ:
+    case CONVERT_PACKED:
+    case CONVERT_INT4_ROWS:
+    case CONVERT_INT4_QUARK:
     case CONVERT_SCALE_GROUP: return c->rows * ceil_div(c->cols, c->spec.group);
+    case CONVERT_FP8_BLOCK:
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK: return ceil_div(c->rows, CONVERT_BLOCK) * ceil_div(c->cols, CONVERT_BLOCK);
     default: return 0;
@@ -260,13 +341,39 @@ static void choose_shape(convert_case *c, uint64_t elements) {
         /* Weights have sides that are multiples of 128: rows of the result begin aligned. 4,099 columns do not. */
         if (row % 128 == 0 && c->cols > 128) c->cols = c->cols / 128 * 128;
         break;
+    case CONVERT_GPTQ: /* zero points fill words */
+    case CONVERT_AWQ:
+    case CONVERT_PACKED:
+    case CONVERT_INT4_ROWS:
+    case CONVERT_INT4_QUARK:
+        c->rows = elements / row < 32 ? 32 : elements / row / 32 * 32;
+        c->cols = row;
+        break;
     default: c->rows = elements < row ? 1 : elements / row; c->cols = row;
     }
 }
 
+/* What is behind the scales, and how much. Returns the bytes of all that are read, gaps not counted. */
+static uint64_t place_companions(convert_case *c) {
+    const convert_spec *spec = &c->spec;
+    const uint64_t scales = spec->scale ? c->scales * fst_dtype_bits((fst_dtype)spec->scale) / 8 : 0;
+    uint64_t second = 0, third = 0;
+    if (spec->kernel == CONVERT_INT8_ZEROS) second = c->scales;
+    if (spec->zeros) second = convert_packed_zeros_size(c);
+    if (spec->act_order) third = c->cols * 4;
+    if (spec->nested) {
+        second = ceil_div(c->scales, CONVERT_NESTED) * 4;
+        third = 256 * 4;
+    }
+    c->second_at = ceil_div(scales, 16) * 16;
+    c->third_at = c->second_at + ceil_div(second, 16) * 16;
+    c->companions = c->third_at + third;
+    return scales + second + third;
+}
+
 convert_case convert_size(const convert_spec *spec, uint64_t bytes) {
     convert_case c = {.spec = *spec, .bytes = bytes};
-    const uint64_t src_bits = fst_dtype_bits((fst_dtype)spec->src);
+    const uint64_t src_bits = spec->bits ? spec->bits : fst_dtype_bits((fst_dtype)spec->src);
     const uint64_t dst_bits = fst_dtype_bits((fst_dtype)spec->dst);
     /* Over the source: for amax, and for the codes. */
     const uint64_t passes = spec->kernel == CONVERT_QUANTIZE_TENSOR ? 2 : 1;
@@ -278,12 +385,13 @@ convert_case convert_size(const convert_spec *spec, uint64_t bytes) {
     const uint64_t src_cols = spec->kernel == CONVERT_TRANSPOSE ? c.rows : c.cols;
     c.src_size = (((src_rows - 1) * c.src_stride + src_cols) * src_bits + 7) / 8;
     c.dst_size = ((c.rows - 1) * c.dst_stride + c.cols) * dst_bits / 8;
+    if (convert_is_packed(spec->kernel)) c.src_size = convert_packed_size(&c);
     c.scales = count_scales(&c);
     c.jobs = spec->kernel == CONVERT_BATCH ? c.rows : 0;
-    const uint64_t scale_bytes = spec->scale ? c.scales * fst_dtype_bits((fst_dtype)spec->scale) / 8 : 0;
-    const uint64_t zero_bytes = spec->kernel == CONVERT_INT8_ZEROS ? c.scales : 0;
-    c.bytes_read = zero_bytes + (c.rows * c.cols * src_bits + 7) / 8 * passes +
-                   (convert_is_scale(spec->kernel) ? scale_bytes : 0);
+    const uint64_t scale_bytes = place_companions(&c);
+    const uint64_t codes =
+        convert_is_packed(spec->kernel) ? c.src_size : (c.rows * c.cols * src_bits + 7) / 8;
+    c.bytes_read = codes * passes + (convert_is_scale(spec->kernel) ? scale_bytes : 0);
     c.bytes_written = c.rows * c.cols * dst_bits / 8 + (convert_is_quantize(spec->kernel) ? scale_bytes : 0);
     return c;
 }

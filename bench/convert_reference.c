@@ -86,17 +86,46 @@ uint32_t convert_scale(int dtype, uint64_t index) {
     static const uint32_t special[] = {0, 0x80000000, 0x7F800000, 0xFFC00000, 0x00012345, 0x7F7FFFFF};
     const uint64_t h = mix(~index);
     const int is_special = index % 509 == 508;
+    if (dtype == FST_T_U8) return (uint32_t)(h & 0xFF); /* a code */
     if (dtype == FST_T_F8_E8M0) return is_special ? (h & 1 ? 0xFF : 0) : (uint32_t)(127 - 10 + (h & 15));
     const uint32_t sign = h >> 61 ? 0 : 0x80000000;
     const uint32_t bits = sign | (uint32_t)((127 - 10 + (h & 15)) << 23) | ((uint32_t)(h >> 8) & 0x7FFFFF);
     return (uint32_t)encode(is_special ? special[h % 6] : bits, dtype);
 }
 
-int8_t convert_zero(uint64_t index) { return (int8_t)mix(index + 77); }
+uint32_t convert_zero_word(uint64_t index) { return (uint32_t)mix(index + 77); }
+
+/* A zero point of int8. */
+static int8_t zero_byte(uint64_t index) { return (int8_t)convert_zero_word(index); }
+
+/* Scales of scales, and what their codes mean. Of both signs, as no library would have them. */
+static uint32_t nested_scale(uint64_t index) { return convert_scale(FST_T_F32, index + 1000); }
+static uint32_t nested_value(uint64_t index) { return convert_scale(FST_T_F32, index + 2000); }
+const float convert_offset = 0.045021437f;
+const uint32_t convert_global = 0x3983126F;
 
 const uint32_t convert_nf4[16] = {0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F,
                                   0xBDBA7871, 0x00000000, 0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A,
                                   0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000};
+
+static void put_word(unsigned char *to, uint64_t i, uint32_t word) { memcpy(to + i * 4, &word, 4); }
+
+void convert_companions(const convert_case *c, unsigned char *bytes) {
+    const size_t size = fst_type_bits(c->spec.scale) / 8;
+    unsigned char *second = bytes + c->second_at, *third = bytes + c->third_at;
+    for (uint64_t i = 0; i < c->scales; i++) {
+        const uint32_t code = convert_scale(c->spec.scale, i);
+        memcpy(bytes + i * size, &code, size);
+    }
+    for (uint64_t i = 0; c->spec.kernel == CONVERT_INT8_ZEROS && i < c->scales; i++)
+        second[i] = (unsigned char)zero_byte(i);
+    for (uint64_t i = 0; c->spec.zeros && i < convert_packed_zeros_size(c) / 4; i++)
+        put_word(second, i, convert_zero_word(i));
+    for (uint64_t i = 0; c->spec.nested && i * CONVERT_NESTED < c->scales; i++)
+        put_word(second, i, nested_scale(i));
+    for (uint64_t i = 0; c->spec.nested && i < 256; i++) put_word(third, i, nested_value(i));
+    for (uint64_t i = 0; c->spec.act_order && i < c->cols; i++) put_word(third, i, convert_group(c, i));
+}
 
 /* ---- The reference ---- */
 
@@ -202,7 +231,10 @@ static uint64_t scale_index(const convert_case *c, uint64_t row, uint64_t col) {
     case CONVERT_INT8_ZEROS:
     case CONVERT_QUANTIZE_ROW: return row;
     case CONVERT_BNB_NF4: return (row * c->cols + col) / c->spec.group;
+    case CONVERT_MXFP4:
+    case CONVERT_NVFP4:
     case CONVERT_SCALE_GROUP: return row * groups + col / c->spec.group;
+    case CONVERT_FP8_BLOCK:
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK:
         return row / CONVERT_BLOCK * ((c->cols + CONVERT_BLOCK - 1) / CONVERT_BLOCK) + col / CONVERT_BLOCK;
@@ -210,19 +242,44 @@ static uint64_t scale_index(const convert_case *c, uint64_t row, uint64_t col) {
     }
 }
 
+/* The scale with an index, as an F32. */
+static uint32_t scale_bits(const convert_spec *spec, uint64_t index) {
+    const uint32_t code = convert_scale(spec->scale, index);
+    if (spec->nested) {
+        const volatile float product = fst_float_of_bits32(nested_value(code)) *
+                                       fst_float_of_bits32(nested_scale(index / CONVERT_NESTED));
+        return fst_bits_of_float32(product + convert_offset); /* two roundings */
+    }
+    const uint32_t scale = decode(code, spec->scale);
+    if (spec->kernel != CONVERT_NVFP4) return scale;
+    const float a = fst_float_of_bits32(scale), b = fst_float_of_bits32(convert_global);
+    return fst_bits_of_float32(spec->flags & FST_K_DIVIDE ? a / b : a * b);
+}
+
 /* Two roundings: the product is an F32 first. */
-static uint64_t scaled(const convert_reference *r, uint64_t code, uint64_t index) {
-    uint32_t a = decode((uint32_t)code, r->c.spec.src);
-    if (r->c.spec.kernel == CONVERT_BNB_NF4) a = convert_nf4[code];
-    if (r->c.spec.kernel == CONVERT_INT8_ZEROS)
-        a = fst_bits_of_float32((float)((int8_t)code - convert_zero(index)));
-    const uint32_t b = decode(convert_scale(r->c.spec.scale, index), r->c.spec.scale);
+static uint64_t product_of(const convert_reference *r, uint32_t a, uint32_t b) {
     const float product = fst_float_of_bits32(a) * fst_float_of_bits32(b);
     uint32_t bits = fst_bits_of_float32(product);
     if (r->c.spec.kernel == CONVERT_BNB_INT8) /* by RN32(1 / 127) */
         bits = fst_bits_of_float32(product * fst_float_of_bits32(0x3C010204));
     if (product != product) bits = ((a ^ b) & 0x80000000) | 0x7FC00000;
     return encode(bits, r->c.spec.dst);
+}
+
+static uint64_t scaled(const convert_reference *r, uint64_t code, uint64_t index) {
+    uint32_t a = decode((uint32_t)code, r->c.spec.src);
+    if (r->c.spec.kernel == CONVERT_BNB_NF4) a = convert_nf4[code];
+    if (r->c.spec.kernel == CONVERT_INT8_ZEROS)
+        a = fst_bits_of_float32((float)((int8_t)code - zero_byte(index)));
+    return product_of(r, a, scale_bits(&r->c.spec, index));
+}
+
+static uint32_t packed_word(const void *of, uint64_t index) { return (uint32_t)source_code(of, index); }
+
+static uint64_t packed(const convert_reference *r, uint64_t row, uint64_t col) {
+    const int32_t difference = convert_packed_code(&r->c, row, col, packed_word, r);
+    const uint64_t index = convert_packed_scale(&r->c, row, col);
+    return product_of(r, fst_bits_of_float32((float)difference), scale_bits(&r->c.spec, index));
 }
 
 /* ---- Quantize ---- */
@@ -301,17 +358,23 @@ uint64_t convert_expect_nans(const convert_reference *r) {
     return count_nans(r, 0, period) * (elements / period) + count_nans(r, 0, elements % period);
 }
 
+/* The result's element. */
+static uint64_t expected(convert_reference *r, uint64_t row, uint64_t col) {
+    const convert_case *c = &r->c;
+    const uint64_t high_first = c->spec.kernel == CONVERT_BNB_NF4;
+    if (convert_is_packed(c->spec.kernel)) return packed(r, row, col);
+    const uint64_t code = source_code(r, convert_source_index(c, row, col) ^ high_first);
+    if (convert_is_scale(c->spec.kernel)) return scaled(r, code, scale_index(c, row, col));
+    return convert_is_quantize(c->spec.kernel) ? quantized(r, code, row, col) : cast(r, code);
+}
+
 void convert_expect(convert_reference *r, uint64_t first, uint64_t count, unsigned char *out) {
     const convert_case *c = &r->c;
     uint64_t row = first / c->dst_stride, col = first % c->dst_stride;
     memset(out, CONVERT_POISON, count * r->dst_size);
     for (uint64_t i = 0; i < count; i++) {
         if (row < c->rows && col < c->cols) {
-            const uint64_t high_first = c->spec.kernel == CONVERT_BNB_NF4;
-            uint64_t code = source_code(r, convert_source_index(c, row, col) ^ high_first);
-            if (convert_is_scale(c->spec.kernel)) code = scaled(r, code, scale_index(c, row, col));
-            else if (convert_is_quantize(c->spec.kernel)) code = quantized(r, code, row, col);
-            else code = cast(r, code);
+            const uint64_t code = expected(r, row, col);
             memcpy(out + i * r->dst_size, &code, r->dst_size);
         }
         if (++col == c->dst_stride) row++, col = 0;

@@ -28,13 +28,13 @@ double convert_copy_gb_per_s(const convert_result *results, size_t count) {
 }
 
 void convert_print_head(void) {
-    printf("%-15s %-11s %-11s %-26s %9s %9s %8s %6s\n", "kernel", "src", "dst", "", "MiB", "ms", "GB/s",
+    printf("%-18s %-11s %-11s %-34s %9s %9s %8s %6s\n", "kernel", "src", "dst", "", "MiB", "ms", "GB/s",
            "share");
 }
 
 void convert_print(const convert_result *r) {
     const convert_spec *s = &r->what.spec;
-    printf("%-15s %-11s %-11s %-26s %9.1f", convert_kernel_name(s->kernel), dtype_name(s->src),
+    printf("%-18s %-11s %-11s %-34s %9.1f", convert_kernel_name(s->kernel), dtype_name(s->src),
            dtype_name(s->dst), s->variant, traffic(&r->what) / 1048576);
     if (r->ms > 0) printf(" %9.4f %8.1f %6.3f", r->ms, convert_gb_per_s(r), r->copy_ms / r->ms);
     printf("%s\n", !r->ok ? "  WRONG" : r->ms > 0 ? "" : "  right");

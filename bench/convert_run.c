@@ -46,6 +46,18 @@ static int launch_cast(const fst_kernels *k, fst_queue stream, const part_of *p)
     return s->keep_bits ? k->fnuz(stream, &fnuz) : k->cast(stream, &cast);
 }
 
+static int kind_of(convert_kernel kernel) {
+    switch (kernel) {
+    case CONVERT_SCALE_TENSOR: return FST_SCALE_TENSOR;
+    case CONVERT_SCALE_BLOCK:
+    case CONVERT_FP8_BLOCK: return FST_SCALE_BLOCK;
+    case CONVERT_SCALE_GROUP:
+    case CONVERT_MXFP4:
+    case CONVERT_NVFP4: return FST_SCALE_GROUP;
+    default: return FST_SCALE_ROW;
+    }
+}
+
 static int launch_scaled(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t begin = from(p, c->rows * c->cols, 64);
@@ -60,26 +72,27 @@ static int launch_scaled(const fst_kernels *k, fst_queue stream, const part_of *
                             .src_dtype = c->spec.src,
                             .dst_dtype = c->spec.dst,
                             .scale_dtype = c->spec.scale,
+                            .kind = kind_of(c->spec.kernel),
                             .block_rows = CONVERT_BLOCK,
-                            .block_cols =
-                                c->spec.kernel == CONVERT_SCALE_GROUP ? c->spec.group : CONVERT_BLOCK};
-    args.kind = (fst_scale_kind)(FST_SCALE_TENSOR + (c->spec.kernel - CONVERT_SCALE_TENSOR));
+                            .block_cols = c->spec.group ? c->spec.group : CONVERT_BLOCK,
+                            .flags = c->spec.flags};
+    if (c->spec.kernel == CONVERT_NVFP4) args.global_scale = p->set->nans;
     return k->scaled(stream, &args);
 }
 
-/* What is besides the scales: see fill_scales in convert.c. */
+/* What is besides the scales: see convert_companions. */
 static int launch_integers(const fst_kernels *k, fst_queue stream, const part_of *p) {
     const convert_case *c = p->c;
     const uint64_t all = c->rows * c->cols, begin = from(p, all, 64), count = to(p, all, 64) - begin;
-    const fst_bnb4_args bnb4 = {.src = src_at(p, begin),
-                                .dst = dst_at(p, begin),
-                                .map = p->set->nans,
-                                .absmax = p->set->scales,
-                                .dst_dtype = c->spec.dst,
-                                .elements = all,
-                                .first = begin,
-                                .count = count,
-                                .block = c->spec.group};
+    fst_bnb4_args bnb4 = {.src = src_at(p, begin),
+                          .dst = dst_at(p, begin),
+                          .map = p->set->nans,
+                          .absmax = p->set->scales,
+                          .dst_dtype = c->spec.dst,
+                          .elements = all,
+                          .first = begin,
+                          .count = count,
+                          .block = c->spec.group};
     fst_scaled_args scaled = {.src = src_at(p, begin),
                               .dst = dst_at(p, begin),
                               .scales = p->set->scales,
@@ -92,10 +105,52 @@ static int launch_integers(const fst_kernels *k, fst_queue stream, const part_of
                               .dst_dtype = c->spec.dst,
                               .scale_dtype = c->spec.scale,
                               .kind = FST_SCALE_ROW};
+    if (c->spec.nested) {
+        bnb4.nested = p->set->scales + c->second_at;
+        bnb4.nested_map = p->set->scales + c->third_at;
+        bnb4.nested_block = CONVERT_NESTED;
+        bnb4.offset = convert_offset;
+    }
     if (c->spec.kernel == CONVERT_BNB_NF4) return k->bnb4(stream, &bnb4);
     if (c->spec.kernel == CONVERT_BNB_INT8) scaled.flags = FST_K_OVER_127;
-    else scaled.zeros = p->set->scales + c->scales * bits_of(c->spec.scale) / 8;
+    else scaled.zeros = p->set->scales + c->second_at;
     return k->scaled(stream, &scaled);
+}
+
+static int launch_packed(const fst_kernels *k, fst_queue stream, const part_of *p) {
+    static const struct {
+        int layout, zeros;
+        unsigned flags;
+    } formats[] = {{FST_PACKED_COLUMN, FST_ZEROS_ROWS, FST_K_ZERO_PLUS_ONE},
+                   {FST_PACKED_TRANSPOSED, FST_ZEROS_ROWS, FST_K_AWQ_ORDER},
+                   {FST_PACKED_ROW, FST_ZEROS_COLUMNS, FST_K_OFFSET},
+                   {FST_PACKED_PAIRS, FST_ZEROS_NONE, FST_K_SIGNED},
+                   {FST_PACKED_TRANSPOSED, FST_ZEROS_ROWS, FST_K_AWQ_ORDER}};
+    const convert_case *c = p->c;
+    const unsigned i = (unsigned)(c->spec.kernel - CONVERT_GPTQ);
+    const uint64_t unit = convert_packed_unit(c), word = bits_of(c->spec.src) / 8;
+    const uint64_t begin = from(p, c->src_size, unit), end = to(p, c->src_size, unit);
+    fst_packed_args args = {.src = p->set->src + begin,
+                            .dst = p->set->dst,
+                            .scales = p->set->scales,
+                            .rows = c->rows,
+                            .cols = c->cols,
+                            .first = begin / word,
+                            .count = (end - begin) / word,
+                            .group = c->spec.group,
+                            .groups_count = c->cols / c->spec.group,
+                            .bits = c->spec.bits,
+                            .dst_dtype = c->spec.dst,
+                            .scale_dtype = c->spec.scale,
+                            .layout = formats[i].layout,
+                            .flags = formats[i].flags};
+    if (c->spec.zeros) {
+        args.zeros = p->set->scales + c->second_at;
+        args.zeros_kind = formats[i].zeros;
+    } else if (c->spec.kernel == CONVERT_INT4_QUARK) args.flags |= FST_K_SIGNED;
+    if (c->spec.act_order) args.groups = (const int32_t *)(const void *)(p->set->scales + c->third_at);
+    if (c->spec.padded) args.flags |= FST_K_PADDED;
+    return k->packed(stream, &args);
 }
 
 /* One scale for all cannot be cut: the first part does it alone. */
@@ -194,10 +249,18 @@ int convert_launch(const fst_gpu *gpu, fst_queue stream, const convert_case *c, 
     case CONVERT_SCALE_TENSOR:
     case CONVERT_SCALE_ROW:
     case CONVERT_SCALE_GROUP:
+    case CONVERT_FP8_BLOCK:
+    case CONVERT_MXFP4:
+    case CONVERT_NVFP4:
     case CONVERT_SCALE_BLOCK: return launch_scaled(gpu->kernels, stream, &p);
     case CONVERT_BNB_NF4:
     case CONVERT_BNB_INT8:
     case CONVERT_INT8_ZEROS: return launch_integers(gpu->kernels, stream, &p);
+    case CONVERT_GPTQ:
+    case CONVERT_AWQ:
+    case CONVERT_PACKED:
+    case CONVERT_INT4_ROWS:
+    case CONVERT_INT4_QUARK: return launch_packed(gpu->kernels, stream, &p);
     case CONVERT_QUANTIZE_TENSOR:
     case CONVERT_QUANTIZE_ROW:
     case CONVERT_QUANTIZE_BLOCK: return launch_quantize(gpu->kernels, stream, &p);

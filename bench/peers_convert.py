@@ -28,13 +28,53 @@ FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
 def torch_dtypes(torch):
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
             "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-            "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U8": torch.uint8}
+            "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U8": torch.uint8, "I32": torch.int32}
+
+
+# ---- Dequantization as one writes it in PyTorch: shifts, masks, a table, times scales ----
+
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+       0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+AWQ_SHIFTS = [0, 16, 4, 20, 8, 24, 12, 28]
+
+
+def gptq(torch, qweight, qzeros, scales, group):
+    """[in / 8, out], [G, out / 8], [G, out] -> [out, in], F32."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=qweight.device)
+    codes = (qweight[:, None, :] >> shifts[None, :, None] & 15).view(scales.shape[0], group, scales.shape[1])
+    zeros = (qzeros[:, :, None] >> shifts & 15).view(scales.shape) + 1
+    return ((codes - zeros[:, None, :]) * scales.float()[:, None, :]).view(-1, scales.shape[1]).t()
+
+
+def awq(torch, qweight, qzeros, scales, group):
+    """[in, out / 8], [G, out / 8], [G, out] -> [out, in], F32."""
+    shifts = torch.tensor(AWQ_SHIFTS, dtype=torch.int32, device=qweight.device)
+    codes = (qweight[:, :, None] >> shifts & 15).view(scales.shape[0], group, scales.shape[1])
+    zeros = (qzeros[:, :, None] >> shifts & 15).view(scales.shape)
+    return ((codes - zeros[:, None, :]) * scales.float()[:, None, :]).view(-1, scales.shape[1]).t()
+
+
+def packed(torch, words, scales, group):
+    """compressed-tensors' 4 bits: [out, in / 8], [out, G] -> [out, in], F32."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    codes = (words[:, :, None] >> shifts & 15).view(*scales.shape, group) - 8
+    return (codes * scales.float()[:, :, None]).view(scales.shape[0], -1)
+
+
+def four_bits(torch, bytes_, table, scales, group, high_first):
+    """A table's values of both halves of each byte, times one scale for each `group` of them; F32."""
+    table = torch.tensor(table, dtype=torch.float32, device=bytes_.device)
+    halves = [(bytes_ & 15).int(), (bytes_ >> 4).int()]
+    values = torch.stack([table[half] for half in (halves[::-1] if high_first else halves)], dim=-1)
+    return values.view(-1, group) * scales.view(-1, 1)
 
 
 # ---- Triton ----
 
 def triton_kernels():
-    """As one writes them: a cast, and DeepSeek's dequantization of 128x128 blocks. None without Triton."""
+    """As one writes them: a cast, DeepSeek's dequantization of 128x128 blocks, GPTQ of 4 bits. None without Triton."""
     try:
         import triton
         import triton.language as tl
@@ -57,6 +97,23 @@ def triton_kernels():
         code = tl.load(src + at, mask=inside).to(tl.float32)
         tl.store(dst + at, (code * scale).to(dst.dtype.element_ty), mask=inside)
 
+    @triton.jit
+    def gptq4(src, zeros, scales, dst, rows, cols, group, K: tl.constexpr, N: tl.constexpr):
+        """A tile of N rows and K columns of the result: a group has all of these columns."""
+        k = tl.program_id(0) * K + tl.arange(0, K)
+        n = tl.program_id(1) * N + tl.arange(0, N)
+        j = tl.program_id(0) * K // group
+        word = tl.load(src + (k[None, :] // 8).to(tl.int64) * rows + n[:, None], mask=n[:, None] < rows)
+        zero = (tl.load(zeros + j * (rows // 8) + n // 8, mask=n < rows) >> n % 8 * 4 & 15) + 1
+        scale = tl.load(scales + j * rows + n, mask=n < rows).to(tl.float32)
+        value = ((word >> k[None, :] % 8 * 4 & 15) - zero[:, None]).to(tl.float32) * scale[:, None]
+        tl.store(dst + n[:, None].to(tl.int64) * cols + k[None, :], value.to(dst.dtype.element_ty),
+                 mask=n[:, None] < rows)
+
+    def run_gptq4(src, zeros, scales, dst, group):
+        grid = (dst.shape[1] // 64, triton.cdiv(dst.shape[0], 64))
+        gptq4[grid](src, zeros, scales, dst, dst.shape[0], dst.shape[1], group, K=64, N=64)
+
     def run_cast(src, dst):
         cast[(triton.cdiv(src.numel(), 1024),)](src, dst, src.numel(), SIZE=1024)
 
@@ -64,7 +121,7 @@ def triton_kernels():
         grid = (triton.cdiv(src.shape[0], BLOCK), triton.cdiv(src.shape[1], BLOCK))
         dequant[grid](src, scales, dst, src.shape[0], src.shape[1], SIZE=BLOCK)
 
-    return {"version": triton.__version__, "cast": run_cast, "dequant": run_dequant}
+    return {"version": triton.__version__, "cast": run_cast, "dequant": run_dequant, "gptq4": run_gptq4}
 
 
 # ---- Cases ----
@@ -171,6 +228,56 @@ class Cases:
             yield Case("triton", "scale_block", src, dst, lambda: make(blocks),
                        lambda s: kernels["dequant"](s["src"], s["scales"], s["dst"]), "x F32", by_block, blockwise)
 
+    def packed_matrices(self, kernels):
+        """Integers of 4 bits in words, 14336 columns, groups of 128."""
+        torch, src, cols, group = self.torch, "I32", 14336, 128
+        for dst, scale, kernel in (("BF16", "F16", "gptq"), ("F16", "F16", "gptq"), ("BF16", "F16", "awq"),
+                                   ("BF16", "BF16", "packed")):
+            size, groups = self.size(dst), cols // group
+            rows = max(self.bytes * 2 // (2 * size + 1) // cols // 32 * 32, 32)
+            flat = kernel == "packed"
+            shapes = {"gptq": ((cols // 8, rows), (groups, rows // 8)), "awq": ((cols, rows // 8), (groups, rows // 8)),
+                      "packed": ((rows, cols // 8), (0, 0))}[kernel]
+
+            def make(dst=dst, scale=scale, rows=rows, groups=groups, flat=flat, shapes=shapes):
+                scales = self.scales(*((rows, groups) if flat else (groups, rows))).to(self.types[scale])
+                (a, b), (c, d) = shapes
+                return {"src": self.source(src, a * b).view(a, b), "zeros": self.source(src, c * d + 1)[:-1].view(c, d),
+                        "scales": scales, "dst": self.empty(dst, rows, cols)}
+
+            def eager(s, kernel=kernel):
+                if kernel == "packed":
+                    s["dst"].copy_(packed(torch, s["src"], s["scales"], group))
+                else:
+                    s["dst"].copy_((gptq if kernel == "gptq" else awq)(torch, s["src"], s["zeros"], s["scales"], group))
+            scale_bytes = rows * groups * 2
+            traffic = rows * cols // 2 + rows * cols * size + scale_bytes + (0 if flat else scale_bytes // 4)
+            variant = f"4 bits x {scale} by {group}"
+            yield Case("torch", f"dequant_{kernel}", src, dst, make, eager, variant, traffic)
+            if kernels and kernel == "gptq":
+                yield Case("triton", "dequant_gptq", src, dst, make,
+                           lambda s: kernels["gptq4"](s["src"], s["zeros"], s["scales"], s["dst"], group), variant, traffic,
+                           eager)
+
+    def four_bits(self):
+        """Two codes of a table in a byte."""
+        torch, dst = self.torch, "BF16"
+        for kernel, cols, group, table, variant in (("dequant_mxfp4", 2880, 32, E2M1, "x F8_E8M0 by 32"),
+                                                    ("dequant_bnb_nf4", COLS, 64, NF4, "x F32 by 64")):
+            rows = max(self.bytes * 2 // 5 // cols, 1)
+            nf4 = kernel == "dequant_bnb_nf4"
+
+            def make(rows=rows, cols=cols, group=group, nf4=nf4):
+                count = rows * cols // group
+                scales = self.scales(count, 1) if nf4 else self.source("U8", count) // 16 + 120
+                return {"src": self.source("U8", rows * cols // 2), "scales": scales, "dst": self.empty(dst, rows, cols)}
+
+            def run(s, group=group, table=table, nf4=nf4):
+                scales = s["scales"] if nf4 else torch.exp2(s["scales"].float() - 127)
+                s["dst"].view(-1, group).copy_(four_bits(torch, s["src"], table, scales, group, nf4))
+            traffic = rows * cols * 5 // 2 + rows * cols // group * (4 if nf4 else 1)
+            yield Case("torch", kernel, "F4", dst, make, run, variant, traffic)
+
     def quantizes(self):
         src, dst, torch = "BF16", "F8_E4M3", self.torch
         rows, cols = self.matrix(src, dst)
@@ -192,7 +299,7 @@ class Cases:
 
     def all(self, kernels):
         found = [*self.casts(), *self.realign(), *self.slices(), *self.transposes(), *self.dequants(kernels),
-                 *self.quantizes()]
+                 *self.packed_matrices(kernels), *self.four_bits(), *self.quantizes()]
         return found + ([*self.triton_casts(kernels)] if kernels else [])
 
 

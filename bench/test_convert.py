@@ -4,6 +4,7 @@
     test_convert.py --bench BENCH_CONVERT --wrong CONVERT_WRONG
 """
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +13,12 @@ import tempfile
 import unittest
 import xml.etree.ElementTree
 
+import peers_convert
+
 KERNELS = ("cast scale_tensor scale_row scale_group scale_block quantize_tensor quantize_row quantize_block "
-           "realign slice pack transpose deinterleave batch dequant_bnb_nf4 dequant_bnb_int8 dequant_int8").split()
+           "realign slice pack transpose deinterleave batch dequant_bnb_nf4 dequant_bnb_int8 dequant_int8 "
+           "dequant_fp8_block dequant_mxfp4 dequant_nvfp4 dequant_gptq dequant_awq dequant_packed dequant_int4_rows "
+           "dequant_int4_quark").split()
 FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
 NARROW = "F8_E8M0 F6_E2M3 F6_E3M2 F4".split()
 SMALL = ["--device", "cpu", "--bytes", "300K", "--runs", "3"]
@@ -82,6 +87,35 @@ class Convert(unittest.TestCase):
         self.assertTrue(all(name.startswith("cast F32->") for name in names))
         self.assertEqual([], [n for n in run([args.bench], "--list", "--filter", "pack").stdout.splitlines()
                               if "pack" not in n])
+
+    def test_peers_dequantize(self):
+        """PyTorch's code of peers_convert.py, by the vectors of the formats' descriptions."""
+        if not importlib.util.find_spec("torch"):
+            self.skipTest("no torch")
+        import torch
+
+        def words(text):
+            return torch.tensor([int(x, 16) - (int(x, 16) >> 31 << 32) for x in text.split()], dtype=torch.int32)
+
+        def bits(x):
+            return [f"{b & 0xFFFF:04X}" for b in x.to(torch.bfloat16).contiguous().view(torch.int16).flatten().tolist()]
+        scales = words("1C002666 2E663C00 3555211F 04002A3D").view(torch.float16).view(1, 8)
+        rows = words("52FC9630 A741EB85 FC9630DA 41EB852F 9630DA74 EB852FC9 30DA741E 852FC963").view(1, 8)
+        got = peers_convert.gptq(torch, rows, words("28FEF067").view(1, 1), scales, 8)
+        self.assertEqual("BE4D BC00 4110 BDCD BDE1 C015 3E7A 0000".split(), bits(got[:, 0]))
+        self.assertEqual("BD9A 3C40 4160 BF9A BD76 BF2B BE96 39A0".split(), bits(got[:, 7]))
+        got = peers_convert.awq(torch, words("86427531").view(1, 1), words("2F981078").view(1, 1), scales, 1)
+        self.assertEqual("BE33 BCC0 C080 BF00 3D4D C040 3E96 39C0".split(), bits(got))
+        scales = words("3CF63C23").view(torch.bfloat16).view(1, 2)
+        got = peers_convert.packed(torch, words("76543210 FEDCBA98").view(1, 2), scales, 8)
+        self.assertEqual("BDA3 BD8F".split(), bits(got[0, :2]))  # -8 and -7 times 3C23
+        table = bytes.fromhex("10325476980FF071")
+        got = peers_convert.four_bits(torch, torch.tensor(list(table), dtype=torch.uint8), peers_convert.E2M1,
+                                      torch.tensor([1.0]), 16, False)
+        self.assertEqual("0000 3F00 3F80 3FC0 4000 4040 4080 40C0 8000 BF00 C0C0 0000 0000 C0C0 3F00 40C0".split(), bits(got))
+        got = peers_convert.four_bits(torch, torch.tensor(list(bytes.fromhex("0F7AE158")), dtype=torch.uint8),
+                                      peers_convert.NF4, words("3D4CCCCD").view(torch.float32), 8, True)
+        self.assertEqual("BD4D 3D4D 0000 3C4A 3D14 BD0F BC17 3B82".split(), bits(got))
 
     def test_bad_arguments(self):
         for bad in (["--bytes", "0"], ["--bytes", "12Q"], ["--bytes"], ["--device", "gpu"], ["--runs", "-1"],

@@ -2,7 +2,7 @@
 // are divided by their scales. A file of its own, as nvfp4.hip is.
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
-#include "pack.h"
+#include "nvidia.h"
 #include "product.h"
 #include "scales.h"
 
@@ -61,6 +61,29 @@ template <int Src, int Dst> struct Affine {
         return static_cast<typename word_of<dst_size>::type>(encode<Dst>(bits));
     }
 
+#ifndef FST_BY_ELEMENT
+    FST_INLINE void results(const Vector<width> &in, const Cell &cell, Vector<16> *out) const {
+#if FST_PACKED
+        if (Src == FST_T_I8 && (cell.scale & 0x7F800000) != 0x7F800000) { // of finite scales there is no NaN
+            uint32_t x[width];
+            FST_UNROLLED
+            for (unsigned i = 0; i < width; i++) { // 2^23 + 128 + the code, as F32 bits, less what is not the difference
+                const uint32_t biased = permute(in.word[i / 4] ^ four(0x80), 0x4B000000, 0x7440 + i % 4);
+                const float difference = fst_float_of_bits32(biased) - static_cast<float>(8388736 + cell.zero);
+                x[i] = fst_bits_of_float32(difference * fst_float_of_bits32(cell.scale));
+            }
+            FST_UNROLLED
+            for (unsigned i = 0; i < width; i++)
+                if (factor) x[i] = fst_bits_of_float32(fst_float_of_bits32(x[i]) * fst_float_of_bits32(factor));
+            return narrow_numbers<Dst>(x, out->word);
+        }
+#endif
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++)
+            put<dst_size>(out, i, result(static_cast<uint32_t>(get<1>(in, i)), cell));
+    }
+#endif
+
     FST_INLINE void under(uint64_t begin, uint64_t n, uint64_t index) const {
         const Cell cell = {load_scale(scales, scale_dtype, index),
                            Src == FST_T_I8 && zeros ? global<const int8_t>(zeros)[index] : 0};
@@ -72,8 +95,7 @@ template <int Src, int Dst> struct Affine {
         const uint8_t *all = global<const uint8_t>(src);
         if (n == width && load_vector(from, all, all + count, &in)) {
             Vector<16> out = {};
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i++) put<dst_size>(&out, i, result(static_cast<uint32_t>(get<1>(in, i)), cell));
+            results(in, cell, &out);
             store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
             return;
         }

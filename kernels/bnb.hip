@@ -1,8 +1,9 @@
 // bitsandbytes' 4 bits: codes of a table, times a scale for each run of elements, whatever rows it crosses.
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
-#include "pack.h"
+#include "nvidia.h"
 #include "product.h"
+#include "values.h"
 
 namespace {
 
@@ -14,6 +15,7 @@ template <int Dst> struct Bnb4 {
     uint64_t src, dst, map, absmax, nested, nested_map, first, count;
     Divisor block, nested_block;
     uint32_t offset;
+    unsigned fp4; // which table, where there is no map
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -41,9 +43,10 @@ template <int Dst> struct Bnb4 {
         return add_rounded(multiply(value, by), offset);
     }
 
+    FST_INLINE uint32_t value(uint32_t code) const { return value_of(map, fp4, code); }
+
     FST_INLINE typename word_of<dst_size>::type result(uint32_t code, uint32_t scale) const {
-        return static_cast<typename word_of<dst_size>::type>(
-            encode<Dst>(multiply(global<const uint32_t>(map)[code], scale)));
+        return static_cast<typename word_of<dst_size>::type>(encode<Dst>(multiply(value(code), scale)));
     }
 
     FST_INLINE void elements(uint64_t begin, uint64_t end) const {
@@ -76,6 +79,22 @@ template <int Dst> struct Bnb4 {
         const uint64_t cell = block.divide(first + begin), left = (cell + 1) * block.value - first - begin;
         const uint32_t scale = scale_of(cell), scale2 = left < width ? scale_of(cell + 1) : scale;
         Vector<16> out = {};
+#if FST_PACKED
+        uint32_t x[width];
+        bool has_nan = false;
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++) {
+            const float product = fst_float_of_bits32(value(in.word[0] >> (4 * (i ^ 1)) & 15)) *
+                                  fst_float_of_bits32(i < left ? scale : scale2);
+            x[i] = fst_bits_of_float32(product);
+            has_nan |= product != product;
+        }
+        if (!has_nan) {
+            narrow_numbers<Dst>(x, out.word);
+            store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+            return true;
+        }
+#endif
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
             put<dst_size>(&out, i, result(in.word[0] >> (4 * (i ^ 1)) & 15, i < left ? scale : scale2));
@@ -96,7 +115,8 @@ template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
                             args->count,
                             divisor(args->block),
                             divisor(args->nested ? args->nested_block : 1),
-                            fst_bits_of_float32(args->offset)};
+                            fst_bits_of_float32(args->offset),
+                            args->fp4 != 0};
     return launch(stream, body, body.blocks());
 }
 
@@ -111,7 +131,7 @@ extern "C" int FST_SYMBOL(fst_bnb4)(fst_queue stream, const fst_bnb4_args *args)
         return FST_K_SIZE;
     if (args->block == 0 || (args->nested && args->nested_block == 0)) return FST_K_SCALE;
     if (args->count == 0) return FST_K_OK;
-    if (!args->src || !args->dst || !args->map || !args->absmax || (args->nested && !args->nested_map))
+    if (!args->src || !args->dst || !args->absmax || (args->nested && !args->nested_map))
         return FST_K_NULL;
     const uint64_t words = reinterpret_cast<uint64_t>(args->map) | reinterpret_cast<uint64_t>(args->nested) |
                            reinterpret_cast<uint64_t>(args->nested_map) |

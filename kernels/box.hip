@@ -1,6 +1,7 @@
 // Parts of matrices of codes under scales (what scaled.hip, nvfp4.hip, affine.hip and bnb.hip make of whole ones), and of
 // narrow floats without any.
 #include "box.h"
+#include "values.h"
 
 namespace {
 
@@ -223,6 +224,7 @@ struct Bnb4Codes {
 
     Source source;
     uint64_t map, absmax, nested, nested_map;
+    unsigned fp4; // which values, where there is no map
     uint64_t cols, absmax_first;
     Divisor block, nested_block;
     uint32_t offset;
@@ -242,7 +244,7 @@ struct Bnb4Codes {
         return add_rounded(multiply(from_map, global<const uint32_t>(nested)[nested_block.divide(cell)]), offset);
     }
     FST_INLINE uint32_t value(uint32_t code, Scale by) const {
-        return multiply(global<const uint32_t>(map)[code], by);
+        return multiply(value_of(map, fp4, code), by);
     }
 };
 
@@ -256,7 +258,7 @@ int check_bnb4(const fst_bnb4_args *args, const fst_box *box) {
         return FST_K_SIZE;
     if (args->block == 0 || (args->nested && args->nested_block == 0)) return FST_K_SCALE;
     if (none) return FST_K_OK;
-    if (!args->src || !args->dst || !args->map || !args->absmax || (args->nested && !args->nested_map))
+    if (!args->src || !args->dst || !args->absmax || (args->nested && !args->nested_map))
         return FST_K_NULL;
     const uint64_t words = reinterpret_cast<uint64_t>(args->map) | reinterpret_cast<uint64_t>(args->nested) |
                            reinterpret_cast<uint64_t>(args->nested_map) |
@@ -269,7 +271,8 @@ int run_bnb4(fst_queue stream, const fst_bnb4_args *args, const fst_box *box) {
     const int code = find_source(args->src, box, rows_stored(box, box->matrix_cols, 4), &codes.source);
     if (code) return code;
     if ((box->row * box->matrix_cols + box->col) / args->block < box->scales_first) return FST_K_SCALE;
-    codes.map = reinterpret_cast<uint64_t>(args->map), codes.absmax = reinterpret_cast<uint64_t>(args->absmax);
+    codes.map = reinterpret_cast<uint64_t>(args->map), codes.fp4 = args->fp4 != 0;
+    codes.absmax = reinterpret_cast<uint64_t>(args->absmax);
     codes.nested = reinterpret_cast<uint64_t>(args->nested);
     codes.nested_map = reinterpret_cast<uint64_t>(args->nested_map);
     codes.cols = box->matrix_cols, codes.absmax_first = box->scales_first;

@@ -98,7 +98,7 @@ typedef struct fst_scaled_args {
 typedef struct fst_bnb4_args {
     const void *src;         /* of element `first`; any byte alignment */
     void       *dst;         /* of element `first`; aligned to its element */
-    const void *map;         /* 16 F32 */
+    const void *map;         /* 16 F32; NULL: bitsandbytes' own */
     const void *absmax;      /* of the whole run */
     const void *nested;      /* F32, or NULL */
     const void *nested_map;  /* 256 F32 */
@@ -106,7 +106,9 @@ typedef struct fst_bnb4_args {
     int         dst_dtype;   /* F32, F16, BF16 */
     uint64_t    elements, first, count;
     uint64_t    block, nested_block;
+    int         fp4;         /* without a map: FP4's values, not NF4's */
 } fst_bnb4_args;
+
 /* How packed integers lie, and the zero points of scales. */
 typedef enum fst_packing {
     FST_PACKED_ROW,        /* along a row: [rows, words] */

@@ -317,6 +317,17 @@ template <int Dst> FST_FN uint32_t narrow16(uint32_t low, uint32_t high) {
     return Dst == FST_T_F16 ? f16x2_of_f32(low, high) : bf16x2_of_f32(low, high);
 }
 
+// F32 that are no NaN, to F32 or 16 bits.
+template <int Dst, unsigned n> FST_FN void narrow_numbers(const uint32_t (&in)[n], uint32_t *out) {
+    if constexpr (Dst == FST_T_F32) {
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) out[i] = in[i];
+    } else {
+        FST_UNROLLED
+        for (unsigned i = 0; i < n / 2; i++) out[i] = narrow16<Dst>(in[2 * i], in[2 * i + 1]);
+    }
+}
+
 template <int Src, int Dst> FST_FN uint32_t half_to_half(uint32_t in) {
     uint32_t low, high;
     widen16<Src>(in, &low, &high);

@@ -121,14 +121,7 @@ template <unsigned Bits, int Dst> struct Matrix {
             for (unsigned i = 0; i < 8; i++)
                 x[i] = fst_bits_of_float32(fst_float_of_bits32(difference(codes[i] ^ flip, by.zero)) *
                                            fst_float_of_bits32(by.scale));
-            if constexpr (Dst == FST_T_F32) {
-                FST_UNROLLED
-                for (unsigned i = 0; i < 8; i++) out->word[i] = x[i];
-            } else {
-                FST_UNROLLED
-                for (unsigned i = 0; i < 4; i++) out->word[i] = narrow16<Dst>(x[2 * i], x[2 * i + 1]);
-            }
-            return;
+            return narrow_numbers<Dst>(x, out->word);
         }
 #endif
         FST_UNROLLED

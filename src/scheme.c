@@ -575,6 +575,11 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
     w->bits = 4;
     if (is_gptq) {
         w->bits = out && z->shape[1] * 32 % out == 0 ? (unsigned)(z->shape[1] * 32 / out) : 0;
+        if (w->bits >= 5 && w->bits <= 7)
+            return wrong(
+                f, FST_E_UNSUPPORTED, codes,
+                "GPTQ of %u bits is not dequantized (planes of bits); load it as stored, without a cast",
+                w->bits);
         if (w->bits != 2 && w->bits != 3 && w->bits != 4 && w->bits != 8)
             return misfit(f, codes, zero, "2, 3, 4 or 8 bits a column");
         if (f->config.bits && f->config.bits != w->bits)
@@ -657,8 +662,8 @@ static fst_status add_bnb4(finder *f, uint32_t state, size_t length, fst_format 
     if (status) return status;
     if (scale == FST_NO_TENSOR) return missing(f, codes, "absmax");
     int is_nested = entry_of(f, scale)->dtype == FST_U8;
-    if (map == FST_NO_TENSOR) return missing(f, codes, "quant_map");
-    if (entry_of(f, map)->dtype != FST_F32 || elements_of(entry_of(f, map)) != 16)
+    /* Without one, bitsandbytes' own values (kernels/bnb.hip) count. */
+    if (map != FST_NO_TENSOR && (entry_of(f, map)->dtype != FST_F32 || elements_of(entry_of(f, map)) != 16))
         return misfit(f, codes, map, "F32, 16 of them");
     if (!is_nested && entry_of(f, scale)->dtype != FST_F32)
         return misfit(f, codes, scale, "F32, or U8 when nested");

@@ -59,6 +59,28 @@ TEST(bitsandbytes, nf4) {
     check_load(path, FST_BF16, bf16, sizeof bf16);
 }
 
+/* A file without a map: the published values count. The vectors of nf4 and of fp4. */
+TEST(bitsandbytes, without_a_map) {
+    static const unsigned char codes[2][4] = {{0x0F, 0x7A, 0xE1, 0x58}, {0x3B, 0x1A, 0x3B, 0x1A}};
+    static const unsigned char absmax[] = {0xCD, 0xCC, 0x4C, 0x3D};
+    static const uint32_t f32[2][8] = {
+        {0xBD4CCCCD, 0x3D4CCCCD, 0x00000000, 0x3C499D7E, 0x3D140FC3, 0xBD0E948E, 0xBC175DCC, 0x3B826266},
+        {0x3D4CCCCD, 0xBD4CCCCD, 0x39888889, 0xBD088889, 0x3D4CCCCD, 0xBD4CCCCD, 0x39888889, 0xBD088889}};
+    static const char *const kinds[2] = {"nf4", "fp4"};
+    for (int i = 0; i < 2; i++) {
+        char state[100], name[80], shape[32];
+        snprintf(state, sizeof state, "{\"quant_type\": \"%s\", \"blocksize\": 64, \"shape\": [2, 4]}",
+                 kinds[i]);
+        snprintf(name, sizeof name, "m.weight.quant_state.bitsandbytes__%s", kinds[i]);
+        snprintf(shape, sizeof shape, "[%zu]", strlen(state));
+        const support_tensor tensors[] = {{"m.weight", "U8", "[4,1]", codes[i], 4},
+                                          {"m.weight.absmax", "F32", "[1]", absmax, 4},
+                                          {name, "U8", shape, state, strlen(state)}};
+        support_checkpoint(test_path("m.safetensors"), NULL, tensors, 3, 1);
+        check_load(test_path("m.safetensors"), FST_F32, f32[i], sizeof f32[i]);
+    }
+}
+
 /* Blocks cross rows, chunks cut blocks, scales are nested, codes are stored as another type, their number is odd. */
 static void load_nested(const char *dtype, uint64_t rows, uint64_t cols) {
     enum { MOST = 300000 };

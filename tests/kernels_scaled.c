@@ -549,6 +549,38 @@ TEST(kernels_scaled, any_range_of_any_matrix) {
     }
 }
 
+/* A scale for each column: as many as there are codes in a row. */
+TEST(kernels_scaled, columns) {
+    static const uint64_t lengths[] = {2, 3, 7, 8, 9, 15, 16, 17, 24, 64, 67, 251};
+    static uint8_t codes[most_elements], scales[most_elements * 4];
+    test_rig rig;
+    EACH_RIG(&rig, 1 << 17) {
+        uint64_t random = 12;
+        for (int trial = 0; trial < 1500; trial++) {
+            fst_scaled_args args = a_matrix(&random);
+            args.kind = FST_SCALE_BLOCK;
+            args.rows = rig_below(&random, 20) + 1;
+            args.cols = lengths[rig_below(&random, sizeof lengths / sizeof *lengths)];
+            args.block_cols = 1;
+            args.block_rows = args.rows + rig_below(&random, 2);
+            args.scales_count = scales_for(&args);
+            args.first = trial % 2 ? rig_below(&random, args.rows * args.cols) & ~1ull : 0;
+            args.count = args.rows * args.cols - args.first;
+            const size_t size = bytes_of(args.dst_dtype, 1);
+            for (size_t i = 0; i < bytes_of(args.src_dtype, args.count); i++)
+                codes[i] = (uint8_t)rig_random(&random);
+            for (uint64_t i = 0; i < args.scales_count; i++)
+                put_scale(
+                    scales, args.scale_dtype, i,
+                    a_scale(args.scale_dtype, &random, (unsigned)rig_below(&random, trial % 3 ? 9999 : 64)));
+            const size_t src_skew = trial % 4 ? rig_below(&random, 17) : 0;
+            const uint8_t *got = run_scaled(&rig, args, codes, src_skew, scales,
+                                            trial % 4 ? rig_below(&random, 16 / size) * size : 0);
+            check_values(&rig, &args, codes, scales, got);
+        }
+    }
+}
+
 /* Every alignment of both sides under every kind, of a matrix whose rows, groups and blocks are no multiples
  * of a vector. */
 TEST(kernels_scaled, every_alignment) {

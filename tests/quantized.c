@@ -219,6 +219,22 @@ TEST(quantized, int8_with_zero_points) {
               3, NULL, (const uint32_t[]){0xBFA6D200, 0x3F9DE800, 0xBCF48000, 0x3CA30000}, 4);
 }
 
+/* Two matrices of 2 x 1, each row with a scale and a zero point of its own; then one of each for a matrix. */
+TEST(quantized, int8_with_zero_points_in_a_stack) {
+    static const unsigned char codes[] = {0x80, 0x7F, 0x00, 0x05}, zeros[] = {3, 3, 3, 0x80};
+    static const uint16_t scales[] = {0x3C23, 0x3C23, 0x3C23, 0x3C23}, two[] = {0x3F80, 0x4000};
+    check_one((support_tensor[]){{"e.weight", "I8", "[2,2,1]", codes, 4},
+                                 {"e.weight_scale", "BF16", "[2,2,1]", scales, 8},
+                                 {"e.weight_zero_point", "I8", "[2,2,1]", zeros, 4}},
+              3, NULL, (const uint32_t[]){0xBFA6D200, 0x3F9DE800, 0xBCF48000, 0x3FA95E00}, 4);
+    static const float want[] = {-128 + 1, 127 + 1, 2 * (0 - 5), 2 * (5 - 5)};
+    check_one(
+        (support_tensor[]){{"e.weight", "I8", "[2,2,1]", codes, 4},
+                           {"e.weight_scale", "BF16", "[2,1,1]", two, 4},
+                           {"e.weight_zero_point", "I8", "[2,1,1]", (const unsigned char[]){0xFF, 5}, 2}},
+        3, NULL, (const uint32_t *)(const void *)want, 4);
+}
+
 TEST(quantized, fp8_with_a_scale_a_column) {
     static const unsigned char codes[] = {0x38, 0x40, 0x38, 0x40, 0xB8, 0x00,
                                           0x38, 0x38, 0x38, 0x40, 0x40, 0x40};

@@ -428,9 +428,14 @@ class Lane:
             return self.put(o[0], self.get(o[2]))
         size = SIZES[kind]
         at = self.get(o[1] if what.startswith("read") else o[0])
-        if what == "write2":
-            for n in "01":
-                self.share(at + size * int(i.modifiers.get("offset" + n, "0")), self.get(o[1 + int(n)], 8 * size), size)
+        if what.startswith(("write2", "read2")):
+            step = size * (64 if what.endswith("st64") else 1)
+            places = [at + step * int(i.modifiers.get("offset" + n, "0")) for n in "01"]
+            if what.startswith("read2"):
+                both = b"".join(self.shared[place:place + size] for place in places)
+                return self.put(o[0], int.from_bytes(both, "little"), 16 * size)
+            for n, place in enumerate(places):
+                self.share(place, self.get(o[1 + n], 8 * size), size)
         elif what == "write":
             self.share(at + int(i.modifiers.get("offset", "0")), self.get(o[1], 8 * size), size)
         else:
@@ -441,8 +446,9 @@ class Lane:
         self.shared[at:at + size] = value.to_bytes(size, "little")
 
 
-def follow(code, memory, arguments, block, threads=1):
-    """Runs the first lanes of a block; counts of the first, and the bytes that all stored by their address."""
+def follow(code, memory, arguments, block, threads=1, behind=None):
+    """Runs the first lanes of a block, only `behind` of them behind the first barrier; counts of the first, and the bytes
+    that all stored by their address."""
     start, instructions = code
     base = memory.add(1 << 44, max(len(arguments), 1))
     memory.store(base, arguments)
@@ -450,7 +456,7 @@ def follow(code, memory, arguments, block, threads=1):
     lanes = [Lane(instructions, memory, shared, base, block, thread) for thread in range(threads)]
     running = [lane.run(start) for lane in lanes]
     while running:  # as far as the next barrier
-        running = [r for r in running if next(r, "end") != "end"]
+        running = [r for r in running if next(r, "end") != "end"][:behind]
     c = lanes[0].counted
     stored = {at: byte for lane in lanes for at, byte in lane.stored.items()}
     return Count(c["vector"], c["vector"] + 3 * c["slow"], c["scalar"] + c["load"], c["memory"], c["shared"],
@@ -460,6 +466,7 @@ def follow(code, memory, arguments, block, threads=1):
 # ---- What is counted ----
 
 SRC, DST, SCALES, NANS = 1 << 40, 2 << 40, 3 << 40, 5 << 40
+ZEROS, ORDER = 6 << 40, 7 << 40  # of packed integers
 BIG = 1 << 24                # elements, or rows
 LIMITS = {"F64": 0x7FF << 52}  # of what is rounded: no number here comes near it; otherwise F32's
 FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
@@ -471,8 +478,9 @@ ONE = {"F64": (0x3FF << 52, 52), "F32": (0x3F800000, 23), "F16": (0x3C00, 10), "
 ROWS_DIMS = 7
 
 # A kernel's run: its name, its arguments, how often it counts; what its source repeats, and what its destination must
-# (None: nothing is stored there); bytes, or a function of the offset. How many lanes work on the result of the first.
-Step = collections.namedtuple("Step", "kernel arguments times source target threads", defaults=[1])
+# (None: nothing is stored there); bytes, or a function of the offset. How many lanes work on the result of the first; how
+# many of them are followed behind the barrier, if not all.
+Step = collections.namedtuple("Step", "kernel arguments times source target threads behind", defaults=[1, None])
 Case = collections.namedtuple("Case", "name bytes steps")  # bytes that all of it moves for a lane
 
 
@@ -618,6 +626,88 @@ def affine(kind, src, dst, block_rows, block_cols, *, over_127=False, zeros=Fals
                 [Step(f"Affine<{number(src)}, {number(dst)}>", arguments, 1, source, target)])
 
 
+def mixed(index):
+    """Words of packed codes: any."""
+    return (index * 0x9E3779B1 ^ index >> 7) * 0x85EBCA6B >> 3 & MASK32
+
+
+def stream(first, step, bits, k):
+    """Code k of the stream of bits that words first, first + step, ... are."""
+    word, shift = divmod(bits * k, 32)
+    return (mixed(first + step * word) | mixed(first + step * (word + 1)) << 32) >> shift & ((1 << bits) - 1)
+
+
+def awq(i, row):
+    """AWQ's code of a row in word i."""
+    return mixed(i) >> 4 * (0, 4, 1, 5, 2, 6, 3, 7)[row % 8] & 15
+
+
+# Of layouts: kernel (what is behind its bits and its target), steps of scales, flags, code, zero point, what is added to it.
+LAYOUTS = {
+    "gptq": ("Tile", ", true", lambda rows, groups: (1, rows), 1 << 6,
+             lambda bits, rows, cols, row, col: stream(row, rows, bits, col),
+             lambda bits, rows, groups, row, group: stream(group * (rows * bits // 32), 1, bits, row) + 1),
+    "awq": ("Tile", ", false", lambda rows, groups: (1, rows), 1 << 3,
+            lambda bits, rows, cols, row, col: awq(col * (rows // 8) + row // 8, row),
+            lambda bits, rows, groups, row, group: awq(group * (rows // 8) + row // 8, row)),
+    "pack-quantized": ("Rows", "", lambda rows, groups: (groups, 1), 1 << 4,
+                       lambda bits, rows, cols, row, col: stream(row * (cols * bits // 32), 1, bits, col),
+                       lambda bits, rows, groups, row, group: stream(group, groups, bits, row)),
+    "two rows a byte": ("Pairs", "", lambda rows, groups: (groups, 1), 1 << 5,
+                        lambda bits, rows, cols, row, col: (mixed((row // 2 * cols + col) // 4) >> col % 4 * 8 + row % 2 * 4 & 15
+                                                            ^ 8),
+                        None),
+}
+
+
+def packed(layout, bits, dst, scale, *, zeros=True, order=False, rows=4096, cols=14336, group=128):
+    """Any codes and zero points, scales that are 2; a block of lanes where it has a tile in shared memory."""
+    kernel, last, steps, flags, code, zero = LAYOUTS[layout]
+    zeros, groups, width = zeros and zero is not None, cols // group, bits_of(dst) // 8
+    kind = (0 if not zeros else 3 if kernel == "Rows" else 2)
+    fixed = (1 << (bits - 1)) if not zeros else int(layout == "gptq")
+    step = 1 if kernel == "Rows" else rows * bits // 32
+    matrix = (words(SRC, DST, SCALES, ZEROS if zeros else 0, ORDER if order else 0, rows, cols, 0,
+                    rows * cols // 2 if kernel == "Pairs" else rows * cols * bits // 32, *steps(rows, groups),
+                    groups if kind == 3 else 1, step) + divisor(group) +
+              struct.pack("<iIIiiI??6x", fixed, 0, 8 * (kernel == "Pairs"), number(scale), kind, flags, True, not order))
+    if kernel == "Tile":
+        along = layout == "gptq"
+        wide, tile_cols = (64, 128 if bits == 3 else 512 // bits) if along else (16, 128)
+        across = rows // wide if along else rows // 8 // wide
+        each, threads = wide * tile_cols // 8 // 256 * (8 if along else 64), 256
+        arguments = matrix + words(rows if along else rows // 8, 0, -(-cols // tile_cols)) + divisor(across) + words(0)
+    else:
+        own = words(cols * bits // 32, 0, rows - 1) if kernel == "Rows" else words(0, rows // 2 - 1)
+        each, threads = (8 if kernel == "Rows" else 16), 1
+        arguments = matrix + own + divisor(cols // 8) + words(0)
+
+    def group_of(col):
+        return col * 5003 % cols // group if order else col // group
+
+    def source(offset):
+        return mixed(offset // 4) >> 8 * (offset % 4)
+
+    def target(offset):
+        row, col = divmod(offset // width, cols)
+        minus = zero(bits, rows, groups, row, group_of(col)) if zeros else 1 << (bits - 1)
+        return encode_small(dst, 2 * (code(bits, rows, cols, row, col) - minus)) >> 8 * (offset % width) & 255
+
+    name = f"Packed{kernel}<{'' if kernel == 'Pairs' else f'{bits}, '}{number(dst)}{last}>"
+    how = ", zero points" * (zeros and layout == "pack-quantized") + ", act-order" * order
+    return Case(f"{layout}, {bits} bits{how} x {scale}->{dst}", each * (bits / 8 + width),
+                [Step(name, arguments, 1, (source, lambda offset: group_of(offset // 4) >> 8 * (offset % 4)), target, threads,
+                      9)])
+
+
+def encode_small(name, x):
+    """The code of a whole number that the type can represent."""
+    bits = bits32(float(x))
+    if name == "F16":
+        return struct.unpack("<H", struct.pack("<e", float(x)))[0]
+    return bits >> 16 if name == "BF16" else bits
+
+
 # Half the largest code and the largest, and what it stands for.
 LARGEST = {"F8_E4M3": (b"\x76\x7e", 448), "F8_E5M2": (b"\x77\x7b", 57344), "F8_E4M3FNUZ": (b"\x76\x7e", 224)}
 
@@ -666,10 +756,22 @@ def cases():
             yield scaled("scale block", src, dst, 128, 128)
     yield scaled("scale block, 7168 columns", "F8_E4M3", "BF16", 128, 128, cols=7168)
     yield nvfp4("BF16")
-    yield bnb4("BF16", nested=False)
-    yield bnb4("BF16", nested=True)
-    yield affine("zero points a row", "I8", "BF16", 1, 4096, zeros=True)
-    yield affine("over 127 a row", "I8", "BF16", 1, 4096, over_127=True)
+    for dst in plain:
+        yield bnb4(dst, nested=False)
+        yield bnb4(dst, nested=True)
+        yield affine("zero points a row", "I8", dst, 1, 4096, zeros=True)
+        yield affine("over 127 a row", "I8", dst, 1, 4096, over_127=True)
+    for dst in plain:
+        yield packed("gptq", 4, dst, "F16")
+        yield packed("awq", 4, dst, "F16")
+        yield packed("pack-quantized", 4, dst, "BF16", zeros=False)
+    for bits in (2, 3, 8):
+        yield packed("gptq", bits, "BF16", "F16")
+    for bits in (3, 8):
+        yield packed("pack-quantized", bits, "BF16", "BF16", zeros=False)
+    yield packed("pack-quantized", 4, "BF16", "BF16")
+    yield packed("gptq", 4, "BF16", "F16", order=True)
+    yield packed("two rows a byte", 4, "BF16", "BF16")
     yield affine("divided by blocks", "F8_E4M3", "BF16", 128, 128)
     for src in plain:
         for dst in ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ"):
@@ -694,7 +796,12 @@ def buffers(step):
     if step.kernel.startswith("Encode<"):
         target = int(re.search(r", (\d+)>", step.kernel)[1])
         each = struct.pack("<f", 2 / next(m for name, (_, m) in LARGEST.items() if number(name) == target))
-    for base, pattern in ((SRC, step.source), (SCALES, each)):
+    source = step.source
+    if step.kernel.startswith("Packed"):  # scales of 16 bits
+        (source, group), each = source, b"\0\x40"
+        memory.add(ZEROS, 1 << 34, at_offset(source))
+        memory.add(ORDER, 1 << 34, at_offset(group))
+    for base, pattern in ((SRC, source), (SCALES, each)):
         memory.add(base, 1 << 34, at_offset(pattern))
     memory.add(DST, 1 << 34)
     memory.add(NANS, 8)
@@ -707,7 +814,7 @@ def count_step(kernels, step):
     """Of a lane of a block in the middle of the tensor. The first: it also makes the block's scale."""
     if step.kernel not in kernels:
         raise SystemExit(f"no kernel {step.kernel}: the list of cases does not fit the sources")
-    count, stored = follow(kernels[step.kernel], buffers(step), step.arguments, 9, step.threads)
+    count, stored = follow(kernels[step.kernel], buffers(step), step.arguments, 9, step.threads, step.behind)
     expected = at_offset(step.target or b"\0")
     for at, byte in stored.items():
         if DST <= at < SCALES and byte != expected(at - DST):
@@ -761,7 +868,15 @@ GROUPS = [
     ("8-bit float × scale → F16", r"scale.*, F8\w+ x.*->F16"), ("I8 × scale → BF16", r"scale.*, I8 "),
     ("F4 × scale → F32", r"scale.*, F4 x.*->F32"), ("F4 × scale → BF16", r"(scale.*, F4 x|NVFP4).*->BF16"),
     ("F4 × scale → F16", r"scale.*, F4 x.*->F16"),
-    ("bitsandbytes' 4 bits → BF16", r"bnb4"), ("I8 with zero points, over 127 → BF16", r"(zero|over).*I8->"),
+    ("bitsandbytes' 4 bits → F32", r"bnb4.*->F32"), ("bitsandbytes' 4 bits → BF16", r"bnb4.*->BF16"),
+    ("bitsandbytes' 4 bits → F16", r"bnb4.*->F16"), ("I8 with zero points, over 127 → F32", r"(zero|over).*I8->F32"),
+    ("I8 with zero points, over 127 → BF16", r"(zero|over).*I8->BF16"),
+    ("I8 with zero points, over 127 → F16", r"(zero|over).*I8->F16"),
+    ("GPTQ → F32", r"gptq.*s x.*->F32"), ("GPTQ → BF16", r"gptq.*s x.*->BF16"), ("GPTQ → F16", r"gptq.*s x.*->F16"),
+    ("GPTQ, act-order → BF16", r"gptq.*order"),
+    ("AWQ → F32", r"awq.*->F32"), ("AWQ → BF16", r"awq.*->BF16"), ("AWQ → F16", r"awq.*->F16"),
+    ("pack-quantized → F32", r"pack-.*->F32"), ("pack-quantized → BF16", r"pack-.*->BF16"),
+    ("pack-quantized → F16", r"pack-.*->F16"), ("int4, two rows a byte → BF16", r"two rows"),
     ("F8_E4M3 ÷ scale → BF16", r"divided"),
     *((f"quantize {src}, {kind}", f"quantize ({kind.replace(', ', '|')}), {src}-")
       for src in ("F32", "BF16", "F16") for kind in ("tensor", "row, block")),
