@@ -159,7 +159,8 @@ inline int find_grid(uint64_t width, uint64_t first, uint64_t pitch, uint64_t i,
     if (!pitch) pitch = width;
     if (i_last > i && pitch <= j_last - j) return FST_K_STRIDE;
     const uint128 before = static_cast<uint128>(first / width) * pitch + first % width;
-    if (static_cast<uint128>(i) * pitch + j < before || static_cast<uint128>(i_last) * pitch + j_last > INT64_MAX)
+    if (static_cast<uint128>(i) * pitch + j < before ||
+        static_cast<uint128>(i_last) * pitch + j_last > INT64_MAX)
         return FST_K_SCALE;
     *out = {pitch, static_cast<uint64_t>(before)};
     return FST_K_OK;
@@ -178,17 +179,20 @@ inline void rows_of(const fst_box *box, uint64_t *low, uint64_t *high) {
 inline int check_target(const fst_box *box, const void *dst, unsigned size) {
     if (reinterpret_cast<uint64_t>(dst) % size) return FST_K_ALIGN;
     if (box->dst_half > INT64_MAX) return FST_K_SIZE;
-    if (box->dst_half && (box->row - box->origin_row + box->rows - 1) / 2 >= box->dst_half) return FST_K_STRIDE;
+    if (box->dst_half && (box->row - box->origin_row + box->rows - 1) / 2 >= box->dst_half)
+        return FST_K_STRIDE;
     uint64_t low, high;
     rows_of(box, &low, &high);
     const uint64_t rows = high - low, cols = box->cols - 1; // steps from the first to the last
     const uint128 covered_down = static_cast<uint128>(rows) * box->dst_row,
                   covered_across = static_cast<uint128>(cols) * box->dst_col;
     if ((rows && !box->dst_row) || (cols && !box->dst_col)) return FST_K_STRIDE;
-    if (rows && cols && (box->dst_row < box->dst_col ? covered_down >= box->dst_col : covered_across >= box->dst_row))
+    if (rows && cols &&
+        (box->dst_row < box->dst_col ? covered_down >= box->dst_col : covered_across >= box->dst_row))
         return FST_K_STRIDE;
     if (static_cast<uint128>(high) * box->dst_row +
-            static_cast<uint128>(box->col - box->origin_col + cols) * box->dst_col > INT64_MAX / size)
+            static_cast<uint128>(box->col - box->origin_col + cols) * box->dst_col >
+        INT64_MAX / size)
         return FST_K_SIZE;
     return FST_K_OK;
 }

@@ -56,7 +56,8 @@ template <int Src> struct ScaledCodes {
     }
 
     FST_INLINE Scale scale_of(uint64_t row, uint64_t col) const {
-        const uint64_t down = block_rows.divide(row), right = block_cols.divide(col), at = scale_grid.at(down, right);
+        const uint64_t down = block_rows.divide(row), right = block_cols.divide(col),
+                       at = scale_grid.at(down, right);
         return {load_scale(scales, scale_dtype, at),
                 Src == FST_T_I8 && zeros ? global<const int8_t>(zeros)[zero_grid.at(down, right)] : 0};
     }
@@ -139,15 +140,16 @@ int check_whole(const fst_scaled_args *args, const fst_box *box, uint64_t *block
 
 // The part's codes and scales, where they are.
 template <class Codes>
-int find_parts(const fst_scaled_args *args, const fst_box *box, uint64_t block_rows, uint64_t block_cols, Codes *codes,
-               Grid *zeros) {
+int find_parts(const fst_scaled_args *args, const fst_box *box, uint64_t block_rows, uint64_t block_cols,
+               Codes *codes, Grid *zeros) {
     const uint64_t width = blocks_of(args->cols, block_cols);
     const uint64_t i = box->row / block_rows, i_last = (box->row + box->rows - 1) / block_rows,
                    j = box->col / block_cols, j_last = (box->col + box->cols - 1) / block_cols;
     const unsigned bits = args->src_dtype == FST_T_F4 ? 4 : 8;
     int code = find_source(args->src, box, rows_stored(box, args->cols, bits), &codes->source);
     if (code == FST_K_OK)
-        code = find_grid(width, box->scales_first, box->scales_pitch, i, i_last, j, j_last, &codes->scale_grid);
+        code =
+            find_grid(width, box->scales_first, box->scales_pitch, i, i_last, j, j_last, &codes->scale_grid);
     if (code == FST_K_OK && args->zeros)
         code = find_grid(width, box->zeros_first, box->zeros_pitch, i, i_last, j, j_last, zeros);
     return code;
@@ -241,7 +243,8 @@ struct Bnb4Codes {
         const uint64_t cell = block.divide(row * cols + col), at = cell - absmax_first;
         if (!nested) return global<const uint32_t>(absmax)[at];
         const uint32_t from_map = global<const uint32_t>(nested_map)[global<const uint8_t>(absmax)[at]];
-        return add_rounded(multiply(from_map, global<const uint32_t>(nested)[nested_block.divide(cell)]), offset);
+        return add_rounded(multiply(from_map, global<const uint32_t>(nested)[nested_block.divide(cell)]),
+                           offset);
     }
     FST_INLINE uint32_t value(uint32_t code, Scale by) const {
         return multiply(value_of(map, fp4, code), by);

@@ -21,7 +21,7 @@ template <int Layout> struct PackedCodes {
     uint64_t scales, zeros, groups;
     Grid scale_grid, zero_grid;
     Divisor group;
-    Places places; // of codes and of zero points
+    Places places;       // of codes and of zero points
     int32_t fixed;       // added to zero points; where there are none, the only one
     uint32_t zero_carry; // added to their words
     uint32_t flip;       // of each code: two's complement
@@ -102,7 +102,8 @@ Stored words_stored(const fst_packed_args *a, const fst_box *box, const Places &
     }
     unsigned least = 32; // of the first word: the byte that is needed first
     for (uint64_t row = box->row; row < row_end && row / 8 == box->row / 8; row++) {
-        const unsigned i = static_cast<unsigned>(row % 8), shift = a->flags & FST_K_AWQ_ORDER ? awq_shift(i) : 4 * i;
+        const unsigned i = static_cast<unsigned>(row % 8),
+                       shift = a->flags & FST_K_AWQ_ORDER ? awq_shift(i) : 4 * i;
         if (shift < least) least = shift;
     }
     return {width * 32, box->col, col_end, box->row / 8 * 32 + least / 8 * 8,
@@ -130,7 +131,8 @@ int find_grids(const fst_packed_args *a, const fst_box *box, PackedCodes<Layout>
     switch (a->zeros_kind) {
     case FST_ZEROS_NONE: return FST_K_OK;
     case FST_ZEROS_BYTES: return grid(groups, first, pitch, rows, j, &codes->zero_grid);
-    case FST_ZEROS_ROWS: return grid(words_of(a->rows, a->bits, padded), first, pitch, j, words, &codes->zero_grid);
+    case FST_ZEROS_ROWS:
+        return grid(words_of(a->rows, a->bits, padded), first, pitch, j, words, &codes->zero_grid);
     case FST_ZEROS_COLUMNS: return grid(groups, first, pitch, words, j, &codes->zero_grid);
     case FST_ZEROS_GROUPS:
         return grid(words_of(groups, a->bits, padded), first, pitch, rows, group_words, &codes->zero_grid);
@@ -138,7 +140,8 @@ int find_grids(const fst_packed_args *a, const fst_box *box, PackedCodes<Layout>
     }
 }
 
-template <int Layout> int run_packed(fst_queue stream, const fst_packed_args *a, const fst_box *box, uint64_t width) {
+template <int Layout>
+int run_packed(fst_queue stream, const fst_packed_args *a, const fst_box *box, uint64_t width) {
     PackedCodes<Layout> codes = {};
     const bool padded = a->flags & FST_K_PADDED;
     codes.places = {divisor(32 / a->bits), a->bits, padded ? 32 % a->bits : 0};

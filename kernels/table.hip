@@ -35,11 +35,13 @@ int FST_SYMBOL(fst_box_cast)(fst_queue stream, const fst_cast_args *args, const 
 
 const fst_kernels *FST_SYMBOL(fst_kernels)(void);
 const fst_kernels *FST_SYMBOL(fst_kernels)(void) {
-    static const fst_kernels table = {FST_SYMBOL(fst_cast),     FST_SYMBOL(fst_batch), FST_SYMBOL(fst_scaled),
-                                      FST_SYMBOL(fst_quantize), FST_SYMBOL(fst_rows),  FST_SYMBOL(fst_transpose),
-                                      FST_SYMBOL(fst_fnuz),     FST_SYMBOL(fst_bnb4),  FST_SYMBOL(fst_packed),
-                                      FST_SYMBOL(fst_box_scaled), FST_SYMBOL(fst_box_bnb4),
-                                      FST_SYMBOL(fst_box_packed), FST_SYMBOL(fst_box_cast), FST_TARGET};
+    static const fst_kernels table = {FST_SYMBOL(fst_cast),     FST_SYMBOL(fst_batch),
+                                      FST_SYMBOL(fst_scaled),   FST_SYMBOL(fst_quantize),
+                                      FST_SYMBOL(fst_rows),     FST_SYMBOL(fst_transpose),
+                                      FST_SYMBOL(fst_fnuz),     FST_SYMBOL(fst_bnb4),
+                                      FST_SYMBOL(fst_packed),   FST_SYMBOL(fst_box_scaled),
+                                      FST_SYMBOL(fst_box_bnb4), FST_SYMBOL(fst_box_packed),
+                                      FST_SYMBOL(fst_box_cast), FST_TARGET};
     return &table;
 }
 

@@ -337,7 +337,9 @@ static size_t put_part(uint8_t *to, const uint8_t *from, uint64_t row_bytes, nee
 /* Uploads `size` bytes, with memory around that must not be read. */
 static void upload_part(test_rig *rig, size_t at, const uint8_t *bytes, size_t size) {
     rig_upload(rig, rig->src + at, bytes, size);
-    if (rig->gpu.host_access) POISON(rig->src + at + size, 64);
+    if (!rig->gpu.host_access) return;
+    POISON(rig->src + at - 64, 64);
+    POISON(rig->src + at + size, 64);
 }
 static void allow(test_rig *rig) {
     if (rig->gpu.host_access) UNPOISON(rig->src, rig->capacity);
