@@ -57,25 +57,34 @@ static int stream_tells(void *arg, const fst_progress *progress) {
 
 /* ---- What comes out ---------------------------------------------------------------------------------- */
 
-/* Which sources a result is made of. Computed scales come behind their weight. What belongs to a quantized weight is read with
- * all of it, also where it is kept: alone it would be a companion of nothing. */
+/* Adds what becomes of tensor `source` to the list, whose first element counts the others. What belongs to a quantized
+ * weight is read with all of it, also where it is kept: alone it would be a companion of nothing. */
+static void add_needs(const fst_scheme *scheme, uint32_t source, uint32_t *needs) {
+    uint32_t owner = scheme ? scheme->owner[source] : FST_NO_TENSOR;
+    const fst_quantized *weight = owner != FST_NO_TENSOR ? &scheme->weights[owner] : NULL;
+    needs[++needs[0]] = weight ? weight->codes : source;
+    for (size_t k = 0; weight && k < weight->companions_count; k++)
+        needs[++needs[0]] = (uint32_t)weight->list[k];
+}
+
+/* Which sources a result is made of. Computed scales come behind their weight. */
 static fst_status note_needs(fst_convert_job *c, const fst_loading *l) {
-    const fst_scheme *scheme = c->model->scheme;
+    const fst_plan_tensor *tensors = l->plan.tensors;
     c->sources = l->plan.stored_count;
     c->needs = calloc(c->model->count + 1, sizeof *c->needs);
     c->skip = calloc(c->sources + 1, 1);
     if (!c->needs || !c->skip) return fst_no_memory(c->error);
     for (size_t i = 0; i < c->model->count; i++) {
-        uint32_t planned = c->model->tensors[i].planned;
-        if (planned >= c->sources) planned = c->model->tensors[i - 1].planned;
-        uint32_t owner = scheme ? scheme->owner[planned] : FST_NO_TENSOR, count = 1;
-        const fst_quantized *weight = owner != FST_NO_TENSOR ? &scheme->weights[owner] : NULL;
-        uint32_t *needs = c->needs[i] = malloc((2 + FST_COMPANIONS) * sizeof *needs);
+        uint32_t planned = c->model->tensors[i].planned, parts = 1;
+        int fused = tensors[planned].into != NULL;
+        if (planned >= c->sources && !fused) planned = c->model->tensors[i - 1].planned;
+        if (fused) planned = tensors[planned].next_part;
+        for (uint32_t k = planned; fused && tensors[k].next_part != FST_NO_TENSOR; k = tensors[k].next_part)
+            parts++;
+        uint32_t *needs = c->needs[i] = calloc(1 + parts * (1 + (size_t)FST_COMPANIONS), sizeof *needs);
         if (!needs) return fst_no_memory(c->error);
-        needs[1] = weight ? weight->codes : planned;
-        for (size_t k = 0; weight && k < weight->companions_count; k++)
-            needs[1 + count++] = (uint32_t)weight->list[k];
-        needs[0] = count;
+        for (; parts; parts--, planned = tensors[planned].next_part)
+            add_needs(c->model->scheme, planned, needs);
     }
     return FST_OK;
 }
@@ -106,6 +115,7 @@ static fst_status plan_results(fst_convert_job *c, const fst_options *given) {
     if (!status) status = fst_loading_prepare(&l, BLOCK_BYTES);
     c->model = l.model;
     if (!status) status = check_plan(c, &l.plan);
+    c->pending = l.plan.bytes_pending;
     if (!status) status = note_needs(c, &l);
     if (!status) status = fst_loading_check_files(&l);
     fst_loading_end(&l);
@@ -534,7 +544,7 @@ static fst_status wait_for_writer(fst_convert_job *c) {
 }
 
 static uint64_t memory_bound(const fst_convert_job *c) {
-    uint64_t largest = 0;
+    uint64_t largest = c->pending;
     for (size_t i = 0; i < c->model->count; i++)
         if (c->model->tensors[i].nbytes > largest) largest = c->model->tensors[i].nbytes;
     return largest + MORE_MEMORY > USUAL_MEMORY ? largest + MORE_MEMORY : USUAL_MEMORY;

@@ -53,6 +53,7 @@ typedef struct fst_convert_job {
 
     fst_model  *model;       /* what comes out, without data */
     size_t      sources;     /* tensors that it is made of */
+    uint64_t    pending;     /* memory that is held until the last part of something fused is there */
     uint32_t  **needs;       /* of each result: sources; the count comes first */
     unsigned char *skip;     /* of each source: all that is made of it is there */
 

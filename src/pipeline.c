@@ -683,8 +683,8 @@ static fst_bnb4_args bnb4_args(const fst_load_job *job, const fst_plan_piece *pi
     return (fst_bnb4_args){
         .src = src,
         .dst = plain.dst,
-        .map = w->companions[FST_COMPANION_MAP] == FST_NO_TENSOR ? NULL
-                                                                 : companion(job, w, FST_COMPANION_MAP),
+        .map =
+            w->companions[FST_COMPANION_MAP] == FST_NO_TENSOR ? NULL : companion(job, w, FST_COMPANION_MAP),
         .fp4 = w->format == FST_FORMAT_BNB_FP4,
         .absmax = companion(job, w, FST_COMPANION_SCALE),
         .nested = nested ? companion(job, w, FST_COMPANION_NESTED) : NULL,

@@ -867,6 +867,9 @@ static fst_status cut_kept(planner *p, size_t index, const fst_entry *entry, con
     if (choice->layout || choice->into)
         return refuse_part(p, tensor, FST_E_UNSUPPORTED,
                            "it is quantized and stays so: its layout is as stored");
+    if (w->ndim == 0)
+        return refuse_part(p, tensor, FST_E_UNSUPPORTED,
+                           "it is quantized and stays so, with its shape in another tensor: it is not cut");
     if (dim >= 0 && (uint32_t)dim < w->ndim) {
         if (begin == 0 && end == 0)
             fst_shard_range(w->shape[dim], choice->unit, p->options->rank, p->options->ranks, &begin, &end);

@@ -491,3 +491,419 @@ TEST(shards, random_parts_of_quantized_weights) {
         }
     }
 }
+
+/* ---- Quantized weights that chunks cut ---- */
+
+typedef struct quantized {
+    const char *codes, *codes_dtype, *scale, *scale_dtype, *config;
+    unsigned bits;       /* of a code */
+    unsigned high, wide; /* under one scale; 0: all */
+    int blocks;          /* codes are [rows, cols / 32, 16] */
+} quantized;
+
+/* Large enough that codes are many chunks, with scales that are cut along both ways. */
+static void add_quantized(random_file *f, const quantized *q, uint64_t rows, uint64_t cols) {
+    for (int scales = 0; scales < 2; scales++) {
+        size_t i = f->count++;
+        uint64_t down = q->high ? (rows + q->high - 1) / q->high : 1,
+                 across = q->wide ? (cols + q->wide - 1) / q->wide : 1;
+        uint64_t bytes = scales ? down * across * fst_dtype_bits(fst_dtype_from_name(q->scale_dtype)) / 8
+                                : rows * cols * q->bits / 8;
+        if (scales)
+            snprintf(f->shapes[i], sizeof f->shapes[i], "[%llu,%llu]", (unsigned long long)down,
+                     (unsigned long long)across);
+        else if (q->blocks)
+            snprintf(f->shapes[i], sizeof f->shapes[i], "[%llu,%llu,16]", (unsigned long long)rows,
+                     (unsigned long long)cols / 32);
+        else
+            snprintf(f->shapes[i], sizeof f->shapes[i], "[%llu,%llu]", (unsigned long long)rows,
+                     (unsigned long long)(q->bits == 4 && strcmp(q->codes_dtype, "F4") ? cols / 2 : cols));
+        f->data[i] = malloc(bytes + 1);
+        support_random(f->data[i], bytes, state + i);
+        for (uint64_t k = 0; scales && k < bytes; k++)
+            if (!strcmp(q->scale_dtype, "F32") && k % 4 == 3) f->data[i][k] = 0x3C;
+        f->tensors[i] =
+            (support_tensor){scales ? q->scale : q->codes, scales ? q->scale_dtype : q->codes_dtype,
+                             f->shapes[i], f->data[i], bytes};
+    }
+}
+
+static const quantized floats[] = {
+    {"m.weight", "F8_E4M3", "m.weight_scale_inv", "F32",
+     "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128]}}", 8, 128, 128, 0},
+    {"m.weight", "F8_E4M3", "m.weight_scale", "F32", NULL, 8, 1, 0, 0},
+    {"m.weight", "I8", "m.weight_scale", "F32", NULL, 8, 1, 0, 0},
+    {"m.weight_blocks", "U8", "m.weight_scales", "U8", NULL, 4, 1, 32, 1},
+};
+
+static void write_config(const char *config) {
+    remove(test_path("config.json"));
+    if (config) support_write(test_path("config.json"), config, strlen(config));
+}
+
+TEST(shards, parts_of_large_quantized_weights) {
+    for (size_t k = 0; k < sizeof floats / sizeof *floats; k++)
+        for (unsigned round = 0; round < 6; round++) {
+            random_file f = {.count = 0};
+            state = k * 999 + round;
+            uint64_t rows = 300 + below(300), cols = 32 * (1 + below(40));
+            const char *path = test_path("model.safetensors");
+            fst_options options = support_options(FST_DEVICE_CPU);
+            options.cast = round % 2 ? FST_F32 : FST_BF16;
+            add_quantized(&f, &floats[k], rows, cols);
+            support_checkpoint(path, NULL, f.tensors, f.count, below(100));
+            write_config(floats[k].config);
+            fst_model *whole = load(path, &options);
+            wishes all = {.count = 1};
+            uint64_t extents[2] = {rows, cols};
+            fst_tensor tensor;
+            CHECK_INT(FST_OK, fst_model_at(whole, 0, &tensor));
+            random_wish(&all.list[0], tensor.name, 2, extents);
+            check_ranks(path, &options, whole, &all, 1 + (unsigned)below(8));
+            fst_model_free(whole);
+            free_file(&f);
+        }
+}
+
+/* ---- What stays quantized ---- */
+
+static fst_status load_kept(const char *path, int32_t dim, uint64_t begin, uint64_t end, fst_model **model,
+                            fst_error *error) {
+    static wishes all;
+    fst_options options = support_options(FST_DEVICE_CPU);
+    memset(&all, 0, sizeof all);
+    all.count = 1;
+    all.list[0] = (wish){.name = "m.weight", .dim = dim, .begin = begin, .end = end, .into_dim = -1};
+    options.rule = rule;
+    options.rule_arg = &all;
+    return fst_load(support_list(path), &options, model, error);
+}
+
+TEST(shards, codes_that_are_kept_come_with_their_scales) {
+    random_file f = {.count = 0};
+    const char *path = test_path("model.safetensors");
+    add_quantized(&f, &floats[0], 512, 384);
+    support_checkpoint(path, NULL, f.tensors, f.count, 1);
+    write_config(floats[0].config);
+    for (int32_t dim = 0; dim < 2; dim++) {
+        fst_model *model;
+        fst_error error;
+        fst_tensor codes, scales;
+        if (load_kept(path, dim, 128, 384, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        CHECK_INT(FST_OK, fst_model_find(model, "m.weight", &codes));
+        CHECK_INT(FST_OK, fst_model_find(model, "m.weight_scale_inv", &scales));
+        CHECK_INT(256, codes.shape[dim]);
+        CHECK_INT(2, scales.shape[dim]);
+        for (uint64_t r = 0; r < codes.shape[0]; r++)
+            for (uint64_t c = 0; c < codes.shape[1]; c++) {
+                uint64_t from = dim ? r * 384 + c + 128 : (r + 128) * 384 + c;
+                CHECK_INT(f.data[0][from], ((unsigned char *)codes.data)[r * codes.shape[1] + c]);
+            }
+        for (uint64_t r = 0; r < scales.shape[0]; r++)
+            for (uint64_t c = 0; c < scales.shape[1]; c++) {
+                uint64_t from = dim ? r * 3 + c + 1 : (r + 1) * 3 + c;
+                CHECK_BYTES(f.data[1] + 4 * from,
+                            (unsigned char *)scales.data + 4 * (r * scales.shape[1] + c), 4);
+            }
+        fst_model_free(model);
+    }
+    free_file(&f);
+}
+
+TEST(shards, a_border_in_a_block_of_what_is_kept) {
+    random_file f = {.count = 0};
+    const char *path = test_path("model.safetensors");
+    fst_model *model;
+    fst_error error;
+    add_quantized(&f, &floats[0], 512, 384);
+    support_checkpoint(path, NULL, f.tensors, f.count, 1);
+    write_config(floats[0].config);
+    CHECK_INT(FST_E_UNSUPPORTED, load_kept(path, 0, 100, 384, &model, &error));
+    if (!strstr(error.text, "m.weight") || !strstr(error.text, "cuts a block"))
+        test_fail(__FILE__, __LINE__, "%s", error.text);
+    CHECK(model == NULL);
+    free_file(&f);
+}
+
+TEST(shards, what_is_kept_and_packed_is_cut_at_whole_words) {
+    static const struct {
+        const char *kind;
+        int32_t dim;
+        uint64_t begin, end;
+        fst_status status;
+    } cases[] = {{"gptq-4", 0, 8, 16, FST_OK},
+                 {"gptq-4", 0, 4, 16, FST_E_UNSUPPORTED},
+                 {"awq", 0, 8, 16, FST_OK},
+                 {"awq", 0, 4, 16, FST_E_UNSUPPORTED},
+                 {"ct-packed-4", 0, 1, 2, FST_E_UNSUPPORTED}, /* its shape is a tensor */
+                 {"bnb-nf4", 0, 1, 2, FST_E_UNSUPPORTED},
+                 {"hf-mxfp4", 1, 2, 4, FST_OK}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char path[1024];
+        wishes all = {.count = 0};
+        fst_options options = support_options(FST_DEVICE_CPU);
+        fst_error error;
+        fst_model *model;
+        snprintf(path, sizeof path, "%s/%s/model.safetensors", FST_TEST_DATA, cases[i].kind);
+        options.cast = FST_BF16;
+        fst_model *whole = load(path, &options);
+        for (size_t k = 0; k < fst_model_count(whole); k++) {
+            fst_tensor tensor;
+            CHECK_INT(FST_OK, fst_model_at(whole, k, &tensor));
+            wish *w = &all.list[all.count++];
+            *w = (wish){.dim = cases[i].dim, .begin = cases[i].begin, .end = cases[i].end, .into_dim = -1};
+            snprintf(w->name, sizeof w->name, "%s", tensor.name);
+            if (tensor.ndim < 2) w->dim = FST_REPLICATE, w->begin = w->end = 0;
+        }
+        fst_model_free(whole);
+        options.cast = FST_NATIVE;
+        options.rule = rule;
+        options.rule_arg = &all;
+        fst_status status = fst_load(support_list(path), &options, &model, &error);
+        if (status != cases[i].status)
+            test_fail(__FILE__, __LINE__, "%s: %s %s", cases[i].kind, fst_status_name(status),
+                      status ? error.text : "");
+        fst_model_free(model);
+    }
+}
+
+/* ---- What goes wrong ---- */
+
+static const unsigned char zeros[4096];
+static const support_tensor three[] = {
+    {"a", "BF16", "[8,16]", zeros, 256}, {"b", "BF16", "[4,16]", zeros, 128},
+    {"c", "F32", "[4,12]", zeros, 192},  {"d", "BF16", "[4]", zeros, 8},
+    {"e", "F4", "[3,2]", zeros, 3},      {"m.weight", "BF16", "[8,16]", zeros, 256}};
+
+/* A load with these wishes fails before anything of the tensors is read, and says so. */
+static void check_wrong(fst_status status, const char *what, const wish *list, size_t count, fst_dtype cast,
+                        fst_scale scale) {
+    const char *path = test_path("wrong.safetensors");
+    fst_options options = support_options(FST_DEVICE_CPU);
+    wishes all = {.count = count};
+    fst_model *model = (fst_model *)&all;
+    fst_error error;
+    support_checkpoint(path, NULL, three, sizeof three / sizeof *three, 0);
+    memcpy(all.list, list, count * sizeof *list);
+    options.cast = cast;
+    options.scale = scale;
+    options.rule = rule;
+    options.rule_arg = &all;
+    unsigned descriptors = support_open_descriptors();
+    fst_status got = fst_load(support_list(path), &options, &model, &error);
+    if (got != status) test_fail(__FILE__, __LINE__, "%s: %s", what, fst_status_name(got));
+    CHECK(model == NULL);
+    if (!strstr(error.text, what)) test_fail(__FILE__, __LINE__, "%s", error.text);
+    CHECK_STR(path + strlen(path) - 17, error.path + strlen(error.path) - 17);
+    CHECK(error.offset > 0);
+    CHECK_INT(descriptors, support_open_descriptors());
+}
+
+TEST(shards, a_dimension_that_is_not_there) {
+    check_wrong(FST_E_ARG, "\"a\" has 2 dimensions", &(wish){.name = "a", .dim = 2, .into_dim = -1}, 1,
+                FST_NATIVE, 0);
+    check_wrong(FST_E_ARG, "\"d\" has 1 dimensions", &(wish){.name = "d", .dim = 1, .into_dim = -1}, 1,
+                FST_NATIVE, 0);
+}
+
+TEST(shards, a_range_outside) {
+    check_wrong(FST_E_ARG, "4 to 9 is no part of dimension 0, which has 8",
+                &(wish){.name = "a", .dim = 0, .begin = 4, .end = 9, .into_dim = -1}, 1, FST_NATIVE, 0);
+    check_wrong(FST_E_ARG, "ends before it begins",
+                &(wish){.name = "a", .dim = 0, .begin = 5, .end = 4, .into_dim = -1}, 1, FST_NATIVE, 0);
+}
+
+TEST(shards, what_cannot_be_transposed) {
+    check_wrong(FST_E_ARG, "\"d\" has 1 dimensions: it cannot be transposed",
+                &(wish){.name = "d", .dim = -1, .layout = FST_TRANSPOSE, .into_dim = -1}, 1, FST_NATIVE, 0);
+}
+
+TEST(shards, parts_of_less_than_a_byte) {
+    check_wrong(FST_E_UNSUPPORTED, "\"e\" has elements of 4 bits",
+                &(wish){.name = "e", .dim = 1, .begin = 0, .end = 1, .into_dim = -1}, 1, FST_NATIVE, 0);
+}
+
+TEST(shards, parts_of_different_dtypes) {
+    const wish list[] = {{.name = "b", .dim = -1, .into = "f", .into_dim = 0},
+                         {.name = "c", .dim = -1, .into = "f", .into_dim = 1, .into_place = 1}};
+    check_wrong(FST_E_ARG, "\"c\" becomes F32, \"b\" BF16", list, 2, FST_NATIVE, 0);
+}
+
+TEST(shards, parts_of_different_widths) {
+    const wish list[] = {{.name = "b", .dim = -1, .into = "f", .into_dim = 0},
+                         {.name = "c", .dim = -1, .into = "f", .into_dim = 0, .into_place = 1}};
+    check_wrong(FST_E_ARG, "\"c\" and \"b\" differ in more than", list, 2, FST_BF16, 0);
+}
+
+TEST(shards, parts_that_do_not_agree_on_the_dimension) {
+    const wish list[] = {{.name = "a", .dim = -1, .into = "f", .into_dim = 0},
+                         {.name = "b", .dim = -1, .into = "f", .into_dim = 1, .into_place = 1}};
+    check_wrong(FST_E_ARG, "differ in more than", list, 2, FST_NATIVE, 0);
+}
+
+TEST(shards, a_dimension_that_parts_lack) {
+    check_wrong(FST_E_ARG, "a dimension that it lacks",
+                &(wish){.name = "a", .dim = -1, .into = "f", .into_dim = 2}, 1, FST_NATIVE, 0);
+}
+
+TEST(shards, scales_that_need_other_ranks) {
+    check_wrong(FST_E_UNSUPPORTED, "\"m.weight\": its scales need what other ranks have",
+                &(wish){.name = "m.weight", .dim = 1, .begin = 0, .end = 8, .into_dim = -1}, 1, FST_F8_E4M3,
+                FST_QUANTIZE_ROW);
+    check_wrong(FST_E_UNSUPPORTED, "\"m.weight\": its scales need what other ranks have",
+                &(wish){.name = "m.weight", .dim = 0, .begin = 0, .end = 4, .into_dim = -1}, 1, FST_F8_E4M3,
+                FST_QUANTIZE_TENSOR);
+    check_wrong(FST_E_UNSUPPORTED, "\"m.weight\": its scales of 128 rows need",
+                &(wish){.name = "m.weight", .dim = 0, .begin = 0, .end = 4, .into_dim = -1}, 1, FST_F8_E4M3,
+                FST_QUANTIZE_BLOCK);
+}
+
+TEST(shards, a_result_with_the_name_of_another) {
+    const char *path = test_path("wrong.safetensors");
+    fst_options options = support_options(FST_DEVICE_CPU);
+    wishes all = {.count = 1, .list = {{.name = "a", .dim = -1, .into = "b", .into_dim = 0}}};
+    fst_model *model;
+    fst_error error;
+    support_checkpoint(path, NULL, three, 3, 0);
+    options.rule = rule;
+    options.rule_arg = &all;
+    CHECK_INT(FST_E_DUPLICATE, fst_load(support_list(path), &options, &model, &error));
+}
+
+TEST(shards, a_file_that_ends_inside_of_a_part) {
+    static unsigned char many[400000];
+    const support_tensor tensor = {"a", "U8", "[1000,400]", many, sizeof many};
+    const char *path = test_path("short.safetensors");
+    for (int on_gpu = 0; on_gpu < 2; on_gpu++) {
+        fst_options options = support_options(on_gpu ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        wishes all = {.count = 1,
+                      .list = {{.name = "a", .dim = 1, .begin = 100, .end = 140, .into_dim = -1}}};
+        fst_model *model;
+        fst_error error;
+        size_t start = support_checkpoint(path, NULL, &tensor, 1, 0);
+        options.rule = rule;
+        options.rule_arg = &all;
+        options.read = FST_READ_EXACT;
+        /* Cut short once some of it was read. */
+        fake_os_begin(&(fake_os_options){.fail_at = 0});
+        if (on_gpu) fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+        fst_model *whole = load(path, &options);
+        fst_model_free(whole);
+        fst_release_cached();
+        if (on_gpu) fake_gpu_end();
+        fake_os_end();
+        fake_os_begin(&(fake_os_options){.kind = FAKE_OS_NEEDED, .fail_at = 700, .error = 5});
+        if (on_gpu) fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+        CHECK_INT(FST_E_IO, fst_load(support_list(path), &options, &model, &error));
+        CHECK_INT(5, error.code);
+        CHECK(error.offset >= (int64_t)start + 100 && (error.offset - (int64_t)start - 100) % 400 == 0);
+        if (!strstr(error.text, "\"a\"")) test_fail(__FILE__, __LINE__, "%s", error.text);
+        fst_release_cached();
+        if (on_gpu) fake_gpu_end();
+        fake_os_end();
+    }
+}
+
+/* ---- Bytes, streams, files ---- */
+
+TEST(shards, bytes_that_are_asked_for) {
+    static unsigned char data[96 * 4096];
+    const support_tensor tensors[] = {{"column", "BF16", "[96,2048]", data, sizeof data},
+                                      {"row", "BF16", "[96,2048]", data, sizeof data}};
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, 2, 0);
+    for (int exact = 0; exact < 2; exact++)
+        for (unsigned ranks = 2; ranks <= 8; ranks *= 2) {
+            fst_options options = support_options(FST_DEVICE_CPU);
+            wishes all = {.count = 2,
+                          .list = {{.name = "column", .dim = 1, .into_dim = -1},
+                                   {.name = "row", .dim = 0, .into_dim = -1}}};
+            fst_stats stats = {.size = sizeof stats}, opened = {.size = sizeof opened};
+            fst_model *headers;
+            options.rule = rule;
+            options.rule_arg = &all;
+            options.rank = ranks - 1;
+            options.ranks = ranks;
+            options.read = exact ? FST_READ_EXACT : FST_READ_AUTO;
+            CHECK_INT(FST_OK, fst_open(support_list(path), NULL, &headers, NULL));
+            CHECK_INT(FST_OK, fst_model_stats(headers, &opened));
+            fst_model_free(headers);
+            fst_model *part = load(path, &options);
+            CHECK_INT(FST_OK, fst_model_stats(part, &stats));
+            fst_model_free(part);
+            uint64_t needed = 2 * sizeof data / ranks, asked = stats.bytes_read - opened.bytes_read;
+            CHECK_INT(needed, stats.bytes_needed);
+            CHECK(asked >= needed && asked <= 2 * needed);
+            if (exact) CHECK_INT(needed, asked);
+        }
+}
+
+TEST(shards, a_stream_gives_what_is_fused_once_all_of_it_is_there) {
+    static unsigned char data[3][64 * 1024];
+    static const char *const names[] = {"x.q", "other", "x.k"};
+    support_tensor tensors[3];
+    const char *path = test_path("model.safetensors");
+    for (int i = 0; i < 3; i++) {
+        support_random(data[i], sizeof data[i], (uint64_t)i);
+        tensors[i] = (support_tensor){names[i], "U8", "[64,1024]", data[i], sizeof data[i]};
+    }
+    support_checkpoint(path, NULL, tensors, 3, 0);
+    for (int i = 0; i < 4; i++) {
+        int on_gpu = i & 1, as_ready = i & 2;
+        fst_options options = support_options(on_gpu ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU);
+        wishes all = {.count = 2,
+                      .list = {{.name = "x.q", .dim = 0, .into = "x.qk", .into_dim = 0, .into_place = 1},
+                               {.name = "x.k", .dim = 0, .into = "x.qk", .into_dim = 0, .into_place = 2}}};
+        fst_stream *stream;
+        fst_error error;
+        fst_tensor tensor;
+        unsigned given = 0;
+        options.rule = rule;
+        options.rule_arg = &all;
+        options.rank = 1;
+        options.ranks = 2;
+        options.memory_bytes = 160 << 10;
+        if (as_ready) options.flags |= FST_AS_READY;
+        if (on_gpu) fake_gpu_begin(&(fake_gpu_options){.seed = (uint64_t)i});
+        if (fst_stream_open(support_list(path), &options, &stream, &error))
+            test_fail(__FILE__, __LINE__, "%s", error.text);
+        for (;;) {
+            CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
+            if (!tensor.name) break;
+            given++;
+            if (strcmp(tensor.name, "x.qk")) {
+                CHECK_BYTES(data[1], tensor.data, sizeof data[1]);
+                continue;
+            }
+            CHECK_INT(64, tensor.shape[0]);
+            CHECK_BYTES(data[0] + 32 * 1024, tensor.data, 32 * 1024);
+            CHECK_BYTES(data[2] + 32 * 1024, (unsigned char *)tensor.data + 32 * 1024, 32 * 1024);
+        }
+        CHECK_INT(2, given);
+        fst_stream_close(stream);
+        if (on_gpu) {
+            fst_release_cached();
+            fake_gpu_end();
+        }
+    }
+}
+
+TEST(shards, a_stream_without_room_for_what_is_fused) {
+    static unsigned char data[3][64 * 1024];
+    const support_tensor tensors[] = {{"x.q", "U8", "[64,1024]", data[0], sizeof data[0]},
+                                      {"other", "U8", "[64,1024]", data[1], sizeof data[1]},
+                                      {"x.k", "U8", "[64,1024]", data[2], sizeof data[2]}};
+    const char *path = test_path("model.safetensors");
+    fst_options options = support_options(FST_DEVICE_CPU);
+    wishes all = {.count = 2,
+                  .list = {{.name = "x.q", .dim = -1, .into = "x.qk", .into_dim = 0},
+                           {.name = "x.k", .dim = -1, .into = "x.qk", .into_dim = 0}}};
+    fst_stream *stream;
+    fst_error error;
+    support_checkpoint(path, NULL, tensors, 3, 0);
+    options.rule = rule;
+    options.rule_arg = &all;
+    options.memory_bytes = 150 << 10; /* the two, but not the one between them */
+    CHECK_INT(FST_E_ARG, fst_stream_open(support_list(path), &options, &stream, &error));
+    if (!strstr(error.text, "fused")) test_fail(__FILE__, __LINE__, "%s", error.text);
+}
