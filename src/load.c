@@ -34,7 +34,7 @@ static fst_status copy_options(const fst_options *given, fst_options *options, f
 }
 
 static fst_status check_options(const fst_options *options, fst_error *error) {
-    const unsigned known = FST_NON_SATURATING | FST_AS_READY | FST_STRICT_SHARDS;
+    const unsigned known = FST_NON_SATURATING | FST_AS_READY | FST_STRICT_SHARDS | FST_ABORT_COMM;
     if ((int)options->cast < 0 || options->cast >= FST_DTYPE_COUNT)
         return fst_fail(error, FST_E_ARG, 0, NULL, "%d is no dtype to cast to", (int)options->cast);
     if (options->device < 0)
@@ -307,11 +307,51 @@ static fst_status describe_results(fst_loading *l) {
     return model->made ? fst_loading_fill_names(l) : FST_OK;
 }
 
-fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
+/* From here on other ranks hear of a failure. */
+static fst_status meet_peers(fst_loading *l) {
+    fst_options *options = &l->options;
+    const fst_gpu *gpu = l->model->gpu;
+    fst_peers_options wanted = {.kind = options->comm_kind,
+                                .comm = options->comm,
+                                .gpu = gpu,
+                                .rank = options->rank,
+                                .ranks = options->ranks,
+                                .timeout_ms = options->timeout_ms,
+                                .may_abort = (options->flags & FST_ABORT_COMM) != 0};
+    int saved, code = gpu->calls->enter(gpu, &saved);
+    if (code) return fst_gpu_fail(l->error, gpu, code, "choosing the device");
+    fst_status status = fst_peers_open(&wanted, &l->peers, l->error);
+    gpu->calls->leave(gpu, saved);
+    if (status || !l->peers) return status;
+    options->rank = fst_peers_rank(l->peers);
+    options->ranks = fst_peers_count(l->peers);
+    return FST_OK;
+}
+
+/* What ranks read for one another; collective, so `mine` is how this one fared. */
+static fst_status share_reading(fst_loading *l, fst_status mine) {
+    fst_model *model = l->model;
+    if (!l->peers) return mine;
+    for (size_t i = 0; i < l->plan.stored_count && !mine && !model->gpu->host_access; i++)
+        if (l->plan.tensors[i].conversion == FST_CONVERT_DOUBLE)
+            mine = fst_fail(l->error, FST_E_UNSUPPORTED, 0, NULL,
+                            "scales are not doubled for FNUZ where ranks share the reading for GPUs");
+    int saved, code = model->gpu->calls->enter(model->gpu, &saved);
+    if (code) return fst_gpu_fail(l->error, model->gpu, code, "choosing the device");
+    fst_status status = fst_shared_new(l->peers, model->gpu, l->facts.slot_bytes, &l->plan, model->headers,
+                                       (const char *const *)model->paths.files, model->paths.count, l->reader, mine,
+                                       &l->shared, l->error);
+    model->gpu->calls->leave(model->gpu, saved);
+    l->job.shared = l->shared;
+    return status;
+}
+
+static fst_status prepare(fst_loading *l, uint64_t block_bytes) {
     fst_model *model = l->model;
     fst_engine_config config = {l->options.threads, l->options.slot_bytes};
     fst_status status = fst_gpu_find(l->options.device, &model->gpu, model->device_reason,
                                      sizeof model->device_reason, l->error);
+    if (!status) status = meet_peers(l);
     double before = fst_os_now();
     if (!status)
         status = fst_engine_take(l->options.context, model->gpu, &config, &l->engine, &l->facts, l->error);
@@ -326,18 +366,32 @@ fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
                                      .window_bytes = fst_window_bytes,
                                      .rank = l->options.rank,
                                      .ranks = l->options.ranks};
-    if (l->options.read == FST_READ_AUTO)
+    if (l->peers) plan_options.span_bytes = fst_shared_span(l->options.ranks, l->facts.slot_bytes);
+    if (l->options.read == FST_READ_AUTO && !l->peers)
         plan_options.segment_bytes = model->gpu->host_access ? CPU_SEGMENT : GPU_SEGMENT;
     status = fst_plan_make(model->headers, (const char *const *)model->paths.files, model->paths.count,
                            l->choices, &plan_options, &l->plan, l->error);
     if (!status) status = make_reader(l);
     if (!status) status = make_job(l);
     if (!status) status = describe_results(l);
-    model->stats.open_seconds = fst_os_now() - l->started - l->allocate_seconds;
+    return status;
+}
+
+fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
+    fst_status status = share_reading(l, prepare(l, block_bytes));
+    l->model->stats.open_seconds = fst_os_now() - l->started - l->allocate_seconds;
     return status;
 }
 
 void fst_loading_end(fst_loading *l) {
+    if (l->peers) { /* streams and blocks are the device's */
+        int saved, code = l->model->gpu->calls->enter(l->model->gpu, &saved);
+        fst_shared_free(l->shared);
+        fst_peers_close(l->peers);
+        if (!code) l->model->gpu->calls->leave(l->model->gpu, saved);
+    }
+    l->peers = NULL;
+    l->shared = NULL;
     fst_reader_free(l->reader);
     free(l->ranges);
     if (l->engine) fst_engine_put(l->options.context, l->engine);
@@ -385,7 +439,7 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     const fst_gpu *gpu = l->model->gpu;
     fst_stats *stats = &l->model->stats;
     fst_engine_describe(l->engine, &l->facts);
-    stats->bytes_read = l->header_bytes + pipeline->bytes_read;
+    stats->bytes_read = l->header_bytes + pipeline->bytes_read + fst_shared_read(l->shared);
     stats->bytes_out = l->plan.bytes_out;
     stats->bytes_needed = l->plan.bytes_needed;
     stats->nan_scales = pipeline->nan_scales;
@@ -431,6 +485,13 @@ static void place_tensors(fst_loading *l) {
     }
 }
 
+/* After a failure that other ranks may not know of. */
+static void leave_peers(fst_loading *l, fst_status mine) {
+    fst_error ignored = {.file = -1, .offset = -1};
+    int done = l->shared == NULL;
+    while (!done) fst_shared_step(l->shared, mine, &done, &ignored);
+}
+
 static fst_status run(fst_loading *l) {
     fst_pipeline_stats pipeline;
     const fst_gpu *gpu = l->model->gpu;
@@ -438,6 +499,7 @@ static fst_status run(fst_loading *l) {
     if (code) return fst_gpu_fail(l->error, gpu, code, "choosing the device");
     fst_status status = allocate_first(l);
     if (!status) status = fst_pipeline_run(l->engine, &l->job, &pipeline, l->error);
+    if (status) leave_peers(l, status);
     if (!status) status = fst_loading_check_files(l);
     if (!status) {
         place_tensors(l);

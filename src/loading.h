@@ -27,6 +27,8 @@ typedef struct fst_loading {
     fst_engine *engine;
     fst_engine_facts facts;
     fst_reader *reader;
+    fst_peers *peers;   /* that share the reading, or NULL */
+    fst_shared *shared;
     fst_range *ranges; /* what of the files is read */
     fst_plan plan;
     fst_load_job job;

@@ -179,6 +179,18 @@ static uint32_t some_segments(const fst_load_job *job, const fst_plan_chunk *chu
     return (uint32_t)(out->count * out->nbytes);
 }
 
+/* Segments out of units that are in the host's memory. */
+static void copy_units(const fst_load_job *job, const fst_plan_chunk *chunk, const fst_segments *segments,
+                       unsigned char *to) {
+    for (uint64_t i = 0; i < segments->count; i++)
+        for (uint64_t done = 0, some; done < segments->nbytes; done += some, to += some) {
+            some = segments->nbytes - done;
+            const unsigned char *from = fst_shared_bytes(
+                job->shared, chunk->file, segments->offset + i * segments->pitch + done, &some);
+            memcpy(to, from, some);
+        }
+}
+
 /* Bytes [at, at + nbytes) of a chunk, wherever they lie in its file. 0 after a failure. */
 static int read_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, uint64_t at,
                       uint64_t nbytes, unsigned char *to, fst_how *how) {
@@ -186,6 +198,12 @@ static int read_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chu
     while (at < end) {
         fst_segments segments;
         uint32_t wanted = some_segments(job, chunk, at, end, &segments);
+        if (fst_shared_has(job->shared, chunk)) {
+            copy_units(job, chunk, &segments, to);
+            at += wanted;
+            to += wanted;
+            continue;
+        }
         ssize_t got = fst_reader_gather(job->reader, how, chunk->file, to, &segments);
         uint64_t stop = got > 0 && got < (ssize_t)wanted ? (uint64_t)got : 0; /* where the file ends */
         if (!check_read(w, job, chunk, piece_at(job, chunk, at), place_in_file(job, chunk, at + stop) - stop,
@@ -1120,6 +1138,42 @@ static int time_kernels(fst_worker *w, fst_slot *s) {
     return code;
 }
 
+/* Bytes of a run from units on the device to where they go. As rows of bytes where there are several segments in a unit. */
+static int copy_run_from_units(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, const fst_plan_run *run,
+                               unsigned char *to) {
+    const fst_gpu *gpu = w->engine->gpu;
+    uint64_t at = run->chunk_offset, end = at + run->nbytes;
+    int code = 0;
+    while (at < end && !code) {
+        fst_segments segments;
+        some_segments(job, chunk, at, end, &segments);
+        uint64_t some = segments.nbytes, span = (segments.count - 1) * segments.pitch + segments.nbytes, rows = 1;
+        const unsigned char *from = fst_shared_bytes(job->shared, chunk->file, segments.offset, &some);
+        if (some == segments.nbytes && segments.count > 1) { /* as many as end in this unit */
+            fst_shared_bytes(job->shared, chunk->file, segments.offset, &span);
+            rows = span < segments.nbytes ? 1 : (span - segments.nbytes) / segments.pitch + 1;
+        }
+        if (rows > 1) {
+            fst_rows_args args = {.src = from,
+                                  .dst = to,
+                                  .cols = segments.nbytes,
+                                  .ndim = 1,
+                                  .extent = {rows},
+                                  .src_stride = {segments.pitch},
+                                  .dst_stride = {segments.nbytes},
+                                  .src_dtype = FST_U8,
+                                  .dst_dtype = FST_U8};
+            w->stats.launches++;
+            code = gpu->kernels->rows(w->stream, &args);
+        } else {
+            code = gpu->calls->copy_on_device(gpu, w->stream, to, from, some);
+        }
+        at += rows * some;
+        to += rows * some;
+    }
+    return code;
+}
+
 /* Queues the copies and kernels of a chunk that was read into the slot. 0 or a code; *what says of what. */
 static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, fst_slot *s,
                        const char **what) {
@@ -1151,7 +1205,14 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
                 jobs_bytes = 0;
             }
         }
-        code = gpu->calls->to_device(gpu, w->stream, to, bounce + run->chunk_offset, nbytes);
+        if (fst_shared_has(job->shared, chunk)) {
+            code = copy_run_from_units(w, job, chunk, run, to);
+            if (!code && nbytes > run->nbytes)
+                code = gpu->calls->to_device(gpu, w->stream, staged + jobs_at, bounce + jobs_at,
+                                             nbytes - (jobs_at - run->chunk_offset));
+        } else {
+            code = gpu->calls->to_device(gpu, w->stream, to, bounce + run->chunk_offset, nbytes);
+        }
     }
     if (jobs_bytes && !code)
         code = gpu->calls->to_device(gpu, w->stream, staged + jobs_at, bounce + jobs_at, jobs_bytes);
@@ -1282,6 +1343,7 @@ static void chunk_is_done(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     if (chunk->batch != FST_NO_BATCH && !chunk->companions)
         companions_were_used(w->engine, job, chunk->batch);
     leave_windows(w->engine, job, s->chunk);
+    if (fst_shared_has(job->shared, chunk)) fst_shared_release(job->shared, chunk);
     atomic_fetch_add(&w->engine->bytes_done, chunk->nbytes);
     set_state(w->engine, s, FST_SLOT_FREE);
 }
@@ -1351,7 +1413,8 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
 }
 
 /* Strips are cut at whole pages, so that each can be read with O_DIRECT: neighbours share none. */
-static unsigned strips_of(const fst_engine *engine, const fst_plan_chunk *chunk) {
+static unsigned strips_of(const fst_engine *engine, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    if (fst_shared_has(job->shared, chunk)) return 1;
     return (unsigned)((chunk->offset % PAGE + chunk->nbytes + engine->strip_bytes - 1) / engine->strip_bytes);
 }
 
@@ -1424,7 +1487,7 @@ static void give_slot(fst_worker *w, const fst_load_job *job, uint32_t waits_for
     fst_slot *s = chunk <= waits_for ? find_slot(w, job) : NULL;
     if (s) {
         s->chunk = chunk;
-        atomic_store(&s->left, strips_of(engine, &job->plan->chunks[chunk]));
+        atomic_store(&s->left, strips_of(engine, job, &job->plan->chunks[chunk]));
         atomic_store(&s->state, FST_SLOT_FILLING);
         atomic_store(&job->slots[chunk], (unsigned short)(1 + (s - engine->slots)));
         atomic_store(&engine->next_slot, chunk + 1);
@@ -1487,7 +1550,7 @@ static fst_strip strip_at(const fst_engine *engine, const fst_load_job *job, uin
     uint64_t base = chunk->offset - chunk->offset % PAGE, end = chunk->offset + chunk->nbytes;
     uint64_t from = base + k * (uint64_t)engine->strip_bytes, to = from + engine->strip_bytes;
     if (k == 0) from = chunk->offset;
-    if (to > end) to = end;
+    if (to > end || fst_shared_has(job->shared, chunk)) to = end;
     return (fst_strip){index, k, from, (uint32_t)(to - from)};
 }
 
@@ -1499,7 +1562,7 @@ static int take_strip(fst_engine *engine, const fst_load_job *job, fst_strip *ou
         chunk = (uint32_t)(at >> 32);
         k = (uint32_t)at;
         if (chunk >= job->plan->chunks_count) return 0;
-        int last = k + 1 == strips_of(engine, &job->plan->chunks[chunk]);
+        int last = k + 1 == strips_of(engine, job, &job->plan->chunks[chunk]);
         next = last ? (uint64_t)(chunk + 1) << 32 : at + 1;
     } while (!atomic_compare_exchange_weak(&engine->next_strip, &at, next));
     *out = strip_at(engine, job, chunk, k);
@@ -1651,12 +1714,31 @@ static int submit_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, con
     return 1;
 }
 
+/* Units give their place to others when the chunks that they went into are done with: whoever waits sees to that. */
+static int await_units(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk) {
+    int there = 0;
+    while (!there && !atomic_load(&w->engine->stop)) {
+        if (!w->engine->gpu->host_access && !drain_copies(w, job)) return 0;
+        there = fst_shared_await(job->shared, chunk);
+    }
+    return there && !atomic_load(&w->engine->stop);
+}
+
 /* Reads a strip into its slot, or begins to. */
 static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, const fst_strip *strip) {
     fst_engine *engine = w->engine;
     const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
-    fst_how how = choose(engine, job, strip);
+    const int shared = fst_shared_has(job->shared, chunk);
+    fst_how how = shared ? FST_HOW_CACHED : choose(engine, job, strip);
     double start = fst_os_now();
+    if (shared) {
+        while (w->reads_count) /* others may wait for these */
+            if (!finish_one(w, job)) return 0;
+        int there = await_units(w, job, chunk);
+        w->stats.read_seconds += fst_os_now() - start;
+        if (there && !engine->gpu->host_access) strip_is_there(w, s);
+        if (!there || !engine->gpu->host_access) return there;
+    }
     if (how == FST_HOW_BUFFERED) read_ahead(engine, job, strip);
     if (how != FST_HOW_CACHED && !chunk->gathered && prepare_ring(w, job) &&
         submit_strip(w, job, s, strip, how))
@@ -1783,13 +1865,32 @@ static void report_progress(fst_engine *engine, const fst_load_job *job) {
     if (job->progress(job->progress_arg, &progress)) cancel(engine, job);
 }
 
+/* What this rank reads for others, too. 1: that is done. */
+static int share(fst_engine *engine, const fst_load_job *job) {
+    fst_error error = {.file = -1, .offset = -1};
+    int done = 1;
+    if (!job->shared) return 1;
+    pthread_mutex_lock(&engine->lock);
+    fst_status mine = engine->first.status;
+    pthread_mutex_unlock(&engine->lock);
+    fst_status status = fst_shared_step(job->shared, mine, &done, &error);
+    if (!status) return done;
+    /* A communicator that is lost is what the caller must hear of. */
+    pthread_mutex_lock(&engine->lock);
+    if (status == FST_E_PEER && error.code == 0) engine->first.status = FST_OK;
+    pthread_mutex_unlock(&engine->lock);
+    if (status != mine) fail_with(engine, job, &error);
+    return done;
+}
+
 /* Reports progress and looks for a cancel, until all workers are idle. */
 static void attend(fst_engine *engine, const fst_load_job *job) {
     int finished = 0;
     while (!finished) {
+        int shared = share(engine, job);
         pthread_mutex_lock(&engine->lock);
-        if (engine->running) wait_for(engine, &engine->done, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
-        finished = engine->running == 0;
+        if (engine->running && shared) wait_for(engine, &engine->done, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
+        finished = engine->running == 0 && shared;
         pthread_mutex_unlock(&engine->lock);
         if (is_cancelled(job)) cancel(engine, job);
         if (!job->progress || atomic_load(&engine->stop)) continue;

@@ -10,6 +10,7 @@
 #include "gpu.h"
 #include "plan.h"
 #include "reader.h"
+#include "shared.h"
 
 typedef struct fst_engine fst_engine;
 
@@ -94,6 +95,7 @@ typedef struct fst_load_job {
     const fst_header  *headers;
     const char *const *paths;
     fst_reader        *reader;
+    fst_shared        *shared;     /* NULL: this rank reads for itself */
     int                use_ring;   /* io_uring for what is not cached */
     atomic_uchar      *hows;       /* of each strip (fst_engine_strips), at first 0: the pipeline's */
     _Atomic(void *)   *blocks;     /* device memory of each block; NULL: not allocated yet */

@@ -352,6 +352,7 @@ static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t o
         *gap = between;
     }
     if (tensor->parked && !reaches_stripe(p)) return 0;
+    if (p->options->span_bytes && offset - open->offset >= p->options->span_bytes) return 0;
     uint32_t block = block_of(p, tensor);
     return block == FST_NO_BLOCK || open->block == FST_NO_BLOCK || block == open->block;
 }
@@ -363,13 +364,24 @@ static uint64_t fitting(const planner *p, uint64_t gap, uint64_t left, uint64_t 
     return left <= space ? left : space / cut * cut;
 }
 
+/* As many whole segments as do not reach too far in the file, of `take` bytes. 0: not even one. */
+static uint64_t within_span(const planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t take) {
+    const fst_cut *cut = cut_of(p, tensor);
+    uint64_t span = p->options->span_bytes, before = offset - p->open->offset;
+    if (!span || !cut || cut->segment >= take) return take;
+    if (before + cut->segment > span) return 0;
+    uint64_t segments = (span - before - cut->segment) / cut->pitch + 1;
+    return segments < take / cut->segment ? segments * cut->segment : take;
+}
+
 /* Makes the open chunk one that takes bytes of the tensor from byte `at` of what is read of it on, and says how many of
  * `left`. */
 static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t at, uint64_t left,
                              uint64_t cut, uint64_t *take) {
     uint64_t gap = 0, offset = file_place(p, tensor, at);
     *take = 0;
-    if (continues(p, tensor, offset, left, &gap)) *take = fitting(p, gap, left, cut);
+    if (continues(p, tensor, offset, left, &gap))
+        *take = within_span(p, tensor, offset, fitting(p, gap, left, cut));
     if (*take) {
         if (p->open->block == FST_NO_BLOCK) p->open->block = block_of(p, tensor);
         if (gap) add_gap(p, (uint32_t)gap);
@@ -377,7 +389,7 @@ static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t
     }
     close_chunk(p);
     fst_status status = open_chunk(p, tensor->file, offset, block_of(p, tensor));
-    if (!status) *take = fitting(p, 0, left, cut);
+    if (!status) *take = within_span(p, tensor, offset, fitting(p, 0, left, cut));
     return status;
 }
 

@@ -37,6 +37,7 @@ typedef struct fst_plan_options {
     uint64_t  batch_bytes;  /* of companions; a batch has at least one weight's. 0: 16 MiB */
     uint64_t  window_bytes; /* of parked stripes; a window has at least one. 0: 8 chunks */
     unsigned  rank, ranks;  /* 0 of 0: of 1 */
+    uint64_t  span_bytes;   /* of a file, that a chunk reaches over at most; 0: any */
     uint64_t  segment_bytes; /* where cut rows are shorter, whole ones may be read; 0: never */
 } fst_plan_options;
 

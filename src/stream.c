@@ -96,6 +96,9 @@ static fst_status open_stream(fst_stream *s, const char *const *files, const fst
     fst_loading *l = &s->loading;
     l->error = &s->error;
     fst_status status = fst_loading_begin(l, files, options);
+    if (!status && l->options.comm_kind != FST_COMM_NONE)
+        status = fst_fail(l->error, FST_E_ARG, 0, NULL,
+                          "a stream does not share its reading: its consumer would hold up other ranks");
     if (!status) status = fst_loading_open(l, files);
     if (!status && !(l->budget = fst_budget_new(UINT64_MAX))) status = fst_no_memory(l->error);
     if (status) return status;
