@@ -339,8 +339,8 @@ static fst_status share_reading(fst_loading *l, fst_status mine) {
     int saved, code = model->gpu->calls->enter(model->gpu, &saved);
     if (code) return fst_gpu_fail(l->error, model->gpu, code, "choosing the device");
     fst_status status = fst_shared_new(l->peers, model->gpu, l->facts.slot_bytes, &l->plan, model->headers,
-                                       (const char *const *)model->paths.files, model->paths.count, l->reader, mine,
-                                       &l->shared, l->error);
+                                       (const char *const *)model->paths.files, model->paths.count, l->reader,
+                                       mine, &l->shared, l->error);
     model->gpu->calls->leave(model->gpu, saved);
     l->job.shared = l->shared;
     return status;

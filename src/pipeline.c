@@ -1139,15 +1139,16 @@ static int time_kernels(fst_worker *w, fst_slot *s) {
 }
 
 /* Bytes of a run from units on the device to where they go. As rows of bytes where there are several segments in a unit. */
-static int copy_run_from_units(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, const fst_plan_run *run,
-                               unsigned char *to) {
+static int copy_run_from_units(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
+                               const fst_plan_run *run, unsigned char *to) {
     const fst_gpu *gpu = w->engine->gpu;
     uint64_t at = run->chunk_offset, end = at + run->nbytes;
     int code = 0;
     while (at < end && !code) {
         fst_segments segments;
         some_segments(job, chunk, at, end, &segments);
-        uint64_t some = segments.nbytes, span = (segments.count - 1) * segments.pitch + segments.nbytes, rows = 1;
+        uint64_t some = segments.nbytes, span = (segments.count - 1) * segments.pitch + segments.nbytes,
+                 rows = 1;
         const unsigned char *from = fst_shared_bytes(job->shared, chunk->file, segments.offset, &some);
         if (some == segments.nbytes && segments.count > 1) { /* as many as end in this unit */
             fst_shared_bytes(job->shared, chunk->file, segments.offset, &span);
@@ -1889,7 +1890,8 @@ static void attend(fst_engine *engine, const fst_load_job *job) {
     while (!finished) {
         int shared = share(engine, job);
         pthread_mutex_lock(&engine->lock);
-        if (engine->running && shared) wait_for(engine, &engine->done, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
+        if (engine->running && shared)
+            wait_for(engine, &engine->done, job->cancel ? CANCEL_SECONDS : PROGRESS_SECONDS);
         finished = engine->running == 0 && shared;
         pthread_mutex_unlock(&engine->lock);
         if (is_cancelled(job)) cancel(engine, job);

@@ -17,7 +17,9 @@ static size_t unit_bytes(unsigned ranks, size_t chunk_bytes) {
     return least > fst_shared_unit ? least : fst_shared_unit;
 }
 
-uint64_t fst_shared_span(unsigned ranks, size_t chunk_bytes) { return (uint64_t)ranks * unit_bytes(ranks, chunk_bytes); }
+uint64_t fst_shared_span(unsigned ranks, size_t chunk_bytes) {
+    return (uint64_t)ranks * unit_bytes(ranks, chunk_bytes);
+}
 
 typedef struct unit {
     uint32_t file, index; /* bytes [index, index + 1) x fst_shared_unit of the file */
@@ -32,8 +34,9 @@ struct fst_shared {
     fst_reader *reader;
     size_t files, size; /* of a unit */
     unsigned rank, ranks;
-    uint64_t *first;    /* unit of each file, and one behind the last */
-    unsigned char *map; /* bits of units that are needed: of each rank, and in the end of all, in the first one's place */
+    uint64_t *first; /* unit of each file, and one behind the last */
+    unsigned char *
+        map; /* bits of units that are needed: of each rank, and in the end of all, in the first one's place */
     size_t map_bytes;
     unit *units;        /* those, in order */
     uint32_t *position; /* of each unit in that list */
@@ -45,7 +48,7 @@ struct fst_shared {
     int has_ended;      /* no round is begun any more */
     fst_status failure; /* what reading a unit came to, and */
     fst_error why;
-    fst_status heard;   /* of a rank that failed */
+    fst_status heard; /* of a rank that failed */
     fst_queue stream;
     uint64_t begun, bytes_read;
     pthread_mutex_t lock;
@@ -55,11 +58,14 @@ struct fst_shared {
 
 /* ---- Which units ------------------------------------------------------------------------------------ */
 
-static fst_status no_memory(fst_error *error) { return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory"); }
+static fst_status no_memory(fst_error *error) {
+    return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
+}
 
 /* The units that a chunk's bytes lie in. */
 static void units_of(const fst_shared *s, const fst_plan_chunk *chunk, uint64_t *first, uint64_t *last) {
-    const fst_plan_extent *extents = &s->plan->extents[chunk->first_extent], *end = &extents[chunk->extents - 1];
+    const fst_plan_extent *extents = &s->plan->extents[chunk->first_extent],
+                          *end = &extents[chunk->extents - 1];
     uint64_t stop = end->offset + (end->nbytes / end->segment - 1) * end->pitch + end->segment;
     *first = s->first[chunk->file] + chunk->offset / s->size;
     *last = s->first[chunk->file] + (stop - 1) / s->size;
@@ -100,7 +106,8 @@ static fst_status gather_maps(fst_shared *s, fst_status mine, fst_error *error) 
         if (code && !mine) mine = fst_gpu_fail(error, gpu, code, "telling other ranks what is needed");
         if (!device) return mine;
     }
-    fst_status status = fst_peers_begin(s->peers, device ? device : s->map, s->map_bytes, s->stream, mine, error);
+    fst_status status =
+        fst_peers_begin(s->peers, device ? device : s->map, s->map_bytes, s->stream, mine, error);
     if (!status) status = fst_peers_finish(s->peers, error);
     if (device && !fst_peers_busy(s->peers)) {
         if (!status) code = gpu->calls->to_host(gpu, s->stream, s->map, device, all);
@@ -134,7 +141,8 @@ static fst_status list_units(fst_shared *s, fst_error *error) {
         uint64_t first, last;
         if (s->plan->chunks[i].companions) continue;
         units_of(s, &s->plan->chunks[i], &first, &last);
-        for (uint64_t r = s->position[first] / s->ranks; r <= s->position[last] / s->ranks; r++) s->chunks_left[r]++;
+        for (uint64_t r = s->position[first] / s->ranks; r <= s->position[last] / s->ranks; r++)
+            s->chunks_left[r]++;
     }
     return FST_OK;
 }
@@ -183,8 +191,9 @@ void fst_shared_free(fst_shared *s) {
     else release(s);
 }
 
-fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_bytes, const fst_plan *plan, const fst_header *headers,
-                          const char *const *paths, size_t files, fst_reader *reader, fst_status mine, fst_shared **out, fst_error *error) {
+fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_bytes, const fst_plan *plan,
+                          const fst_header *headers, const char *const *paths, size_t files,
+                          fst_reader *reader, fst_status mine, fst_shared **out, fst_error *error) {
     fst_shared *s = calloc(1, sizeof *s);
     *out = NULL;
     if (!s) return fst_peers_agree(peers, mine ? mine : no_memory(error), NULL, 0, error);
@@ -210,7 +219,8 @@ fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_byt
     uint64_t words[3] = {s->size, 0, 1469598103934665603u};
     if (!mine) words[1] = s->first[files];
     for (size_t i = 0; !mine && i < files; i++)
-        words[2] = ((words[2] ^ headers[i].file_size) * 1099511628211u ^ headers[i].data_start) * 1099511628211u;
+        words[2] =
+            ((words[2] ^ headers[i].file_size) * 1099511628211u ^ headers[i].data_start) * 1099511628211u;
     fst_status status = fst_peers_agree(peers, mine, words, 3, error);
     if (!status) mark_units(s);
     if (!status) status = gather_maps(s, FST_OK, error);
@@ -246,10 +256,12 @@ static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
     }
     ssize_t got = fst_reader_read(s->reader, &how, u->file, to, offset, nbytes);
     fst_where where = {s->paths[u->file], (int)u->file, (int64_t)offset};
-    if (got < 0) return fst_fail(error, FST_E_IO, (int)-got, &where, "reading for all ranks: %s", strerror((int)-got));
+    if (got < 0)
+        return fst_fail(error, FST_E_IO, (int)-got, &where, "reading for all ranks: %s", strerror((int)-got));
     where.offset += got;
     if ((size_t)got < nbytes)
-        return fst_fail(error, FST_E_CHANGED, 0, &where, "the file ends here: it was cut short during the load");
+        return fst_fail(error, FST_E_CHANGED, 0, &where,
+                        "the file ends here: it was cut short during the load");
     s->bytes_read += nbytes;
     if (gpu->host_access) return FST_OK;
     int code = gpu->calls->to_device(gpu, s->stream, place, to, nbytes);
@@ -343,6 +355,7 @@ void fst_shared_release(fst_shared *s, const fst_plan_chunk *chunk) {
     uint64_t first, last;
     units_of(s, chunk, &first, &last);
     pthread_mutex_lock(&s->lock);
-    for (uint64_t r = s->position[first] / s->ranks; r <= s->position[last] / s->ranks; r++) s->chunks_left[r]--;
+    for (uint64_t r = s->position[first] / s->ranks; r <= s->position[last] / s->ranks; r++)
+        s->chunks_left[r]--;
     pthread_mutex_unlock(&s->lock);
 }

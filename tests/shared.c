@@ -43,16 +43,20 @@ static void load_ranks(rank_load *loads, unsigned ranks, fake_comm *comm) {
 }
 
 static const fst_shard_rule rules[] = {
-    {"*.rows", 0, 1}, {"*.cols", 1, 1}, {"*.weight", 1, 1}, {"*.deep", 2, 1}, {"only.0.*", FST_REPLICATE, 1}, {NULL, 0, 0}};
+    {"*.rows", 0, 1}, {"*.cols", 1, 1}, {"*.weight", 1, 1}, {"*.deep", 2, 1}, {"only.0.*", FST_REPLICATE, 1},
+    {NULL, 0, 0}};
 
 /* Some tensors of several megabytes of units, small ones between them, and a quantized weight whose scales lie far off. */
 static const char *write_files(uint64_t seed) {
     static unsigned char data[300 * 1000 * 2 + 64];
-    static const char *const shapes[] = {"[300,1000]", "[300,1000]", "[7]", "[20,30,500]", "[1000]", "[300,1000]", "[3,8]"};
-    static const char *const names[] = {"a.rows", "b.cols", "c.norm", "d.deep", "e.norm", "m.weight", "m.weight_scale_inv"};
+    static const char *const shapes[] = {"[300,1000]", "[300,1000]", "[7]",  "[20,30,500]",
+                                         "[1000]",     "[300,1000]", "[3,8]"};
+    static const char *const names[] = {
+        "a.rows", "b.cols", "c.norm", "d.deep", "e.norm", "m.weight", "m.weight_scale_inv"};
     static const char *const dtypes[] = {"BF16", "BF16", "F32", "BF16", "BF16", "F8_E4M3", "F32"};
     static const size_t sizes[] = {600000, 600000, 28, 600000, 2000, 300000, 96};
-    const char *config = "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128]}}";
+    const char *config =
+        "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128]}}";
     support_tensor tensors[7];
     static unsigned char *copies[7];
     support_random(data, sizeof data, seed);
@@ -80,7 +84,8 @@ static void check_same(const fst_model *want, const fst_model *got) {
 }
 
 /* As NCCL's: of device memory, which is the host's here, behind what is queued on the stream. */
-static int gather_on_device(fst_comm_use *use, void *memory, size_t nbytes, fst_queue stream, fst_comm_request *request) {
+static int gather_on_device(fst_comm_use *use, void *memory, size_t nbytes, fst_queue stream,
+                            fst_comm_request *request) {
     const fst_gpu *gpu;
     char reason[256];
     fst_error error;
@@ -214,7 +219,8 @@ TEST(shared, a_rank_with_other_files) {
     support_checkpoint(test_path("other.safetensors"), NULL, &tensor, 1, 0);
     fake_comm *comm = fake_comm_new(2, &(fake_comm_options){0});
     for (unsigned r = 0; r < 2; r++)
-        loads[r] = (rank_load){.path = r ? test_path("other.safetensors") : path, .options = support_options(FST_DEVICE_CPU)};
+        loads[r] = (rank_load){.path = r ? test_path("other.safetensors") : path,
+                               .options = support_options(FST_DEVICE_CPU)};
     load_ranks(loads, 2, comm);
     for (unsigned r = 0; r < 2; r++) CHECK_INT(FST_E_ARG, loads[r].status);
     fake_comm_free(comm);
