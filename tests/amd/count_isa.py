@@ -607,7 +607,7 @@ def bnb4(dst, *, nested, block=64):
     """A table of 2s; scales, that are nested or not, are 2 too: 2 x 2 x 1 + 0."""
     maps = SCALES + (1 << 28)
     arguments = (words(SRC, DST, maps, SCALES, SCALES + (1 << 29) if nested else 0, maps if nested else 0, 0, BIG) +
-                 divisor(block) + divisor(256) + struct.pack("<I4x", 0) + words(0))
+                 divisor(block) + divisor(256) + struct.pack("<II?7x", 0, 0, True) + words(0))
     b = bits_of(dst)
     return Case(f"bnb4{', nested' if nested else ''}, F4->{dst}", 128 // b * (4 + b) / 8,
                 [Step(f"Bnb4<{number(dst)}>", arguments, 1, one_two("F4"), codes(dst, ONE[dst][0] + (3 if nested else 2) *
