@@ -511,10 +511,12 @@ TEST(scheme, methods_that_are_refused_by_name) {
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"format\":\"marlin-24\"}}",
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"config_groups\":{\"g\":{\"format\":\"sparse-bitmask\"}}}}",
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"transform_config\":{\"config_groups\":{\"a\":{}}}}}",
+        "{\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4_SVD\"}}",
     };
     static const char *const words[] = {
-        "torchao", "hqq",    "aqlm",      "exl3",      "bitnet",         "\"squeeze\" is no quant_method",
-        "marlin",  "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask", "rotated"};
+        "torchao",  "hqq",    "aqlm",      "exl3",      "bitnet",         "\"squeeze\" is no quant_method",
+        "marlin",   "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask", "rotated",
+        "NVFP4_SVD"};
     for (size_t i = 0; i < sizeof configs / sizeof *configs; i++)
         check_refused(SPECS({"m.weight", "U8", "[4]"}), configs[i], FST_E_UNSUPPORTED, words[i]);
 }
