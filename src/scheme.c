@@ -399,7 +399,8 @@ static fst_format scale_kind(const finder *f, fst_quantized *w, const fst_entry 
     }
     /* A vector for each row; with stacked square matrices it might be for each column. */
     if (has_shape(scale, codes, 2, DIMS(r)) && (codes->ndim == 2 || r != c)) return FST_FORMAT_FP8_ROW;
-    if (codes->ndim > 2 && has_shape(scale, codes, 2, DIMS(1, c))) {
+    if (codes->ndim > 2 &&
+        (has_shape(scale, codes, 2, DIMS(1, c)) || (r != c && has_shape(scale, codes, 2, DIMS(c))))) {
         w->block_rows = r, w->block_cols = 1;
         return FST_FORMAT_FP8_COLUMN;
     }

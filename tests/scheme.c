@@ -182,6 +182,12 @@ TEST(scheme, fp8_experts_in_a_stack) {
     fst_model_free(model);
 }
 
+/* Whether of rows or of columns, a square does not tell. */
+TEST(scheme, a_vector_of_scales_beside_square_experts) {
+    check_refused(SPECS({"e.up_proj", "F8_E4M3", "[2,16,16]"}, {"e.up_proj_scale", "F32", "[2,16]"}), NULL,
+                  FST_E_QUANTIZED, "does not belong");
+}
+
 TEST(scheme, deepseek_v4_names) {
     fst_model *model =
         open_it(SPECS({"a.weight", "F8_E4M3", "[256,128]"}, {"a.scale", "F8_E8M0", "[2,1]"},
