@@ -594,6 +594,14 @@ def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scal
                 [Step(f"Scaled<{number(src)}, {number(dst)}>", arguments, 1, source, target)])
 
 
+def columns(src, dst, cols=4096):
+    """A scale for each column; each is 2."""
+    arguments = words(SRC, DST, SCALES, BIG, 0) + divisor(cols) + struct.pack("<i4x", number("F32")) + words(0)
+    a, b = bits_of(src), bits_of(dst)
+    return Case(f"scale column, {src} x F32->{dst}", 128 // b * (a + b) / 8,
+                [Step(f"Columns<{number(src)}, {number(dst)}>", arguments, 1, one_two(src), one_two(dst, 2))])
+
+
 def nvfp4(dst, *, rows=4096, cols=4096, group=16):
     """Scales of E4M3, each 2, under 1 for all."""
     arguments = (words(SRC, DST, SCALES, SCALES + (1 << 30), 0, rows * cols) + divisor(group) + struct.pack("<I4x", False) +
@@ -755,6 +763,7 @@ def cases():
             yield scaled("scale group of 32", src, dst, 1, 32, scale="F8_E8M0")
             yield scaled("scale block", src, dst, 128, 128)
     yield scaled("scale block, 7168 columns", "F8_E4M3", "BF16", 128, 128, cols=7168)
+    yield from (columns("F8_E4M3", dst) for dst in plain)
     yield nvfp4("BF16")
     for dst in plain:
         yield bnb4(dst, nested=False)
