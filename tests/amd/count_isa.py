@@ -289,6 +289,8 @@ class Lane:
             size = 4 * int(name[13:] or 1)
             data = self.memory.load(self.get(o[1], 64) + self.get(o[2]), size)
             return self.put(o[0], int.from_bytes(data, "little"), 8 * size)
+        if name == "s_getpc_b64":
+            return self.put(o[0], i.next, 64)
         if name.endswith("_saveexec_b64"):
             before, source = self.active(), self.get(o[1], 64)
             mask = {"and": source & before, "andn2": source & ~before, "or": source | before}[word]
