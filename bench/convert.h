@@ -26,6 +26,7 @@ typedef enum convert_kernel {
     CONVERT_BNB_INT8,
     CONVERT_INT8_ZEROS, /* a scale and a zero point a row */
     CONVERT_FP8_BLOCK,  /* as scale_block, in a model's shape */
+    CONVERT_FP8_COLUMN,
     CONVERT_MXFP4,      /* as scale_group */
     CONVERT_NVFP4,      /* F8_E4M3 scales under one of F32, in the place of the counter */
     CONVERT_GPTQ,       /* this one and those behind it: packed integers */

@@ -37,6 +37,7 @@ const char *convert_kernel_name(convert_kernel kernel) {
                                                        "dequant_bnb_int8",
                                                        "dequant_int8",
                                                        "dequant_fp8_block",
+                                                       "dequant_fp8_column",
                                                        "dequant_mxfp4",
                                                        "dequant_nvfp4",
                                                        "dequant_gptq",
@@ -147,6 +148,7 @@ static void add_integers(list *l) {
 static void add_formats(list *l) {
     for (size_t i = 0; i < sizeof wide / sizeof *wide; i++) {
         add_scaled(l, CONVERT_FP8_BLOCK, FST_F8_E4M3, wide[i], FST_F32, 0)->row = 7168;
+        add_scaled(l, CONVERT_FP8_COLUMN, FST_F8_E4M3, wide[i], FST_F32, 0);
         add_scaled(l, CONVERT_MXFP4, FST_F4, wide[i], FST_F8_E8M0, 32)->row = 2880;
         add_scaled(l, CONVERT_NVFP4, FST_F4, wide[i], FST_F8_E4M3, 16)->row = 7168;
         convert_spec *nested = add_scaled(l, CONVERT_BNB_NF4, FST_F4, wide[i], FST_U8, 64);
@@ -315,6 +317,7 @@ static uint64_t count_scales(const convert_case *c) {
     case CONVERT_INT4_ROWS:
     case CONVERT_INT4_QUARK:
     case CONVERT_SCALE_GROUP: return c->rows * ceil_div(c->cols, c->spec.group);
+    case CONVERT_FP8_COLUMN: return c->cols;
     case CONVERT_FP8_BLOCK:
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK: return ceil_div(c->rows, CONVERT_BLOCK) * ceil_div(c->cols, CONVERT_BLOCK);

@@ -234,6 +234,7 @@ static uint64_t scale_index(const convert_case *c, uint64_t row, uint64_t col) {
     case CONVERT_MXFP4:
     case CONVERT_NVFP4:
     case CONVERT_SCALE_GROUP: return row * groups + col / c->spec.group;
+    case CONVERT_FP8_COLUMN: return col;
     case CONVERT_FP8_BLOCK:
     case CONVERT_SCALE_BLOCK:
     case CONVERT_QUANTIZE_BLOCK:

@@ -50,6 +50,7 @@ static int kind_of(convert_kernel kernel) {
     switch (kernel) {
     case CONVERT_SCALE_TENSOR: return FST_SCALE_TENSOR;
     case CONVERT_SCALE_BLOCK:
+    case CONVERT_FP8_COLUMN:
     case CONVERT_FP8_BLOCK: return FST_SCALE_BLOCK;
     case CONVERT_SCALE_GROUP:
     case CONVERT_MXFP4:
@@ -76,6 +77,7 @@ static int launch_scaled(const fst_kernels *k, fst_queue stream, const part_of *
                             .block_rows = CONVERT_BLOCK,
                             .block_cols = c->spec.group ? c->spec.group : CONVERT_BLOCK,
                             .flags = c->spec.flags};
+    if (c->spec.kernel == CONVERT_FP8_COLUMN) args.block_rows = c->rows, args.block_cols = 1;
     if (c->spec.kernel == CONVERT_NVFP4) args.global_scale = p->set->nans;
     return k->scaled(stream, &args);
 }
@@ -250,6 +252,7 @@ int convert_launch(const fst_gpu *gpu, fst_queue stream, const convert_case *c, 
     case CONVERT_SCALE_ROW:
     case CONVERT_SCALE_GROUP:
     case CONVERT_FP8_BLOCK:
+    case CONVERT_FP8_COLUMN:
     case CONVERT_MXFP4:
     case CONVERT_NVFP4:
     case CONVERT_SCALE_BLOCK: return launch_scaled(gpu->kernels, stream, &p);

@@ -17,8 +17,8 @@ import peers_convert
 
 KERNELS = ("cast scale_tensor scale_row scale_group scale_block quantize_tensor quantize_row quantize_block "
            "realign slice pack transpose deinterleave batch dequant_bnb_nf4 dequant_bnb_int8 dequant_int8 "
-           "dequant_fp8_block dequant_mxfp4 dequant_nvfp4 dequant_gptq dequant_awq dequant_packed dequant_int4_rows "
-           "dequant_int4_quark").split()
+           "dequant_fp8_block dequant_fp8_column dequant_mxfp4 dequant_nvfp4 dequant_gptq dequant_awq dequant_packed "
+           "dequant_int4_rows dequant_int4_quark").split()
 FLOATS = "F64 F32 F16 BF16 F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ".split()
 NARROW = "F8_E8M0 F6_E2M3 F6_E3M2 F4".split()
 SMALL = ["--device", "cpu", "--bytes", "300K", "--runs", "3"]
@@ -112,7 +112,8 @@ class Convert(unittest.TestCase):
         table = bytes.fromhex("10325476980FF071")
         got = peers_convert.four_bits(torch, torch.tensor(list(table), dtype=torch.uint8), peers_convert.E2M1,
                                       torch.tensor([1.0]), 16, False)
-        self.assertEqual("0000 3F00 3F80 3FC0 4000 4040 4080 40C0 8000 BF00 C0C0 0000 0000 C0C0 3F00 40C0".split(), bits(got))
+        self.assertEqual("0000 3F00 3F80 3FC0 4000 4040 4080 40C0 8000 BF00 C0C0 0000 0000 C0C0 3F00 40C0".split(),
+                         bits(got))
         got = peers_convert.four_bits(torch, torch.tensor(list(bytes.fromhex("0F7AE158")), dtype=torch.uint8),
                                       peers_convert.NF4, words("3D4CCCCD").view(torch.float32), 8, True)
         self.assertEqual("BD4D 3D4D 0000 3C4A 3D14 BD0F BC17 3B82".split(), bits(got))

@@ -16,6 +16,7 @@ template <int Dst> struct Bnb4 {
     Divisor block, nested_block;
     uint32_t offset;
     unsigned fp4; // which table, where there is no map
+    bool aligned; // all vectors of codes
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -75,7 +76,8 @@ template <int Dst> struct Bnb4 {
         const uint8_t *from = global<const uint8_t>(src);
         Vector<width / 2> in;
         if (begin % 2 || block.value < width) return false;
-        if (!load_vector(from + begin / 2, from, from + (count + 1) / 2, &in)) return false;
+        if (aligned) in = load_aligned<width / 2>(from + begin / 2);
+        else if (!load_vector(from + begin / 2, from, from + (count + 1) / 2, &in)) return false;
         const uint64_t cell = block.divide(first + begin), left = (cell + 1) * block.value - first - begin;
         const uint32_t scale = scale_of(cell), scale2 = left < width ? scale_of(cell + 1) : scale;
         Vector<16> out = {};
@@ -105,18 +107,20 @@ template <int Dst> struct Bnb4 {
 };
 
 template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
-    const Bnb4<Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                            reinterpret_cast<uint64_t>(args->dst),
-                            reinterpret_cast<uint64_t>(args->map),
-                            reinterpret_cast<uint64_t>(args->absmax),
-                            reinterpret_cast<uint64_t>(args->nested),
-                            reinterpret_cast<uint64_t>(args->nested_map),
-                            args->first,
-                            args->count,
-                            divisor(args->block),
-                            divisor(args->nested ? args->nested_block : 1),
-                            fst_bits_of_float32(args->offset),
-                            args->fp4 != 0};
+    Bnb4<Dst> body = {reinterpret_cast<uint64_t>(args->src),
+                      reinterpret_cast<uint64_t>(args->dst),
+                      reinterpret_cast<uint64_t>(args->map),
+                      reinterpret_cast<uint64_t>(args->absmax),
+                      reinterpret_cast<uint64_t>(args->nested),
+                      reinterpret_cast<uint64_t>(args->nested_map),
+                      args->first,
+                      args->count,
+                      divisor(args->block),
+                      divisor(args->nested ? args->nested_block : 1),
+                      fst_bits_of_float32(args->offset),
+                      args->fp4 != 0,
+                      false};
+    body.aligned = body.skew() % 2 == 0 && (body.src - body.skew() / 2) % (body.width / 2) == 0;
     return launch(stream, body, body.blocks());
 }
 

@@ -235,8 +235,8 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
 
 /* The ring should stay in the last-level cache, where the device reads what was just written; a processor of several such
  * caches has them small. */
-static size_t gpu_slot_bytes(void) {
-    size_t cache = fst_os_calls.cache_bytes() / 4 * 3, size = GPU_SLOT;
+static size_t gpu_slot_bytes(unsigned sharers) {
+    size_t cache = fst_os_calls.cache_bytes() / 8 * 7 / (sharers ? sharers : 1), size = GPU_SLOT;
     while (cache && size > GPU_SLOT / 4 && GPU_SLOTS * size > cache) size /= 2;
     return size;
 }
@@ -256,7 +256,7 @@ static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {
     shape s = {config->threads, 0, config->slot_bytes, fst_pipeline_tuning.strip_bytes};
     if (s.threads == 0) s.threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
     if (s.threads > MAX_THREADS) s.threads = MAX_THREADS;
-    if (s.slot_bytes == 0) s.slot_bytes = gpu->host_access ? CPU_SLOT : gpu_slot_bytes();
+    if (s.slot_bytes == 0) s.slot_bytes = gpu->host_access ? CPU_SLOT : gpu_slot_bytes(config->sharers);
     s.slot_bytes = round_up(s.slot_bytes, PAGE);
     if (s.strip_bytes == 0) s.strip_bytes = GPU_STRIP;
     if (gpu->host_access) s.strip_bytes = s.slot_bytes + PAGE; /* a chunk is one, wherever it begins */

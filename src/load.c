@@ -9,6 +9,7 @@
 
 #define GPU_PLACE ((uint64_t)256 << 10) /* copies smaller than this cost more than their bytes do */
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
+#define HOST_RANKS 8u                   /* of one host, usually, at most */
 #define GPU_SEGMENT 1024u               /* reads of less cost more than twice as many bytes on the link do */
 #define CPU_SEGMENT 2048u               /* likewise than twice as many bytes from memory */
 
@@ -60,9 +61,19 @@ static fst_status check_options(const fst_options *options, fst_error *error) {
     return fst_shards_check(options, error);
 }
 
+/* Bytes that this process has caused to be read from storage so far; UINT64_MAX: the system does not tell. */
+static uint64_t bytes_from_storage(void) {
+    char text[512];
+    unsigned long long bytes;
+    if (fst_os_calls.read_text("/proc/self/io", text, sizeof text) <= 0) return UINT64_MAX;
+    const char *line = strstr(text, "\nread_bytes: ");
+    return line && sscanf(line, "\nread_bytes: %llu", &bytes) == 1 ? bytes : UINT64_MAX;
+}
+
 fst_status fst_loading_begin(fst_loading *l, const char *const *files, const fst_options *given) {
     fst_status status = files && files[0] ? FST_OK : refuse(l->error, "no files are named");
     l->started = fst_os_now();
+    l->storage_before = bytes_from_storage();
     if (!status && given) status = copy_options(given, &l->options, l->error);
     if (!status) status = check_options(&l->options, l->error);
     if (!status && l->options.allocator) l->allocator = *l->options.allocator;
@@ -307,9 +318,16 @@ static fst_status describe_results(fst_loading *l) {
     return model->made ? fst_loading_fill_names(l) : FST_OK;
 }
 
-/* From here on other ranks hear of a failure. */
+static fst_status find_device(fst_loading *l) {
+    return fst_gpu_find(l->options.device, &l->model->gpu, l->model->device_reason,
+                        sizeof l->model->device_reason, l->error);
+}
+
+/* Before files are opened: from here on other ranks hear of a failure. */
 static fst_status meet_peers(fst_loading *l) {
     fst_options *options = &l->options;
+    fst_status status = options->comm_kind == FST_COMM_NONE ? FST_OK : find_device(l);
+    if (status || options->comm_kind == FST_COMM_NONE) return status;
     const fst_gpu *gpu = l->model->gpu;
     fst_peers_options wanted = {.kind = options->comm_kind,
                                 .comm = options->comm,
@@ -320,7 +338,7 @@ static fst_status meet_peers(fst_loading *l) {
                                 .may_abort = (options->flags & FST_ABORT_COMM) != 0};
     int saved, code = gpu->calls->enter(gpu, &saved);
     if (code) return fst_gpu_fail(l->error, gpu, code, "choosing the device");
-    fst_status status = fst_peers_open(&wanted, &l->peers, l->error);
+    status = fst_peers_open(&wanted, &l->peers, l->error);
     gpu->calls->leave(gpu, saved);
     if (status || !l->peers) return status;
     options->rank = fst_peers_rank(l->peers);
@@ -348,10 +366,9 @@ static fst_status share_reading(fst_loading *l, fst_status mine) {
 
 static fst_status prepare(fst_loading *l, uint64_t block_bytes) {
     fst_model *model = l->model;
-    fst_engine_config config = {l->options.threads, l->options.slot_bytes};
-    fst_status status = fst_gpu_find(l->options.device, &model->gpu, model->device_reason,
-                                     sizeof model->device_reason, l->error);
-    if (!status) status = meet_peers(l);
+    fst_engine_config config = {l->options.threads, l->options.slot_bytes, 0};
+    fst_status status = find_device(l);
+    config.sharers = l->options.ranks < HOST_RANKS ? l->options.ranks : HOST_RANKS;
     double before = fst_os_now();
     if (!status)
         status = fst_engine_take(l->options.context, model->gpu, &config, &l->engine, &l->facts, l->error);
@@ -378,7 +395,7 @@ static fst_status prepare(fst_loading *l, uint64_t block_bytes) {
 }
 
 fst_status fst_loading_prepare(fst_loading *l, uint64_t block_bytes) {
-    fst_status status = share_reading(l, prepare(l, block_bytes));
+    fst_status status = prepare(l, block_bytes);
     l->model->stats.open_seconds = fst_os_now() - l->started - l->allocate_seconds;
     return status;
 }
@@ -442,6 +459,9 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     stats->bytes_read = l->header_bytes + pipeline->bytes_read + fst_shared_read(l->shared);
     stats->bytes_out = l->plan.bytes_out;
     stats->bytes_needed = l->plan.bytes_needed;
+    uint64_t from_storage = bytes_from_storage();
+    int is_known = from_storage != UINT64_MAX && l->storage_before != UINT64_MAX;
+    stats->bytes_storage = is_known ? from_storage - l->storage_before : UINT64_MAX;
     stats->nan_scales = pipeline->nan_scales;
     stats->device = gpu->label;
     stats->device_name = gpu->name;
@@ -518,6 +538,7 @@ static fst_status load_or_open(const char *const *files, const fst_options *give
     if (out) *out = NULL;
     l.opens_only = !with_data;
     if (l.opens_only) l.options.rule = NULL;
+    if (!status && with_data) status = meet_peers(&l);
     if (!status) status = fst_loading_open(&l, files);
     if (!status) {
         l.model->stats.bytes_read = l.header_bytes;
@@ -525,6 +546,7 @@ static fst_status load_or_open(const char *const *files, const fst_options *give
         l.model->stats.numa_node = -1;
     }
     if (!status && with_data) status = fst_loading_prepare(&l, fst_block_bytes);
+    status = share_reading(&l, status);
     if (!status && with_data) status = run(&l);
     fst_loading_end(&l);
     if (status) {

@@ -14,6 +14,7 @@ typedef struct fst_loading {
     fst_options options;
     fst_allocator allocator;
     double started;
+    uint64_t storage_before; /* bytes that the process had read from storage by then; UINT64_MAX: not known */
     int opens_only;
 
     int *fds; /* -1: not open */

@@ -697,12 +697,12 @@ static int launch_alone(fst_worker *w, const fst_load_job *job, const fst_plan_p
 static fst_bnb4_args bnb4_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
     const int nested = w->companions[FST_COMPANION_NESTED] != FST_NO_TENSOR;
+    const int mapped = w->companions[FST_COMPANION_MAP] != FST_NO_TENSOR;
     fst_cast_args plain = cast_args(job, piece, src);
     return (fst_bnb4_args){
         .src = src,
         .dst = plain.dst,
-        .map =
-            w->companions[FST_COMPANION_MAP] == FST_NO_TENSOR ? NULL : companion(job, w, FST_COMPANION_MAP),
+        .map = mapped ? companion(job, w, FST_COMPANION_MAP) : NULL,
         .fp4 = w->format == FST_FORMAT_BNB_FP4,
         .absmax = companion(job, w, FST_COMPANION_SCALE),
         .nested = nested ? companion(job, w, FST_COMPANION_NESTED) : NULL,

@@ -17,6 +17,7 @@ typedef struct fst_engine fst_engine;
 typedef struct fst_engine_config {
     unsigned threads;     /* 0: as suits the device */
     size_t   slot_bytes;  /* 0: likewise */
+    unsigned sharers;     /* ranks on this host, whose rings share its caches; 0: 1 */
 } fst_engine_config;
 
 typedef struct fst_engine_facts {

@@ -148,6 +148,8 @@ static fst_status read_quantization(yyjson_val *quantization, config *c, fst_err
     for (size_t i = 0; i < sizeof refused_methods / sizeof *refused_methods; i++)
         if (strcmp(method, refused_methods[i].method) == 0)
             return refuse(error, c->path, method, refused_methods[i].why);
+    if (strcmp(text_of(quantization, "quant_algo"), "NVFP4_SVD") == 0)
+        return refuse(error, c->path, "NVFP4_SVD", "a part of the weights is in factors beside them");
     if (!is_known_method(method)) {
         fst_where where = {c->path, -1, -1};
         return fst_fail(error, FST_E_UNSUPPORTED, 0, &where,
@@ -397,7 +399,8 @@ static fst_format scale_kind(const finder *f, fst_quantized *w, const fst_entry 
     }
     /* A vector for each row; with stacked square matrices it might be for each column. */
     if (has_shape(scale, codes, 2, DIMS(r)) && (codes->ndim == 2 || r != c)) return FST_FORMAT_FP8_ROW;
-    if (codes->ndim > 2 && has_shape(scale, codes, 2, DIMS(1, c))) {
+    if (codes->ndim > 2 &&
+        (has_shape(scale, codes, 2, DIMS(1, c)) || (r != c && has_shape(scale, codes, 2, DIMS(c))))) {
         w->block_rows = r, w->block_cols = 1;
         return FST_FORMAT_FP8_COLUMN;
     }

@@ -627,7 +627,7 @@ TEST(kernels_box, wrong_arguments_of_bnb4) {
     CHECK_INT(FST_K_NO_KERNEL, run(NULL, &a, &b));
     a = right, a.block = 0;
     CHECK_INT(FST_K_SCALE, run(NULL, &a, &b));
-    a = right, a.map = NULL;
+    a = right, a.absmax = NULL;
     CHECK_INT(FST_K_NULL, run(NULL, &a, &b));
     a = right, a.nested = words, a.nested_block = 256;
     CHECK_INT(FST_K_NULL, run(NULL, &a, &b));

@@ -240,9 +240,11 @@ TEST(quantized, fp8_with_a_scale_a_column) {
                                           0x38, 0x38, 0x38, 0x40, 0x40, 0x40};
     static const float scales[] = {2, 3, 5, 7, 11, 13};
     static const float want[] = {2, 6, 5, 4, -3, 0, 7, 11, 13, 14, 22, 26};
-    check_one((support_tensor[]){{"e.up_proj", "F8_E4M3", "[2,2,3]", codes, 12},
-                                 {"e.up_proj_scale", "F32", "[2,1,3]", scales, 24}},
-              2, NULL, (const uint32_t *)(const void *)want, 12);
+    static const char *const shapes[] = {"[2,1,3]", "[2,3]"}; /* rows would be [2,2] */
+    for (int i = 0; i < 2; i++)
+        check_one((support_tensor[]){{"e.up_proj", "F8_E4M3", "[2,2,3]", codes, 12},
+                                     {"e.up_proj_scale", "F32", shapes[i], scales, 24}},
+                  2, NULL, (const uint32_t *)(const void *)want, 12);
 }
 
 static const char *const inverse =

@@ -182,6 +182,12 @@ TEST(scheme, fp8_experts_in_a_stack) {
     fst_model_free(model);
 }
 
+/* Whether of rows or of columns, a square does not tell. */
+TEST(scheme, a_vector_of_scales_beside_square_experts) {
+    check_refused(SPECS({"e.up_proj", "F8_E4M3", "[2,16,16]"}, {"e.up_proj_scale", "F32", "[2,16]"}), NULL,
+                  FST_E_QUANTIZED, "does not belong");
+}
+
 TEST(scheme, deepseek_v4_names) {
     fst_model *model =
         open_it(SPECS({"a.weight", "F8_E4M3", "[256,128]"}, {"a.scale", "F8_E8M0", "[2,1]"},
@@ -511,10 +517,12 @@ TEST(scheme, methods_that_are_refused_by_name) {
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"format\":\"marlin-24\"}}",
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"config_groups\":{\"g\":{\"format\":\"sparse-bitmask\"}}}}",
         "{\"quantization_config\":{\"quant_method\":\"compressed-tensors\",\"transform_config\":{\"config_groups\":{\"a\":{}}}}}",
+        "{\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4_SVD\"}}",
     };
     static const char *const words[] = {
-        "torchao", "hqq",    "aqlm",      "exl3",      "bitnet",         "\"squeeze\" is no quant_method",
-        "marlin",  "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask", "rotated"};
+        "torchao",  "hqq",    "aqlm",      "exl3",      "bitnet",         "\"squeeze\" is no quant_method",
+        "marlin",   "gptq_p", "GEMV_FAST", "marlin-24", "sparse-bitmask", "rotated",
+        "NVFP4_SVD"};
     for (size_t i = 0; i < sizeof configs / sizeof *configs; i++)
         check_refused(SPECS({"m.weight", "U8", "[4]"}), configs[i], FST_E_UNSUPPORTED, words[i]);
 }

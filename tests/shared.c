@@ -184,6 +184,7 @@ TEST(shared, a_rank_that_is_cancelled_ends_all) {
     for (unsigned r = 0; r < 3; r++) {
         loads[r] = (rank_load){.path = path, .options = support_options(FST_DEVICE_CPU)};
         loads[r].options.shards = rules;
+        loads[r].options.cast = FST_BF16;
         loads[r].options.progress = ends_at_once;
         loads[r].options.progress_arg = &ends[r];
     }
@@ -203,10 +204,25 @@ TEST(shared, a_rank_that_cannot_plan_ends_all) {
     fake_comm *comm = fake_comm_new(3, &(fake_comm_options){0});
     for (unsigned r = 0; r < 3; r++) {
         loads[r] = (rank_load){.path = path, .options = support_options(FST_DEVICE_CPU)};
+        loads[r].options.cast = FST_BF16;
         loads[r].options.shards = r == 2 ? wrong : rules;
     }
     load_ranks(loads, 3, comm);
     expect_failures(loads, 3, 2, FST_E_ARG);
+    fake_comm_free(comm);
+    fst_release_cached();
+}
+
+TEST(shared, a_rank_that_finds_no_file_ends_all) {
+    rank_load loads[3] = {0};
+    const char *path = write_files(1);
+    fake_comm *comm = fake_comm_new(3, &(fake_comm_options){0});
+    for (unsigned r = 0; r < 3; r++)
+        loads[r] = (rank_load){.path = r == 1 ? "no such file.safetensors" : path,
+                               .options = support_options(FST_DEVICE_CPU)};
+    load_ranks(loads, 3, comm);
+    expect_failures(loads, 3, 1, FST_E_IO);
+    CHECK_INT(2, loads[1].error.code); /* its own error has its own */
     fake_comm_free(comm);
     fst_release_cached();
 }

@@ -289,6 +289,8 @@ class Lane:
             size = 4 * int(name[13:] or 1)
             data = self.memory.load(self.get(o[1], 64) + self.get(o[2]), size)
             return self.put(o[0], int.from_bytes(data, "little"), 8 * size)
+        if name == "s_getpc_b64":
+            return self.put(o[0], i.next, 64)
         if name.endswith("_saveexec_b64"):
             before, source = self.active(), self.get(o[1], 64)
             mask = {"and": source & before, "andn2": source & ~before, "or": source | before}[word]
@@ -594,6 +596,14 @@ def scaled(kind, src, dst, block_rows, block_cols, *, rows=4096, cols=4096, scal
                 [Step(f"Scaled<{number(src)}, {number(dst)}>", arguments, 1, source, target)])
 
 
+def columns(src, dst, cols=4096):
+    """A scale for each column; each is 2."""
+    arguments = words(SRC, DST, SCALES, BIG, 0) + divisor(cols) + struct.pack("<i4x", number("F32")) + words(0)
+    a, b = bits_of(src), bits_of(dst)
+    return Case(f"scale column, {src} x F32->{dst}", 128 // b * (a + b) / 8,
+                [Step(f"Columns<{number(src)}, {number(dst)}>", arguments, 1, one_two(src), one_two(dst, 2))])
+
+
 def nvfp4(dst, *, rows=4096, cols=4096, group=16):
     """Scales of E4M3, each 2, under 1 for all."""
     arguments = (words(SRC, DST, SCALES, SCALES + (1 << 30), 0, rows * cols) + divisor(group) + struct.pack("<I4x", False) +
@@ -607,7 +617,7 @@ def bnb4(dst, *, nested, block=64):
     """A table of 2s; scales, that are nested or not, are 2 too: 2 x 2 x 1 + 0."""
     maps = SCALES + (1 << 28)
     arguments = (words(SRC, DST, maps, SCALES, SCALES + (1 << 29) if nested else 0, maps if nested else 0, 0, BIG) +
-                 divisor(block) + divisor(256) + struct.pack("<I4x", 0) + words(0))
+                 divisor(block) + divisor(256) + struct.pack("<II?7x", 0, 0, True) + words(0))
     b = bits_of(dst)
     return Case(f"bnb4{', nested' if nested else ''}, F4->{dst}", 128 // b * (4 + b) / 8,
                 [Step(f"Bnb4<{number(dst)}>", arguments, 1, one_two("F4"), codes(dst, ONE[dst][0] + (3 if nested else 2) *
@@ -755,6 +765,7 @@ def cases():
             yield scaled("scale group of 32", src, dst, 1, 32, scale="F8_E8M0")
             yield scaled("scale block", src, dst, 128, 128)
     yield scaled("scale block, 7168 columns", "F8_E4M3", "BF16", 128, 128, cols=7168)
+    yield from (columns("F8_E4M3", dst) for dst in plain)
     yield nvfp4("BF16")
     for dst in plain:
         yield bnb4(dst, nested=False)
