@@ -197,7 +197,8 @@ static void check_part(load_bench *b, const load_case *c, const load_sample *s) 
 
 void load_check(load_bench *b, const load_case *c, const load_sample *s) {
     const fst_stats *said = &s->stats;
-    if (said->seconds > s->seconds || (!c->stream && !agrees(said->seconds, s->seconds, 0.0005)))
+    int is_alone = !b->o.turns; /* where ranks share CPUs, a thread may wait for one on its way out */
+    if (said->seconds > s->seconds || (is_alone && !c->stream && !agrees(said->seconds, s->seconds, 0.0005)))
         load_doubt(b, "%s: the library says %.6f s, the clock %.6f s", c->name, said->seconds, s->seconds);
     if (c->part != LOAD_WHOLE) check_part(b, c, s);
     else if (!said->tensors_ignored && !agrees((double)said->bytes_read, (double)c->files->bytes, 4096))
@@ -206,7 +207,7 @@ void load_check(load_bench *b, const load_case *c, const load_sample *s) {
     if (s->disk_bytes != LOAD_UNKNOWN && said->bytes_direct * 0.98 > (double)s->disk_bytes)
         load_doubt(b, "%s: the library read %llu bytes with O_DIRECT, the process had %llu from storage",
                    c->name, (unsigned long long)said->bytes_direct, (unsigned long long)s->disk_bytes);
-    if (!b->gpu->host_access && !c->stream && !b->o.turns && /* others may use the device, too */
+    if (!b->gpu->host_access && !c->stream && is_alone &&
         !agrees((double)said->peak_device_bytes, (double)s->peak_device_bytes, (double)(64 * MIB)))
         load_doubt(b, "%s: the library used %llu bytes of the device, the driver saw %llu", c->name,
                    (unsigned long long)said->peak_device_bytes, (unsigned long long)s->peak_device_bytes);
