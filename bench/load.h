@@ -7,7 +7,7 @@
 #include "gpu.h"
 #include "pipeline.h"
 
-enum { LOAD_MAX_RUNS = 64, LOAD_MAX_CASTS = 8, LOAD_MAX_CASES = 160, LOAD_MAX_DOUBTS = 12 };
+enum { LOAD_MAX_RUNS = 64, LOAD_MAX_CASTS = 8, LOAD_MAX_CASES = 160, LOAD_MAX_DOUBTS = 12, LOAD_MAX_SHARDS = 32 };
 #define LOAD_UNKNOWN UINT64_MAX /* bytes that this machine does not tell */
 
 /* ---- Options: load_options.c ---- */
@@ -26,6 +26,12 @@ typedef struct load_options {
     uint64_t generate_bytes;
     fst_dtype dtype;
     unsigned files, small;
+    unsigned rank, ranks;   /* 0 of 0: no parts */
+    int tp, rows;           /* ready-made rules; with output projections cut along 0, too */
+    int reads[2];           /* whether parts are read so: by fst_read_mode */
+    fst_shard_rule shards[LOAD_MAX_SHARDS];
+    size_t shards_count;
+    int turns; /* cases are asked for on standard input */
     int child; /* descriptor that a child writes its one sample to; -1: this is no child */
 } load_options;
 
@@ -62,6 +68,28 @@ uint64_t load_uncached(const load_files *files);
 /* A checkpoint of Llama-8B's shapes and of many small tensors, as the options ask for. */
 void load_generate(const load_options *o);
 
+/* ---- Parts: load_parts.c ---- */
+
+/* What a case loads: all, this rank's part by the rules of the options, or by those of --rows. */
+typedef enum load_part { LOAD_WHOLE, LOAD_PART, LOAD_ROWS, LOAD_PARTS } load_part;
+
+/* A part of a tensor: pieces of `run` bytes, `step` apart from the tensor's byte `first` on. */
+typedef struct load_slice {
+    int32_t dim; /* FST_REPLICATE: all of it */
+    uint64_t begin, end;
+    uint64_t first, run, step, nbytes;
+} load_slice;
+
+struct load_bench;
+/* Rules for each kind of part, and what the headers say that a part has. */
+void load_find_parts(struct load_bench *b);
+/* By the rules, and PyTorch's chunk; neither the library's. `whole` is the tensor, of any dtype. */
+void load_slice_of(const struct load_bench *b, load_part part, const fst_tensor *whole, load_slice *out);
+/* Of a model with quantized weights: what the library says which part it is. */
+void load_slice_said(const fst_tensor *part, const fst_tensor *whole, load_slice *out);
+/* Where byte `at` of the part lies in the tensor; *size is at most so many that follow. */
+uint64_t load_slice_place(const load_slice *slice, uint64_t at, size_t *size);
+
 /* ---- Cases: load_measure.c ---- */
 
 typedef struct load_sample {
@@ -71,6 +99,7 @@ typedef struct load_sample {
     uint64_t host_growth;       /* of the most resident memory */
     uint64_t disk_bytes;        /* that the process had read from storage; LOAD_UNKNOWN */
     uint64_t uncached_bytes;    /* of the files, before */
+    uint64_t asked_bytes;       /* by read calls, as the kernel counts; LOAD_UNKNOWN */
     fst_stats stats;            /* without its texts, but these: */
     char limit[16], reader[464];
 } load_sample;
@@ -86,6 +115,8 @@ typedef struct load_case {
     fst_reader_kind reader;
     fst_cache cache;
     int stream, is_tuning;
+    load_part part;
+    fst_read_mode read;
     unsigned flags; /* of fst_options */
     unsigned threads, slots; /* 0: the library's choice */
     size_t slot_bytes;
@@ -125,6 +156,11 @@ typedef struct load_bench {
     load_case cases[LOAD_MAX_CASES];
     size_t count;
     load_rates ceilings[LOAD_CEILINGS];
+    const fst_shard_rule *rules[LOAD_PARTS];
+    uint64_t needed[LOAD_PARTS]; /* bytes of the files; 0: not known */
+    uint64_t header_bytes;
+    int quantized; /* some weights are */
+    double begins; /* fst_os_now() at which the next load begins; 0: at once */
     char doubts[LOAD_MAX_DOUBTS][256]; /* where the library's word and the system's differ */
     unsigned doubts_count;
 } load_bench;
@@ -134,7 +170,7 @@ __attribute__((format(printf, 2, 3))) void load_doubt(load_bench *b, const char 
 uint64_t load_available(const fst_gpu *gpu);
 /* Brings the files into the state that the case is about. */
 void load_prepare(load_bench *b, const load_case *c);
-void load_set_options(const load_case *c, int device, fst_options *options);
+void load_set_options(const load_bench *b, const load_case *c, fst_options *options);
 /* One load, as the case's next sample; `trace` may be NULL. */
 /* GB/s of reading files, as a load of them does. */
 #define LOAD_STRIP ((size_t)512 << 10)
@@ -153,7 +189,7 @@ void load_verify(load_bench *b, const load_case *c);
 
 double load_rate(const load_bench *b, load_ceiling which); /* median; 0: not measured */
 double load_seconds(const load_case *c);
-double load_gb_per_s(const load_case *c);
+double load_gb_per_s(const load_case *c); /* of bytes that were asked for */
 void load_print(load_bench *b);
 void load_json(const load_bench *b);
 
@@ -164,7 +200,14 @@ void load_json(const load_bench *b);
 void load_timeline(const char *path, const char *title, const load_sample *sample, const fst_trace *trace,
                    double copy_rate);
 
+/* ---- load_turns.c ---- */
+
+/* Until standard input ends: a line there is a case and when it begins; a line of JSON, what came out. */
+void load_turns(load_bench *b);
+
 /* ---- load_main.c ---- */
+
+load_case *load_find_case(load_bench *b, const char *name);
 
 int load_main(int argc, char **argv);
 

@@ -43,6 +43,28 @@ static void add_casts(load_bench *b, const char *where, const load_files *files)
     }
 }
 
+/* This rank's part: as is and with each cast, asked for in each way. */
+static void add_part(load_bench *b, const char *where, load_case like) {
+    static const char *const ways[] = {"auto", "exact"};
+    const char *what = like.part == LOAD_ROWS ? "rows" : b->o.tp ? "tp" : "rank";
+    char name[64];
+    for (like.read = FST_READ_EXACT;; like.read = FST_READ_AUTO) {
+        for (size_t i = 0; b->o.reads[like.read] && i <= b->o.casts_count; i++) {
+            like.cast = i ? b->o.casts[i - 1] : FST_NATIVE;
+            snprintf(name, sizeof name, "%s %s %s%s%s", where, what, ways[like.read], i ? " to " : "",
+                     i ? fst_dtype_name(like.cast) : "");
+            add_case(b, name, &like);
+        }
+        if (like.read == FST_READ_AUTO) break;
+    }
+}
+
+static void add_parts(load_bench *b, const char *where, const load_files *files, load_state state) {
+    if (!b->o.ranks) return;
+    add_part(b, where, (load_case){.files = files, .state = state, .part = LOAD_PART});
+    if (b->o.rows) add_part(b, where, (load_case){.files = files, .state = state, .part = LOAD_ROWS});
+}
+
 static void add_cold(load_bench *b) {
     add_case(b, "cold", &(load_case){.state = LOAD_COLD});
     add_case(b, "after cold", &(load_case){.state = LOAD_AFTER_COLD}); /* at once */
@@ -82,16 +104,21 @@ static void add_cases(load_bench *b) {
         return;
     }
     add_casts(b, "warm", &b->given);
+    add_parts(b, "warm", &b->given, LOAD_WARM);
     if (b->o.stream) {
         add_case(b, "warm stream", &(load_case){.state = LOAD_WARM, .stream = 1});
         add_case(b, "warm stream as ready",
                  &(load_case){.state = LOAD_WARM, .stream = 1, .flags = FST_AS_READY});
     }
     if (b->o.tmpfs) add_casts(b, "tmpfs", &b->tmpfs);
-    if (b->o.cold && !b->given.in_memory) add_cold(b);
+    if (b->o.tmpfs) add_parts(b, "tmpfs", &b->tmpfs, LOAD_WARM);
+    if (b->o.cold && !b->given.in_memory) {
+        add_cold(b);
+        add_parts(b, "cold", &b->given, LOAD_COLD);
+    }
 }
 
-static load_case *find_case(load_bench *b, const char *name) {
+load_case *load_find_case(load_bench *b, const char *name) {
     for (size_t i = 0; i < b->count; i++)
         if (strcmp(b->cases[i].name, name) == 0) return &b->cases[i];
     return NULL;
@@ -201,13 +228,13 @@ static void measure_in_child(load_bench *b, load_case *c) {
 }
 
 static int be_child(load_bench *b) {
-    load_case *c = find_case(b, "first as is");
+    load_case *c = load_find_case(b, "first as is");
     load_measure(b, c, NULL);
     return write(b->o.child, c->samples, sizeof *c->samples) == (ssize_t)sizeof *c->samples ? 0 : 1;
 }
 
 static void measure_first(load_bench *b) {
-    load_case *c = find_case(b, "first as is");
+    load_case *c = load_find_case(b, "first as is");
     for (unsigned i = 1; i < b->o.first; i++) measure_in_child(b, c);
     load_measure(b, c, NULL);
     const fst_stats *s = &c->samples[c->count - 1].stats;
@@ -220,7 +247,7 @@ static void measure_first(load_bench *b) {
 
 static void draw(load_bench *b) {
     char title[512];
-    load_case *c = find_case(b, b->o.timeline_of);
+    load_case *c = load_find_case(b, b->o.timeline_of);
     for (size_t i = b->count; i-- && b->o.tune;) /* the fastest: they are sorted */
         if (b->cases[i].is_tuning && b->cases[i].count) c = &b->cases[i];
     if (!c) return;
@@ -294,6 +321,11 @@ static void check_place(const char *path) {
     if (file) fclose(file);
 }
 
+static int tell_doubts(const load_bench *b) {
+    for (unsigned i = 0; i < b->doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b->doubts[i]);
+    return b->doubts_count ? 1 : 0;
+}
+
 int load_main(int argc, char **argv) {
     static load_bench b;
     b.argc = argc;
@@ -304,7 +336,8 @@ int load_main(int argc, char **argv) {
     load_find_files(b.o.paths, &b.given);
     if (b.o.tmpfs && !is_child) load_copy_files(&b.given, b.o.tmpfs, &b.tmpfs);
     add_cases(&b);
-    if (b.o.timeline && !b.o.tune && !find_case(&b, b.o.timeline_of)) {
+    load_find_parts(&b);
+    if (b.o.timeline && !b.o.tune && !load_find_case(&b, b.o.timeline_of)) {
         fprintf(stderr, "bench_load: --timeline-of: there is no case %s\n", b.o.timeline_of);
         return 2;
     }
@@ -312,6 +345,11 @@ int load_main(int argc, char **argv) {
     if (!is_child) check_place(b.o.timeline);
     find_device(&b);
     b.started = fst_os_now();
+    if (b.o.turns) {
+        load_turns(&b);
+        if (b.o.verify) verify(&b);
+        return tell_doubts(&b);
+    }
     bench_read_rate((const char *const *)b.given.paths, fst_os_cpus(), 1, MIB,
                     BENCH_INTO_RING); /* warm files */
     if (is_child) return be_child(&b);
@@ -322,6 +360,5 @@ int load_main(int argc, char **argv) {
     report();
     if (b.o.timeline) draw(&b);
     if (b.o.verify) verify(&b);
-    for (unsigned i = 0; i < b.doubts_count; i++) fprintf(stderr, "bench_load: doubt: %s\n", b.doubts[i]);
-    return b.doubts_count ? 1 : 0;
+    return tell_doubts(&b);
 }

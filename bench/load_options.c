@@ -13,6 +13,8 @@ static const char usage[] =
     "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots N\n"
     "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE[:tensor|row|block]...  --stream  --tmpfs DIR\n"
     "                    --cold  --cold-runs N (5)  --advise  --tune  --seconds N  --no-verify\n"
+    "  parts of it:      --tp R/N  --rank R/N  --shard GLOB=DIM[/UNIT]|GLOB=replicate...  --rows  --read auto|exact...\n"
+    "                    --turns\n"
     "  what comes out:   --json FILE  --timeline FILE.svg  --timeline-of CASE\n";
 
 static int parse_bytes(const char *text, uint64_t *out) {
@@ -85,12 +87,50 @@ static int parse_seconds(const char *text, double *out) {
     return end != text && *end == 0 && *out > 0 && *out < 1e6;
 }
 
+/* R/N. */
+static int parse_rank(const char *text, load_options *o) {
+    unsigned rank, ranks;
+    int length = 0;
+    if (o->ranks || sscanf(text, "%5u/%5u%n", &rank, &ranks, &length) != 2 || text[length]) return 0;
+    if (strchr("+- ", *text) || rank >= ranks) return 0;
+    o->rank = rank, o->ranks = ranks;
+    return 1;
+}
+
+/* GLOB=DIM[/UNIT] or GLOB=replicate, as `fst load` has it. */
+static int parse_shard(const char *text, load_options *o) {
+    const char *equals = strrchr(text, '=');
+    fst_shard_rule rule = {NULL, FST_REPLICATE, 0};
+    unsigned dim = 0;
+    int length = 0;
+    if (!equals || equals == text || o->shards_count == LOAD_MAX_SHARDS) return 0;
+    if (strcmp(equals + 1, "replicate") != 0) {
+        if (equals[1] < '0' || equals[1] > '9' || sscanf(equals + 1, "%2u%n", &dim, &length) != 1) return 0;
+        const char *unit = equals + 1 + length;
+        if (*unit == '/' && !parse_count(unit + 1, 1u << 30, &rule.unit)) return 0;
+        if (*unit && *unit != '/') return 0;
+        rule.dim = (int32_t)dim;
+    }
+    rule.glob = strndup(text, (size_t)(equals - text));
+    if (!rule.glob) bench_die("out of memory");
+    o->shards[o->shards_count++] = rule;
+    return 1;
+}
+
+static int parse_read(const char *text, load_options *o) {
+    if (strcmp(text, "auto") == 0) return o->reads[FST_READ_AUTO] = 1;
+    if (strcmp(text, "exact") == 0) return o->reads[FST_READ_EXACT] = 1;
+    return 0;
+}
+
 static int parse_flag(load_options *o, const char *name) {
     if (strcmp(name, "--no-verify") == 0) o->verify = 0;
     else if (strcmp(name, "--cold") == 0) o->cold = 1;
     else if (strcmp(name, "--advise") == 0) o->advise = 1;
     else if (strcmp(name, "--stream") == 0) o->stream = 1;
     else if (strcmp(name, "--tune") == 0) o->tune = 1;
+    else if (strcmp(name, "--rows") == 0) o->rows = 1;
+    else if (strcmp(name, "--turns") == 0) o->turns = 1;
     else return 0;
     return 1;
 }
@@ -106,6 +146,10 @@ static int parse_value(load_options *o, const char *name, const char *value) {
     if (strcmp(name, "--slot") == 0) return parse_slot(value, &o->slot_bytes);
     if (strcmp(name, "--seconds") == 0) return parse_seconds(value, &o->seconds);
     if (strcmp(name, "--cast") == 0) return parse_cast(value, o);
+    if (strcmp(name, "--rank") == 0) return parse_rank(value, o);
+    if (strcmp(name, "--tp") == 0) return (o->tp = parse_rank(value, o));
+    if (strcmp(name, "--shard") == 0) return parse_shard(value, o);
+    if (strcmp(name, "--read") == 0) return parse_read(value, o);
     if (strcmp(name, "--dtype") == 0) return parse_dtype(value, &o->dtype);
     if (strcmp(name, "--files") == 0) return parse_count(value, 9999, &o->files);
     if (strcmp(name, "--small") == 0) return parse_count(value, 10000000, &o->small);
@@ -126,6 +170,22 @@ static int complain(const char *what, const char *value) {
     return 0;
 }
 
+static int has_scales(const load_options *o) {
+    for (size_t i = 0; i < o->casts_count; i++)
+        if (o->scales[i]) return 1;
+    return 0;
+}
+
+static int check_parts(const load_options *o) {
+    if (!o->ranks && (o->shards_count || o->rows || o->reads[0] || o->reads[1]))
+        return complain("--shard, --rows, --read: only with --rank or --tp", "");
+    if (o->rows && !o->tp) return complain("--rows: only with --tp", "");
+    if (o->ranks && o->tune) return complain("--tune: not with parts", "");
+    if (o->ranks && has_scales(o))
+        return complain("scales that are computed: not with parts, of which some have others", "");
+    return 1;
+}
+
 static int check(const load_options *o, size_t paths) {
     if (o->generate && paths) return complain("--generate or a path, not both", "");
     if (!o->generate && !paths) return complain("no path", "");
@@ -136,7 +196,7 @@ static int check(const load_options *o, size_t paths) {
     if (o->tune &&
         (o->cold || o->stream || o->tmpfs || o->casts_count || o->threads || o->slot_bytes || o->slots))
         return complain("--tune goes with --runs, --seconds and outputs alone", "");
-    return 1;
+    return check_parts(o);
 }
 
 int load_parse(int argc, char **argv, load_options *o) {
@@ -165,6 +225,7 @@ int load_parse(int argc, char **argv, load_options *o) {
         }
     }
     if (!check(o, count)) return 0;
+    if (!o->reads[FST_READ_EXACT]) o->reads[FST_READ_AUTO] = 1;
     if (o->generate) o->paths[0] = o->generate;
     if (!o->timeline_of) o->timeline_of = "warm as is";
     return 1;

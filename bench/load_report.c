@@ -55,6 +55,10 @@ static const load_sample *last(const load_case *c) { return &c->samples[c->count
 double load_seconds(const load_case *c) { return MEDIAN(c, seconds); }
 double load_gb_per_s(const load_case *c) { return (double)last(c)->stats.bytes_read / load_seconds(c) / 1e9; }
 
+static double needed_gb_per_s(const load_case *c) {
+    return (double)last(c)->stats.bytes_needed / load_seconds(c) / 1e9;
+}
+
 /* NAN: the results were not there all at one time. */
 static double beyond_results(const load_case *c) {
     if (c->stream) return NAN;
@@ -123,6 +127,9 @@ static void print_case(const load_bench *b, const load_case *c) {
     print_number(8, 1, MEDIAN(c, stats.wait_seconds) / threads * 1e3);
     print_number(6, 2, MEDIAN(c, stats.slots_busy));
     printf("  %s", s->limit);
+    if (c->part != LOAD_WHOLE)
+        printf(", needed %.2f GB/s, read %.3f of it", needed_gb_per_s(c),
+               (double)s->stats.bytes_read / (double)s->stats.bytes_needed);
     if (c->stream) printf(", first tensor %.2f ms", MEDIAN(c, first_tensor_seconds) * 1e3);
     if (c->state == LOAD_HALF && !isnan(share_of(b, c)))
         printf(", at most %.4f s", 1.1 * bytes_due(c) / (ceiling_of(b, c) * 1e9));
@@ -225,6 +232,12 @@ static void json_case(FILE *file, const load_bench *b, const load_case *c) {
         put_number(file, "limit_seconds", 6, 1.1 * bytes_due(c) / (ceiling_of(b, c) * 1e9));
     if (c->stream) put_number(file, "first_tensor_seconds", 6, MEDIAN(c, first_tensor_seconds));
     put_bytes(file, "bytes_read", s->stats.bytes_read);
+    put_bytes(file, "bytes_needed", s->stats.bytes_needed);
+    if (c->part != LOAD_WHOLE) {
+        put_bytes(file, "asked_bytes", MEDIAN_BYTES(c, asked_bytes));
+        put_number(file, "needed_gb_per_s", 3, needed_gb_per_s(c));
+        fprintf(file, ", \"rank\": %u, \"ranks\": %u", b->o.rank, b->o.ranks);
+    }
     put_bytes(file, "bytes_out", s->stats.bytes_out);
     json_stages(file, c);
     fprintf(file, ", \"measured\": %u, \"all_seconds\": [", c->count);

@@ -2,7 +2,8 @@
 """fst beside other loaders: the same files, the same machine, alternating runs, one table.
 
     peers.py [--device cuda|cpu] [--lib LIBFST.SO] [--libraries A,B] [--casts D,E|none] [--rounds N] [--warm N]
-             [--tmpfs DIR] [--cold auto|drop|advise] [--threads N] [--budget SECONDS] [--json FILE] [--table] PATH...
+             [--tmpfs DIR] [--cold auto|drop|advise] [--threads N] [--budget SECONDS] [--ranks N] [--json FILE] [--table]
+             PATH...
     peers.py --table FILE.json...
     peers.py --carry DIR
 
@@ -19,6 +20,11 @@ timing, a checksum of every tensor, made on the device, is compared with that of
 after it). fst's casts saturate and its NaN has one code, torch's do not: weights that hold NaN or numbers out of the
 target's range differ there. A library that is missing, fails or takes over --limit seconds is listed with its error.
 Exit code 0; 1 when bytes are wrong, fst itself failed, or nothing was measured; 2 for bad arguments.
+
+With --ranks N each measurement is N processes, which load their parts of a Llama-shaped checkpoint for tensor parallelism at
+the same time, rank i on GPU i (or they share those that there are). fst and safetensors (get_slice) read for themselves,
+fastsafetensors' ranks read files in turns and scatter (get_sharded), InstantTensor's share all of it in a process group, and each
+keeps its part of every tensor. Seconds are from the first beginning to the last end.
 
 The JSON is bench_load's, with `library` in every run, and `right`, `error`, `note`; ceilings are measured in the same
 rounds: `h2d_gb_per_s`, `page_cache_gb_per_s`, `tmpfs_gb_per_s` (on a GPU: into a ring of fst's shape; on the CPU: into
@@ -45,6 +51,7 @@ import json
 import mmap
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -190,6 +197,20 @@ def read_parallel(files, threads, chunk, target, direct=False):
         raise failed[0]
 
 
+# ---- Parts ----
+
+PARTS = [(r"\.(q|k|v|gate|up)_proj\.weight$", 0), (r"\.(o|down)_proj\.weight$", 1), (r"(^|\.)(embed_tokens|lm_head)\.weight$", 0)]
+
+
+def part_of(name, shape, rank, ranks):
+    """(dimension, begin, end) of a rank's part, as torch.chunk has it; None: every rank has all."""
+    dim = next((dim for pattern, dim in PARTS if re.search(pattern, name)), None)
+    if dim is None:
+        return None
+    each = -(-shape[dim] // ranks)
+    return dim, min(rank * each, shape[dim]), min((rank + 1) * each, shape[dim])
+
+
 # ---- Checksums: words of 8 bytes, each times a number that belongs to its place, added up ----
 
 FACTOR, START, MASK = 0x9E3779B97F4A7C15, 0x632BE59BD9B4E019, (1 << 64) - 1
@@ -232,6 +253,7 @@ class Library:
     package = None             # whose version is reported
     not_on = ()                # places where it does the same as its namesake
     rate = None                # GB/s, of a ceiling that has its own count
+    loads_parts = False        # it has `load_part`
 
     def __init__(self, spec):
         self.spec, self.device, self.kept = spec, spec["device"], None
@@ -262,6 +284,20 @@ class Library:
     def load(self, files, cast):
         raise NotImplementedError
 
+    def load_part(self, files, cast):
+        """The same of a rank's part of each tensor."""
+        raise NotImplementedError
+
+    def part(self, name, shape):
+        return part_of(name, list(shape), self.spec["rank"], self.spec["ranks"])
+
+    def join(self):
+        """A process group of all ranks."""
+        import torch.distributed
+        torch.distributed.init_process_group("nccl" if self.cuda else "gloo", init_method="file://" + self.spec["group"],
+                                             rank=self.spec["rank"], world_size=self.spec["ranks"])
+        return torch.distributed.group.WORLD
+
     def wait(self):
         if self.cuda:
             self.torch.cuda.synchronize()
@@ -282,11 +318,12 @@ class Library:
 
 class Safetensors(Library):
     package = "safetensors"
+    loads_parts = True
 
     def start(self):
         super().start()
         import safetensors.torch
-        self.load_file = safetensors.torch.load_file
+        self.load_file, self.open = safetensors.torch.load_file, safetensors.safe_open
 
     def load(self, files, cast):
         target, tensors = self.target(cast), {}
@@ -296,19 +333,35 @@ class Safetensors(Library):
                 tensors[name] = self.cast(part.pop(name), target)
         return tensors
 
+    def load_part(self, files, cast):
+        target, tensors = self.target(cast), {}
+        for path in files:
+            with self.open(path, framework="pt", device=self.device) as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    cut = self.part(name, part.get_shape())
+                    if cut is None:
+                        tensor = file.get_tensor(name)
+                    else:
+                        tensor = part[cut[1]:cut[2]] if cut[0] == 0 else part[:, cut[1]:cut[2]]
+                    tensors[name] = self.cast(tensor, target)
+        return tensors
+
     def facts(self):
-        if self.cuda or self.spec["cast"]:
+        if self.cuda or self.spec["cast"] or self.spec["ranks"]:
             return {}
         return {"note": "maps the files: nothing is read before it is touched"}
 
 
 class Fastsafetensors(Library):
     package = "fastsafetensors"
+    loads_parts = True
 
     def start(self):
         super().start()
         from fastsafetensors import SafeTensorsFileLoader
         self.loader = SafeTensorsFileLoader
+        self.group = self.join() if self.spec["ranks"] else None
 
     def load(self, files, cast):
         target, threads = self.target(cast), self.threads or min(16, os.cpu_count())
@@ -318,6 +371,20 @@ class Fastsafetensors(Library):
         buffers = loader.copy_files_to_device()
         self.kept.insert(0, buffers)
         return {name: self.cast(buffers.get_tensor(name), target) for name in loader.get_keys()}
+
+    def load_part(self, files, cast):
+        target, threads, ranks = self.target(cast), self.threads or min(16, os.cpu_count()), self.spec["ranks"]
+        loader = self.loader(self.group, device=self.device, nogds=True, max_threads=threads)
+        self.kept = [loader]
+        loader.add_filenames({rank: list(files[rank::ranks]) for rank in range(ranks)})
+        buffers = loader.copy_files_to_device()
+        self.kept.insert(0, buffers)
+        tensors = {}
+        for name in sorted(loader.get_keys()):  # the same order on all ranks: these are collective
+            cut = self.part(name, loader.get_shape(name))
+            tensor = buffers.get_tensor(name) if cut is None else buffers.get_sharded(name, cut[0])
+            tensors[name] = self.cast(tensor, target)
+        return tensors
 
     def free(self, result):
         result.clear()
@@ -334,11 +401,24 @@ class FastsafetensorsBuffered(Fastsafetensors):
 class InstantTensor(Library):
     package = "instanttensor"
     devices = ("cuda",)
+    loads_parts = True
 
     def start(self):
         super().start()
         import instanttensor
         self.module, self.options = instanttensor, {}
+        self.group = self.join() if self.spec["ranks"] else None
+
+    def load_part(self, files, cast):
+        target, tensors = self.target(cast), {}
+        with self.module.safe_open(list(files), framework="pt", device=self.device, copy=False, process_group=self.group,
+                                   **self.options) as file:
+            for name, tensor in file.tensors():  # whole, in memory that is used again
+                cut = self.part(name, tensor.shape)
+                part = tensor if cut is None else tensor.narrow(cut[0], cut[1], cut[2] - cut[1])
+                made = self.cast(part, target)
+                tensors[name] = made.clone(memory_format=self.torch.contiguous_format) if made is part else made
+        return tensors
 
     def load(self, files, cast):
         target, tensors = self.target(cast), {}
@@ -388,6 +468,7 @@ class DeviceBytes:
 
 class Fst(Library):
     """Ours, through ctypes. torch is there for the context and the checksums alone; the CPU device does without."""
+    loads_parts = True
 
     def start(self):
         if self.cuda:
@@ -405,8 +486,20 @@ class Fst(Library):
     def version(self):
         return self.api.dll.fst_version().decode()
 
+    def load_part(self, files, cast):
+        class Options(self.types.Options):  # with what follows in fst.h
+            _fields_ = [("reader", ctypes.c_int), ("cache", ctypes.c_int), ("others", ctypes.c_void_p * 6),
+                        ("memory_bytes", ctypes.c_uint64), ("scale", ctypes.c_int), ("rank", ctypes.c_uint),
+                        ("ranks", ctypes.c_uint), ("shards", ctypes.c_void_p), ("read", ctypes.c_int)]
+        self.api.dll.fst_shard_rules.restype = ctypes.c_void_p
+        return self.load_with(Options(rank=self.spec["rank"], ranks=self.spec["ranks"],
+                                      shards=self.api.dll.fst_shard_rules()), files, cast)
+
     def load(self, files, cast):
-        options = self.types.Options(size=ctypes.sizeof(self.types.Options), threads=self.threads)
+        return self.load_with(self.types.Options(), files, cast)
+
+    def load_with(self, options, files, cast):
+        options.size, options.threads = ctypes.sizeof(options), self.threads
         options.device = self.types.device_gpu(int((self.device + ":0").split(":")[1])) if self.cuda else 1
         if cast:
             options.cast = self.api.dll.fst_dtype_from_name(cast.encode())
@@ -630,10 +723,22 @@ def host_memory(key):
     return 0
 
 
+def meet(spec, turn):
+    """All ranks go on at once, to a millisecond."""
+    def place(rank):
+        return f"{spec['group']}-{turn}-{rank}"
+
+    with open(place(spec["rank"]), "w", encoding="ascii"):
+        pass
+    while not all(os.path.exists(place(rank)) for rank in range(spec["ranks"])):
+        time.sleep(0.0002)
+
+
 def run_measurement(spec):
     classes = {**LIBRARIES, **CEILINGS, **(more_libraries(spec["loaders"]) if spec["loaders"] else {})}
     library = classes[spec["library"]](spec)
     files, cast, loads = spec["files"], spec["cast"], []
+    load = library.load_part if spec["ranks"] else library.load
     library.start()
     sampler = Sampler(library.torch, spec["device"]) if library.cuda and library.torch else None
     try:
@@ -645,11 +750,13 @@ def run_measurement(spec):
     for turn in range(1 + spec["warm"]):
         if spec["cold"]:
             drop_caches(files, spec["cold"])
+        if spec["ranks"]:
+            meet(spec, turn)
         cpu, start = cpu_seconds(), time.perf_counter()
-        result = library.load(files, cast)
+        result = load(files, cast)
         library.wait()
         seconds = time.perf_counter() - start
-        loads.append({"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu, "rate": library.rate})
+        loads.append({"started": start, "seconds": seconds, "cpu_seconds": cpu_seconds() - cpu, "rate": library.rate})
         if turn < spec["warm"]:
             library.free(result)
             del result
@@ -673,7 +780,20 @@ def run_child(text):
     with open(spec["out"], "w", encoding="utf-8") as file:
         json.dump(out, file)
     sys.stdout.flush()
-    os._exit(0)  # what was measured is written: a library that crashes on its way out does not matter
+    os._exit(0 if "error" not in out or not spec["ranks"] else 1)  # what was measured is written: a library that crashes on its way out does not matter
+
+
+def together(outs):
+    """What all ranks did, as one measurement."""
+    loads = []
+    for turn in zip(*(out["loads"] for out in outs)):
+        begin, end = min(l["started"] for l in turn), max(l["started"] + l["seconds"] for l in turn)
+        loads.append({"seconds": end - begin, "cpu_seconds": sum(l["cpu_seconds"] for l in turn), "rate": None})
+    peaks = [out["peak_device_bytes"] for out in outs if out["peak_device_bytes"] is not None]
+    sums = {f"{name} of rank {out['rank']}": s for out in outs for name, s in (out["checksums"] or {}).items()}
+    return {**outs[0], "loads": loads, "peak_device_bytes": max(peaks) if peaks else None,
+            "peak_host_bytes": max(out["peak_host_bytes"] for out in outs),
+            "checksums": sums if outs[0]["checksums"] is not None else None}
 
 
 # ---- All of them ----
@@ -683,12 +803,14 @@ class Session:
         self.options, self.classes = options, dict(LIBRARIES)
         if options.loaders:
             self.classes.update(more_libraries(options.loaders))
-        self.names = options.libraries.split(",") if options.libraries else list(self.classes)
+        all_names = [n for n, c in self.classes.items() if not options.ranks or c.loads_parts]
+        self.names = options.libraries.split(",") if options.libraries else all_names
         unknown = [name for name in self.names if name not in self.classes]
         if unknown:
             no_use(f"no library {unknown[0]}; there are: {', '.join(self.classes)}")
         self.measured, self.order, self.left_out, self.ceilings = {}, [], [], {}
-        self.versions, self.facts, self.shape, self.sizes = {}, {}, None, {}
+        self.versions, self.facts, self.shape, self.sizes, self.gpus = {}, {}, None, {}, None
+        self.suffix = f", {options.ranks} ranks" if options.ranks else ""
         self.scratch = tempfile.mkdtemp(prefix="fst-peers-")
         self.end = time.monotonic() + options.budget if options.budget else None
 
@@ -697,7 +819,10 @@ class Session:
         spec = {"library": name, "files": files, "cast": cast, "device": o.device, "threads": o.threads, "lib": o.lib,
                 "warm": min(o.warm, 1) if cold else o.warm, "cold": cold, "check": check, "loaders": o.loaders,
                 "shape": self.shape, "out": os.path.join(self.scratch, "out.json")}
+        spec.update(ranks=0)
         cls = self.classes.get(name) or CEILINGS[name]
+        if o.ranks and name not in CEILINGS:
+            return self.measure_ranks(spec, cls)
         with open(os.path.join(self.scratch, "log"), "w+b") as log:
             child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--child", json.dumps(spec)],
                                      stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **cls.env})
@@ -719,6 +844,50 @@ class Session:
             out = json.load(file)
         os.unlink(spec["out"])
         return out
+
+    def device_of(self, rank):
+        """All GPUs in turns."""
+        if self.options.device == "cpu":
+            return "cpu"
+        if self.gpus is None:
+            done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True,
+                                  text=True, check=False)
+            self.gpus = int(done.stdout) if done.returncode == 0 else 0
+        return f"cuda:{rank % max(self.gpus, 1)}"
+
+    def measure_ranks(self, spec, cls):
+        """The same by processes that are ranks of one group."""
+        if not cls.loads_parts:
+            return {"error": "loads no parts"}
+        folder = tempfile.mkdtemp(dir=self.scratch)
+        children, outs = [], []
+        end = time.monotonic() + self.options.limit
+        try:
+            for rank in range(self.options.ranks):
+                mine = {**spec, "ranks": self.options.ranks, "rank": rank, "device": self.device_of(rank),
+                        "group": os.path.join(folder, "group"), "out": os.path.join(folder, f"{rank}.json")}
+                children.append(subprocess.Popen([sys.executable, os.path.abspath(__file__), "--child", json.dumps(mine)],
+                                                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                                 env={**os.environ, **cls.env}))
+            while any(c.poll() is None for c in children) and not any(c.poll() for c in children) and time.monotonic() < end:
+                time.sleep(0.01)
+            late = time.monotonic() >= end
+        finally:
+            for child in children:  # the others would wait for one that failed
+                child.kill()
+                child.wait()
+        for rank in range(self.options.ranks):
+            path = os.path.join(folder, f"{rank}.json")
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    outs.append({**json.load(file), "rank": rank})
+        shutil.rmtree(folder, ignore_errors=True)
+        failed = next((o for o in outs if "error" in o), None)
+        if failed:
+            return {"error": f"rank {failed['rank']}: {failed['error']}"}
+        if len(outs) < self.options.ranks:
+            return {"error": f"took longer than {self.options.limit:g} s" if late else "a rank ended without a word"}
+        return together(outs)
 
     def take(self, name, place, case, files, cast, cold, round_):
         """One measurement into `measured`, or why there is none."""
@@ -761,10 +930,10 @@ class Session:
         """All rounds of one checkpoint; `places` are (place, files, cold)."""
         for round_ in range(self.options.rounds):
             for place, files, cold in places:
-                self.sizes.update({f"{place} {label} {what}": sum(map(os.path.getsize, files))
+                self.sizes.update({f"{place} {label} {what}{self.suffix}": sum(map(os.path.getsize, files))
                                    for what in ["as is"] + [f"to {c}" for c in casts]})
                 for cast in [None] + ([] if cold else casts):
-                    case = f"{place} {label} " + (f"to {cast}" if cast else "as is")
+                    case = f"{place} {label} " + (f"to {cast}" if cast else "as is") + self.suffix
                     if case not in self.order:
                         self.order.append(case)
                     at = round_ % len(self.names)
@@ -808,6 +977,8 @@ class Session:
     # ---- Reports ----
 
     def ceiling_of(self, case):
+        if self.options.ranks:
+            return None  # of as many links and threads as there are ranks: not measured here
         place = next(p for p in ("page cache", "tmpfs", "cold") if case.startswith(p))
         key = "direct_gb_per_s" if place == "cold" else f"{place.replace(' ', '_')}_gb_per_s"
         held = [statistics.median(self.ceilings[k]) for k in (key, "h2d_gb_per_s") if k in self.ceilings]
@@ -979,6 +1150,7 @@ def arguments():
     parser.add_argument("--limit", type=float, default=180, help="seconds that one measurement may take")
     parser.add_argument("--reference", default="safetensors", help="whose bytes are right")
     parser.add_argument("--loaders", metavar="FILE.py", help="more libraries: its LIBRARIES, name -> class")
+    parser.add_argument("--ranks", type=int, default=0, help="parts for tensor parallelism, by as many processes")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--carry", metavar="DIR")
@@ -992,6 +1164,8 @@ def check_arguments(o):
         no_use("name a checkpoint, or --table with JSON files, or --carry DIR")
     if o.rounds < 1 or o.warm < 0 or o.threads < 0 or o.limit <= 0 or o.budget < 0:
         no_use("--rounds is at least 1, --limit more than 0, the others are not negative")
+    if o.ranks < 0 or o.ranks > 64 or (o.ranks and o.cold):
+        no_use("--ranks is at most 64, and goes without --cold: ranks would drop one another's files")
     o.device = "cuda:0" if o.device == "cuda" else o.device
     if o.device != "cpu" and not (o.device.startswith("cuda:") and o.device[5:].isdigit()):
         no_use(f"no device {o.device}: cpu, cuda or cuda:N")

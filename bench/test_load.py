@@ -23,10 +23,10 @@ checkpoint = None  # set by setUpModule
 folder = None
 
 
-def run(program, *options, **environment):
+def run(program, *options, input_=None, **environment):
     settings = {name: value for name, value in os.environ.items() if not name.startswith("FST_")}
     return subprocess.run([program, *map(str, options)], capture_output=True, text=True, timeout=120, check=False,
-                          env={**settings, **environment})
+                          input=input_, env={**settings, **environment})
 
 
 def read_header(path):
@@ -65,14 +65,15 @@ class Load(unittest.TestCase):
         with open(self.json, encoding="utf-8") as file:
             return json.load(file), done.stdout
 
-    def check_run(self, r):
+    def check_run(self, r, is_part=False):
         for key in ("seconds", "gb_per_s", "peak_device_bytes", "cpu_seconds", "cpu_seconds_per_gb", "bytes_read",
                     "bytes_out", "threads", "slots", "slot_bytes", "chunks", "measured"):
             self.assertGreater(r[key], 0, (r["case"], key))
         for key in ("pinned_bytes", "open_seconds", "allocate_seconds", "read_seconds", "wait_seconds", "kernel_seconds",
                     "copy_seconds", "convert_seconds", "slots_busy", "host_growth_bytes"):
             self.assertGreaterEqual(r[key], 0, (r["case"], key))
-        self.assertEqual(sum(map(os.path.getsize, files_of(checkpoint))), r["bytes_read"])
+        if not is_part:
+            self.assertEqual(sum(map(os.path.getsize, files_of(checkpoint))), r["bytes_read"])
         rate = r["bytes_read"] / r["seconds"] / 1e9
         self.assertAlmostEqual(rate, r["gb_per_s"], delta=rate / 50 + 0.001)
         self.assertEqual(r["measured"], len(r["all_seconds"]))
@@ -93,7 +94,7 @@ class Load(unittest.TestCase):
         self.assertEqual([], out["doubts"])
         self.assertEqual(cases, [r["case"] for r in out["runs"]])
         for r in out["runs"]:
-            self.check_run(r)
+            self.check_run(r, "ranks" in r)
         return {r["case"]: r for r in out["runs"]}
 
     def test_every_case(self):
@@ -126,6 +127,74 @@ class Load(unittest.TestCase):
                                       "warm to F8_E4M3FNUZ block"])
         for name in ("warm to F8_E4M3 row", "warm to F8_E5M2 tensor", "warm to F8_E4M3FNUZ block"):
             self.assertLess(runs[name]["bytes_out"], runs["warm as is"]["bytes_out"])
+
+    def needed(self, rank, ranks, rows):
+        """What the headers say that a part has; q_proj is whole here."""
+        total = 0
+        for path in files_of(checkpoint):
+            _, header = read_header(path)
+            for name, t in header.items():
+                if name == "__metadata__":
+                    continue
+                nbytes, dim = t["data_offsets"][1] - t["data_offsets"][0], None
+                if re.search(r"\.(k|v|gate|up)_proj\.weight$", name):
+                    dim = 0
+                if re.search(r"\.(o|down)_proj\.weight$", name):
+                    dim = 0 if rows else 1
+                if dim is None:
+                    total += nbytes
+                    continue
+                each = -(-t["shape"][dim] // ranks)
+                begin, end = (min(k * each, t["shape"][dim]) for k in (rank, rank + 1))
+                total += nbytes // t["shape"][dim] * (end - begin)
+        return total
+
+    def test_parts(self):
+        """On the CPU device, and with copies; what a part has is counted here, from the headers."""
+        cases = [f"warm {what} {way}{cast}" for what in ("tp", "rows") for way in ("exact", "auto") for cast in ("", " to F32")]
+        headers = sum(read_header(path)[0] for path in files_of(checkpoint))
+        for program, device in ((args.bench, "cpu"), (args.fake, 0)):
+            with self.subTest(device):
+                out, text = self.measure(program, "--device", device, "--tp", "2/3", "--rows", "--read", "exact", "--read", "auto",
+                                         "--shard", "*.q_proj.weight=replicate", "--cast", "F32", checkpoint)
+                runs = self.check_whole(out, ["first as is", "warm as is", "warm to F32"] + cases)
+                for name in cases:
+                    r = runs[name]
+                    self.assertEqual((2, 3), (r["rank"], r["ranks"]))
+                    self.assertEqual(self.needed(2, 3, "rows" in name), r["bytes_needed"], name)
+                    self.assertLessEqual(r["bytes_read"] - headers, (1.02 if "exact" in name else 2) * r["bytes_needed"])
+                    self.assertAlmostEqual(r["bytes_read"], r["asked_bytes"], delta=MIB)
+                    self.assertAlmostEqual(r["bytes_needed"] / r["seconds"] / 1e9, r["needed_gb_per_s"], delta=0.05 * r["gb_per_s"])
+                self.assertIn("results of 10 cases", text)
+
+    def test_parts_by_ones_own_rules(self):
+        out, _ = self.measure(args.bench, "--device", "cpu", "--rank", "0/2", "--shard", "small.*=0/64", checkpoint)
+        runs = self.check_whole(out, ["first as is", "warm as is", "warm rank auto"])
+        sizes = [t["data_offsets"][1] - t["data_offsets"][0] for path in files_of(checkpoint)
+                 for name, t in read_header(path)[1].items() if name.startswith("small.")]
+        self.assertEqual(runs["warm as is"]["bytes_needed"] - sum(sizes) // 2, runs["warm rank auto"]["bytes_needed"])
+
+    def test_wrong_parts_are_found(self):
+        done = run(args.fake, "--device", 0, "--runs", 1, "--tp", "0/2", "--turns", checkpoint, FST_FAKE="copy", input_="warm tp auto\n")
+        self.assertEqual(1, done.returncode, done.stdout)
+        self.assertIn("bench: warm tp auto", done.stderr)
+        self.assertIn("is wrong: its bytes", done.stderr)
+
+    def test_turns(self):
+        """Loads begin when they are told to; results are compared at the end."""
+        at = time.monotonic() + 1.5
+        done = run(args.bench, "--device", "cpu", "--tp", "1/2", "--read", "exact", "--turns", checkpoint,
+                   input_=f"warm tp exact\npage cache\nwarm as is\t{at}\n")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        hello, part, ceiling, whole, said = done.stdout.splitlines()
+        self.assertEqual(["first as is", "warm as is", "warm tp exact"], json.loads(hello)["cases"])
+        self.assertGreater(json.loads(ceiling)["gb_per_s"], 0)
+        self.assertLess(json.loads(part)["bytes_read"], json.loads(whole)["bytes_read"])
+        self.assertTrue(at <= json.loads(whole)["started"] < at + 1)
+        self.assertIn("results of 2 cases are right", said)
+        done = run(args.bench, "--device", "cpu", "--turns", checkpoint, input_="lukewarm\n")
+        self.assertEqual(1, done.returncode)
+        self.assertIn("there is no case lukewarm", done.stderr)
 
     def test_copies_are_removed_when_it_is_ended(self):
         with subprocess.Popen([args.bench, "--device", "cpu", "--runs", "64", "--tmpfs", self.directory, checkpoint],
@@ -278,6 +347,11 @@ class Load(unittest.TestCase):
                     ["--cast", "F8_E4M3:", path], ["--slot", "1K", path], ["--slots", "257", path], ["--what", "1", path],
                     ["--seconds", "soon", path], ["--generate", self.directory], ["--generate", self.directory, "0"],
                     ["--generate", self.directory, "1M", path], ["--small", "3", path], ["--tune", "--cold", path],
+                    ["--tp", "2/2", path], ["--tp", "1", path], ["--tp", "-1/2", path], ["--rank", "0/2x", path], ["--rows", path],
+                    ["--tp", "0/2", "--rank", "0/2", path], ["--rank", "0/2", "--rows", path], ["--read", "exact", path],
+                    ["--tp", "0/2", "--read", "all", path], ["--shard", "a=0", path], ["--rank", "0/2", "--shard", "a=-1", path],
+                    ["--rank", "0/2", "--shard", "=0", path], ["--rank", "0/2", "--shard", "a=0/", path],
+                    ["--tp", "0/2", "--cast", "F8_E4M3:row", path], ["--tp", "0/2", "--tune", path],
                     ["--timeline", self.svg, "--timeline-of", "lukewarm", path], ["--json", "", path]):
             with self.subTest(bad):
                 done = run(args.bench, *bad)

@@ -37,6 +37,7 @@ def to_bf16(data):
 
 class Plain(peers.Library):
     """Reads with Python alone: the reference here."""
+    loads_parts = True
 
     def start(self):
         pass
@@ -55,12 +56,41 @@ class Plain(peers.Library):
                 tensors[name] = (cast, shape, to_bf16(data)) if cast and dtype == "F32" else (dtype, shape, data)
         return tensors
 
+    def load_part(self, files, cast):
+        tensors = {}
+        for name, (dtype, shape, data) in self.load(files, cast).items():
+            cut = self.part(name, shape)
+            if cut:
+                row, (dim, begin, end) = len(data) // shape[0], cut
+                size = row // shape[1]
+                data = data[begin * row:end * row] if dim == 0 else b"".join(
+                    data[at + begin * size:at + end * size] for at in range(0, len(data), row))
+                shape = [*shape[:dim], end - begin, *shape[dim + 1:]]
+            tensors[name] = (dtype, shape, data)
+        return tensors
+
     def checksums(self, result):
         return {name: [dtype, shape, peers.plain_checksum(data)] for name, (dtype, shape, data) in result.items()}
 
 
 class Other(Plain):
     pass
+
+
+class NoParts(Plain):
+    loads_parts = False
+
+
+class OneRank(Plain):
+    """Rank 1 has the other's part, or fails."""
+
+    def load_part(self, files, cast):
+        if self.spec["rank"] == 1 and self.spec["library"] == "one-fails":
+            raise ValueError("not mine")
+        return super().load_part(files, cast)
+
+    def part(self, name, shape):
+        return peers.part_of(name, shape, 0, self.spec["ranks"])
 
 
 class LastByte(Plain):
@@ -132,7 +162,8 @@ class OnlyCuda(Plain):
 
 WRONG = {"last-byte": LastByte, "missing": Missing, "surplus": Surplus, "dtype": OtherDtype, "shape": OtherShape}
 BROKEN = {"raises": Raises, "not-there": NotThere, "crashes": Crashes, "only-cuda": OnlyCuda}
-LIBRARIES = {"plain": Plain, "other": Other, "hangs": Hangs, "truncates": Truncates, **WRONG, **BROKEN}
+LIBRARIES = {"plain": Plain, "other": Other, "hangs": Hangs, "truncates": Truncates, "no-parts": NoParts, "one-rank": OneRank,
+             "one-fails": OneRank, **WRONG, **BROKEN}
 
 
 # ---- Cases ----
@@ -359,6 +390,30 @@ class Peers(unittest.TestCase):
             self.skipTest("no torch, or none of the libraries")
         out, _ = self.measure(",".join(["fst", "plain", *real]))
         self.assertEqual({True}, {run["right"] for run in out["runs"]})
+
+    def test_parts(self):
+        """Two ranks' parts of the names of a Llama, cut along rows and columns; what is wrong with one of them is told."""
+        self.model = os.path.join(self.folder, "llama")
+        os.makedirs(self.model)
+        shapes = {"model.layers.0.self_attn.q_proj.weight": [6, 5], "model.layers.0.mlp.down_proj.weight": [5, 7], "model.norm.weight": [5]}
+        header, at = {}, 0
+        for name, shape in shapes.items():
+            nbytes = 4 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + nbytes]}
+            at += nbytes
+        text = json.dumps(header).encode()
+        with open(os.path.join(self.model, "m.safetensors"), "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text + os.urandom(at))
+        real = [name for name in ("safetensors",) if importlib.util.find_spec("torch") and importlib.util.find_spec(name)]
+        libraries = ["plain", "fst", *real]
+        out, _ = self.measure(",".join(libraries), "--ranks", "2", "--casts", "none")
+        self.assertEqual({(name, f"{first}{self.place} F32 as is, 2 ranks") for name in libraries for first in ("", "first ")},
+                         {(run["library"], run["case"]) for run in out["runs"]})
+        self.assertEqual({True}, {run["right"] for run in out["runs"]})
+        out, _ = self.measure("plain,one-rank,one-fails,no-parts", "--ranks", "2", "--casts", "none", status=1)
+        self.assertIn("of rank 1", self.runs(out, "one-rank")[0]["difference"])
+        self.assertIn("rank 1: ValueError: not mine", self.runs(out, "one-fails")[0]["error"])
+        self.assertEqual("loads no parts", self.runs(out, "no-parts")[0]["error"])
 
     def test_sampler_without_nvml(self):
         free = iter([1000] + [900, 400, 700] + [800] * 10000)
