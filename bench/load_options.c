@@ -5,12 +5,13 @@
 
 #include "bench.h"
 #include "load.h"
+#include "model.h"
 #include "quantize.h"
 
 static const char usage[] =
     "usage: bench_load [options] PATH...\n"
     "       bench_load [options] --generate DIR BYTES [--dtype DTYPE] [--files N] [--small N]\n"
-    "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots N\n"
+    "  what to load on:  --device auto|cpu|N  --threads N  --slot BYTES  --slots N  --block BYTES\n"
     "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE[:tensor|row|block]...  --stream  --tmpfs DIR\n"
     "                    --cold  --cold-runs N (5)  --advise  --tune  --seconds N  --no-verify\n"
     "  parts of it:      --tp R/N  --rank R/N  --shard GLOB=DIM[/UNIT]|GLOB=replicate...  --rows  --read auto|exact...\n"
@@ -144,6 +145,7 @@ static int parse_value(load_options *o, const char *name, const char *value) {
     if (strcmp(name, "--threads") == 0) return parse_count(value, 64, &o->threads);
     if (strcmp(name, "--slots") == 0) return parse_count(value, 256, &o->slots);
     if (strcmp(name, "--slot") == 0) return parse_slot(value, &o->slot_bytes);
+    if (strcmp(name, "--block") == 0) return parse_bytes(value, &fst_block_bytes) && fst_block_bytes >= 1u << 20;
     if (strcmp(name, "--seconds") == 0) return parse_seconds(value, &o->seconds);
     if (strcmp(name, "--cast") == 0) return parse_cast(value, o);
     if (strcmp(name, "--rank") == 0) return parse_rank(value, o);
