@@ -32,7 +32,7 @@ TEST(kernels_copy, every_dtype_from_every_alignment) {
     static const size_t counts[] = {0, 8, 16, 24, 40, 64, 200, 1000};
     test_rig rig;
     fill(bytes, size);
-    EACH_RIG(&rig, 8 * size) for (int dtype = 1; dtype < FST_DTYPE_COUNT; dtype++) {
+    EACH_CAST_RIG(&rig, 8 * size) for (int dtype = 1; dtype < FST_DTYPE_COUNT; dtype++) {
         const unsigned bits = fst_type_bits(dtype);
         for (size_t src_skew = 0; src_skew < 16; src_skew++) {
             rig_upload(&rig, rig.src + src_skew, bytes, size);
@@ -49,7 +49,7 @@ TEST(kernels_copy, bytes_of_every_count) {
     static uint8_t bytes[200];
     test_rig rig;
     fill(bytes, sizeof bytes);
-    EACH_RIG(&rig, 512 << 10) for (size_t src_skew = 0; src_skew < 16; src_skew++) {
+    EACH_CAST_RIG(&rig, 512 << 10) for (size_t src_skew = 0; src_skew < 16; src_skew++) {
         rig_upload(&rig, rig.src + src_skew, bytes, sizeof bytes);
         rig_queue(&rig);
         for (size_t dst_skew = 0; dst_skew < 16; dst_skew++)
@@ -63,7 +63,7 @@ TEST(kernels_copy, float_codes_are_kept_as_they_are) {
     /* A signalling NaN of each kind, and NaNs with payloads. */
     static const uint64_t codes[] = {0x7FF0000000000001, 0xFFF8000000000123};
     test_rig rig;
-    EACH_RIG(&rig, 4096) {
+    EACH_CAST_RIG(&rig, 4096) {
         rig_upload(&rig, rig.src, codes, sizeof codes);
         for (int i = 0; i < RIG_FLOATS; i++)
             CHECK_BYTES(codes,
@@ -81,7 +81,7 @@ TEST(kernels_value, nothing_of_the_callers_fpu_state_shows) {
     static const uint16_t bf16[] = {0x0000, 0x0002, 0x8002, 0x3A80, 0x3F88, 0xBF98};
     static const uint8_t e4m3[] = {0x00, 0x00, 0x80, 0x00, 0x38, 0xBA};
     test_rig rig;
-    EACH_RIG(&rig, 4096) {
+    EACH_CAST_RIG(&rig, 4096) {
         const unsigned saved = __builtin_ia32_stmxcsr();
         rig_upload(&rig, rig.src, in, sizeof in);
         __builtin_ia32_ldmxcsr(saved | 0x8040 | 0x4000);
@@ -130,7 +130,7 @@ TEST(kernels_bounds, nothing_outside_the_source_is_read) {
     uint8_t *pages = mmap(NULL, 3 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(pages != MAP_FAILED && mprotect(pages + page, page, PROT_READ | PROT_WRITE) == 0);
     test_rig rig;
-    EACH_RIG(&rig, 16384) {
+    EACH_CAST_RIG(&rig, 16384) {
         if (!rig.gpu.host_access) continue;
         for (int s = 0; s < RIG_SOURCES; s++)
             for (int d = 0; d < RIG_FLOATS; d++) {
@@ -155,7 +155,7 @@ TEST(kernels_bounds, nothing_outside_the_source_is_read) {
  * AddressSanitizer does, in its build. */
 TEST(kernels_bounds, no_byte_outside_the_source_is_read) {
     test_rig rig;
-    EACH_RIG(&rig, 4096) {
+    EACH_CAST_RIG(&rig, 4096) {
         if (!rig.gpu.host_access) continue;
         for (int s = 0; s < RIG_SOURCES; s++)
             for (int d = 0; d < RIG_FLOATS; d++) {
@@ -189,7 +189,7 @@ static void check_batch(const uint64_t *counts, uint32_t jobs, int dst_dtype, si
     static uint8_t in[1 << 18];
     test_rig rig;
     fill(in, sizeof in);
-    EACH_RIG(&rig, 1 << 20) {
+    EACH_CAST_RIG(&rig, 1 << 20) {
         fst_batch_job list[most_jobs];
         void *device_list = NULL;
         uint64_t tiles = 0, src_at = src_skew, dst_at = RIG_GUARD + dst_skew;
@@ -255,19 +255,19 @@ TEST(kernels_batch, many_jobs) {
 TEST(kernels_batch, no_jobs) {
     const fst_batch_args args = {NULL, 0, 0, FST_T_F16, FST_T_F32, 0};
     test_rig rig;
-    EACH_RIG(&rig, 4096) CHECK_INT(0, rig.gpu.kernels->batch(rig.stream, &args));
+    EACH_CAST_RIG(&rig, 4096) CHECK_INT(0, rig.gpu.kernels->batch(rig.stream, &args));
 }
 
 TEST(kernels_batch, no_list) {
     const fst_batch_args args = {NULL, 1, 1, FST_T_F16, FST_T_F32, 0};
     test_rig rig;
-    EACH_RIG(&rig, 4096) CHECK_INT(FST_K_NULL, rig.gpu.kernels->batch(rig.stream, &args));
+    EACH_CAST_RIG(&rig, 4096) CHECK_INT(FST_K_NULL, rig.gpu.kernels->batch(rig.stream, &args));
 }
 
 TEST(kernels_batch, no_such_pair) {
     const fst_batch_args args = {NULL, 1, 1, FST_T_I32, FST_T_F32, 0};
     test_rig rig;
-    EACH_RIG(&rig, 4096) CHECK_INT(FST_K_NO_KERNEL, rig.gpu.kernels->batch(rig.stream, &args));
+    EACH_CAST_RIG(&rig, 4096) CHECK_INT(FST_K_NO_KERNEL, rig.gpu.kernels->batch(rig.stream, &args));
 }
 
 /* ---- Wrong arguments of cast: a status, and nothing is written ---- */
@@ -275,7 +275,7 @@ TEST(kernels_batch, no_such_pair) {
 static void check_refused(int want, size_t src_skew, size_t dst_skew, int nulls, uint64_t count, int src,
                           int dst) {
     test_rig rig;
-    EACH_RIG(&rig, 4096) {
+    EACH_CAST_RIG(&rig, 4096) {
         memset(rig.host, 0xA5, 4096);
         rig_upload(&rig, rig.dst, rig.host, 4096);
         const fst_cast_args args = {
@@ -350,7 +350,7 @@ TEST(kernels_have, agrees_with_what_runs) {
     test_rig rig;
     CHECK_INT(FST_BF16, FST_T_BF16);
     CHECK_INT(FST_U64, FST_T_U64);
-    EACH_RIG(&rig, 4096)
+    EACH_CAST_RIG(&rig, 4096)
     for (int src = -1; src <= FST_DTYPE_COUNT; src++)
         for (int dst = -1; dst <= FST_DTYPE_COUNT; dst++) {
             const fst_cast_args args = {NULL, NULL, 0, src, dst, 0};

@@ -54,7 +54,7 @@ static void check_source(int src) {
     uint8_t *in = read_table(name, &in_bytes);
     const uint64_t count = in_bytes * 8 / fst_type_bits(src);
     CHECK(count >= 256);
-    EACH_RIG(&rig, (size_t)count * 8 + 2 * RIG_GUARD) {
+    EACH_CAST_RIG(&rig, (size_t)count * 8 + 2 * RIG_GUARD) {
         rig_upload(&rig, rig.src, in, in_bytes);
         for (int i = 0; i < RIG_FLOATS; i++) {
             const int dst = rig_floats[i];
@@ -97,7 +97,7 @@ static void check_alignment(int src) {
     snprintf(name, sizeof name, "%s.in", rig_dtype_name(src));
     uint8_t *in = read_table(name, &bytes);
     const uint64_t total = bytes * 8 / src_bits < most ? bytes * 8 / src_bits : most;
-    EACH_RIG(&rig, room) {
+    EACH_CAST_RIG(&rig, room) {
         for (size_t src_skew = 0; src_skew < 16; src_skew++) {
             rig_upload(&rig, rig.src + src_skew, in, (size_t)total * src_bits / 8);
             for (int i = 0; i < RIG_FLOATS; i++) {

@@ -252,7 +252,7 @@ TEST(kernels_quantize, rows_longer_than_a_block_keeps) {
 }
 
 TEST(kernels_quantize, more_than_65536_rows) {
-    enum { rows = 70001, cols = 3 };
+    enum { rows = RIG_SANITIZED ? 701 : 70001, cols = 3 };
     uint16_t *const elements = malloc(rows * cols * sizeof *elements);
     uint64_t random = 1;
     CHECK(elements);

@@ -33,11 +33,16 @@ static const fst_gpu *find_gpu(void) {
     return gpu;
 }
 
-static int choose(fst_gpu *gpu, size_t i) {
+/* Where bodies are compiled once (FST_CPU_KERNELS), levels 3 and 4 have their own casts alone. */
+static int has_own(const fst_kernels *kernels, int only_casts) {
+    return only_casts || kernels == fst_kernels_cpu_level(2) || kernels->rows != fst_kernels_cpu_level(2)->rows;
+}
+
+static int choose(fst_gpu *gpu, size_t i, int only_casts) {
     *gpu = *fst_gpu_cpu();
     for (int level = 2; level <= 4; level++) {
         const fst_kernels *kernels = fst_kernels_cpu_level(level);
-        if (kernels && i-- == 0) {
+        if (kernels && has_own(kernels, only_casts) && i-- == 0) {
             gpu->kernels = kernels;
             return 1;
         }
@@ -52,9 +57,9 @@ static int choose(fst_gpu *gpu, size_t i) {
     return 1;
 }
 
-int rig_open(test_rig *rig, size_t i, size_t capacity) {
+int rig_open(test_rig *rig, size_t i, size_t capacity, int only_casts) {
     void *src, *dst;
-    if (!choose(&rig->gpu, i)) return 0;
+    if (!choose(&rig->gpu, i, only_casts)) return 0;
     const fst_gpu_calls *calls = rig->gpu.calls;
     rig->capacity = capacity;
     rig->host = malloc(capacity);

@@ -27,12 +27,23 @@ typedef struct test_rig {
     size_t     places_count, used;
 } test_rig;
 
+/* Sanitized, the threads of a GPU's block that the CPU runs take too long for sizes that matter to a real GPU alone. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { RIG_SANITIZED = 1 };
+#else
+enum { RIG_SANITIZED = 0 };
+#endif
+
 /* The i-th: the CPU's levels, the device's shape run on the CPU, and the GPU that FST_TEST_DEVICE names, or
  * the first one when there is any. 0 past the end. rig_close after 1. */
-int  rig_open(test_rig *rig, size_t i, size_t capacity);
+int  rig_open(test_rig *rig, size_t i, size_t capacity, int only_casts);
 void rig_close(test_rig *rig);
 
-#define EACH_RIG(rig, capacity) for (size_t rig_i = 0; rig_open(rig, rig_i, capacity); rig_i++, rig_close(rig))
+/* Casts and batches may have code of their own where all other kernels of a level are another level's. */
+#define EACH_RIG(rig, capacity) \
+    for (size_t rig_i = 0; rig_open(rig, rig_i, capacity, 0); rig_i++, rig_close(rig))
+#define EACH_CAST_RIG(rig, capacity) \
+    for (size_t rig_i = 0; rig_open(rig, rig_i, capacity, 1); rig_i++, rig_close(rig))
 
 void rig_upload(test_rig *rig, void *device, const void *host, size_t size);
 
