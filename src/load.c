@@ -11,7 +11,7 @@
 #define CPU_PLACE ((uint64_t)64 << 10)  /* likewise for reads */
 #define HOST_RANKS 8u                   /* of one host, usually, at most */
 #define GPU_SEGMENT 1024u               /* reads of less cost more than twice as many bytes on the link do */
-#define CPU_SEGMENT 2048u               /* likewise than twice as many bytes from memory */
+#define CPU_SEGMENT 8192u               /* likewise than twice as many bytes from memory: docs/measuring.md */
 
 /* So large that there are few, so small that the first is there soon. */
 uint64_t fst_block_bytes = (uint64_t)256 << 20;
