@@ -420,6 +420,7 @@ const char *fst_cut_kept(const fst_quantized *w, unsigned which, const fst_cut *
     uint64_t unit, extent, first, last, rows_before;
     *dim = FST_REPLICATE;
     *begin = *end = 0;
+    if (w->stack * w->rows * w->cols == 0) return "it has no elements";
     if (part->matrices != w->stack) {
         uint64_t each = all / w->stack;
         if (all % w->stack || all == 1 || each * w->stack != all) return NULL; /* one for all */
