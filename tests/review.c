@@ -120,6 +120,27 @@ TEST(review, parts_of_quantized_weights_without_elements) {
         }
 }
 
+TEST(review, parts_of_stacks_of_no_matrices) {
+    static unsigned char none[1];
+    support_tensor tensors[] = {{"x.experts.gate_up_proj_blocks", "U8", "[0,4,1,16]", none, 0},
+                                {"x.experts.gate_up_proj_scales", "U8", "[0,4,1]", none, 0}};
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, 2, 0);
+    write_config("{\"quantization_config\":{\"quant_method\":\"mxfp4\"}}");
+    for (int kept = 0; kept < 2; kept++) {
+        fst_options options = support_options(FST_DEVICE_CPU);
+        fst_shard_rule rules[] = {{"*gate_up_proj_blocks", 1, 1}, {NULL, 0, 0}};
+        fst_model *model;
+        fst_error error;
+        options.cast = kept ? FST_NATIVE : FST_BF16;
+        options.shards = rules;
+        options.ranks = 2;
+        fst_status status = fst_load(support_list(path), &options, &model, &error);
+        if (status != (kept ? FST_E_UNSUPPORTED : FST_OK)) test_fail(__FILE__, __LINE__, "%s", error.text);
+        fst_model_free(model);
+    }
+}
+
 /* Scales that go along with a part of what stays quantized need no more memory than theirs. */
 TEST(review, memory_for_the_scales_of_a_part) {
     static unsigned char codes[256 * 128];
