@@ -375,8 +375,9 @@ int fst_cut_companion(const fst_quantized *w, fst_companion which, const fst_cut
     const uint64_t size = fst_dtype_bits(entry->dtype) / 8, all = elements_of(entry);
     share s;
     memset(cut, 0, sizeof *cut);
-    if (which == FST_COMPANION_GROUPS || all % w->stack || part->matrices * part->rows * part->cols == 0 ||
-        !find_share(w, which, part, all / w->stack, &s) || s.rows * s.cols * w->stack != all)
+    if (part->matrices * part->rows * part->cols == 0) return 0; /* there may be no matrix */
+    if (which == FST_COMPANION_GROUPS || all % w->stack || !find_share(w, which, part, all / w->stack, &s) ||
+        s.rows * s.cols * w->stack != all)
         return 0;
     uint64_t matrix = s.rows * s.cols * size, wide = s.col_end - s.col, high = s.row_end - s.row;
     if (wide == s.cols && high == s.rows && part->matrices == w->stack) return 0;
@@ -420,6 +421,7 @@ const char *fst_cut_kept(const fst_quantized *w, unsigned which, const fst_cut *
     uint64_t unit, extent, first, last, rows_before;
     *dim = FST_REPLICATE;
     *begin = *end = 0;
+    if (w->stack * w->rows * w->cols == 0) return "it has no elements";
     if (part->matrices != w->stack) {
         uint64_t each = all / w->stack;
         if (all % w->stack || all == 1 || each * w->stack != all) return NULL; /* one for all */

@@ -364,14 +364,18 @@ static uint64_t fitting(const planner *p, uint64_t gap, uint64_t left, uint64_t 
     return left <= space ? left : space / cut * cut;
 }
 
-/* As many whole segments as do not reach too far in the file, of `take` bytes. 0: not even one. */
-static uint64_t within_span(const planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t take) {
+/* As many whole segments as do not reach too far in the file, of `take` bytes, up to a place where they may be cut. 0: none;
+ * of a chunk of its own it is `step` at least. */
+static uint64_t within_span(const planner *p, const fst_plan_tensor *tensor, uint64_t offset, uint64_t take,
+                            uint64_t step) {
     const fst_cut *cut = cut_of(p, tensor);
     uint64_t span = p->options->span_bytes, before = offset - p->open->offset;
     if (!span || !cut || cut->segment >= take) return take;
     if (before + cut->segment > span) return 0;
     uint64_t segments = (span - before - cut->segment) / cut->pitch + 1;
-    return segments < take / cut->segment ? segments * cut->segment : take;
+    if (segments >= take / cut->segment) return take;
+    uint64_t most = segments * cut->segment / step * step;
+    return most || before ? most : step < take ? step : take;
 }
 
 /* Makes the open chunk one that takes bytes of the tensor from byte `at` of what is read of it on, and says how many of
@@ -381,7 +385,7 @@ static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t
     uint64_t gap = 0, offset = file_place(p, tensor, at);
     *take = 0;
     if (continues(p, tensor, offset, left, &gap))
-        *take = within_span(p, tensor, offset, fitting(p, gap, left, cut));
+        *take = within_span(p, tensor, offset, fitting(p, gap, left, cut), cut);
     if (*take) {
         if (p->open->block == FST_NO_BLOCK) p->open->block = block_of(p, tensor);
         if (gap) add_gap(p, (uint32_t)gap);
@@ -389,7 +393,7 @@ static fst_status make_space(planner *p, const fst_plan_tensor *tensor, uint64_t
     }
     close_chunk(p);
     fst_status status = open_chunk(p, tensor->file, offset, block_of(p, tensor));
-    if (!status) *take = within_span(p, tensor, offset, fitting(p, 0, left, cut));
+    if (!status) *take = within_span(p, tensor, offset, fitting(p, 0, left, cut), cut);
     return status;
 }
 
@@ -731,6 +735,8 @@ static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_e
                                 fst_scale scale) {
     const fst_quantized *w = tensor->weight;
     uint64_t stack;
+    if (tensor->conversion == FST_CONVERT_QUANTIZE && tensor->nbytes == 0)
+        tensor->conversion = FST_CONVERT_CAST; /* an empty part: nothing has no scales */
     if (tensor->conversion == FST_CONVERT_FNUZ) tensor->counter = p->plan->counters_count++;
     if (tensor->conversion != FST_CONVERT_QUANTIZE) return FST_OK;
     tensor->counter = p->plan->counters_count++;
@@ -930,8 +936,6 @@ static fst_status cut_tensor(planner *p, size_t index, const fst_entry *entry, c
     if (status) return status;
     tensor->cut = (uint32_t)plan->cuts_count++;
     p->gathers |= dim >= 0;
-    if (tensor->conversion == FST_CONVERT_QUANTIZE && cut->matrices * cut->rows * cut->cols == 0)
-        tensor->conversion = FST_CONVERT_CAST; /* nothing has no scales */
     return FST_OK;
 }
 
@@ -962,7 +966,9 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
         if (!status && choices) status = cut_tensor(p, index, entry, &choices[i], cast);
         if (!status) status = set_result(p, tensor, entry_of(p, tensor), cast);
         if (!status) status = set_quantized(p, tensor, entry_of(p, tensor), scale);
-        if (!status && tensor->memory) status = check_memory(p, tensor, entry, &choices[i]);
+        if (!status && tensor->memory &&
+            role_of(p, index) != FST_ROLE_COMPANION) /* they: once they are cut */
+            status = check_memory(p, tensor, entry, &choices[i]);
         if (status) return status;
     }
     return FST_OK;
@@ -1024,7 +1030,9 @@ static fst_status place_parts(planner *p, const part *parts, size_t count, int32
         fst_plan_tensor *tensor = &p->plan->tensors[parts[i].index];
         fst_cut *cut = &p->plan->cuts[tensor->cut];
         uint64_t extent = dim < 0 ? 1 : fst_cut_extent(cut, (uint32_t)dim);
-        int narrow = !tensor->weight && !cut->boxed && fst_dtype_bits(cut->local.dtype) < 8;
+        /* Boxed ones count as one matrix, whatever dimensions there are: its rows are theirs where the last one is cut. */
+        int in_rows = cut->ndim == 2 || (cut->dim + 1 == (int32_t)cut->ndim && dim == cut->dim);
+        int narrow = !tensor->weight && fst_dtype_bits(cut->local.dtype) < 8 && !(cut->boxed && in_rows);
         if (before > 1 && (narrow || bits < 8 || !fst_cut_widen(cut, (uint32_t)dim, total)))
             return refuse_part(p, tensor, FST_E_UNSUPPORTED,
                                "parts follow one another in one of the last two dimensions, in whole bytes");
@@ -1231,8 +1239,11 @@ static fst_status keep_companions(planner *p) {
         if (is_part && p->plan->tensors[tensor->fused].last_part == i)
             p->plan->tensors[tensor->fused].result = results++;
         if (scales_of(p, tensor)) scales_of(p, tensor)->result = results++;
-        if (!consumed) continue;
         const fst_entry *entry = &p->headers[tensor->file].tensors[tensor->entry];
+        if (!consumed && tensor->memory && role_of(p, i) == FST_ROLE_COMPANION)
+            status = check_memory(p, tensor, entry, p->chosen[i]);
+        if (status) return status;
+        if (!consumed) continue;
         const fst_cut *cut = cut_of(p, tensor);
         tensor->dtype = entry->dtype;
         tensor->nbytes = cut ? cut->nbytes : entry->end - entry->begin;
