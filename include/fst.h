@@ -269,7 +269,7 @@ enum {
 
 /* Called once for each tensor, in order, before any data is read; also for what `shards` leaves out (rule.skip is set). A return
  * other than 0 ends the load (FST_E_CANCELLED). `tensor` is as after fst_open. Companions of a quantized weight that is
- * skipped are skipped with it. */
+ * skipped are skipped with it, and cut with it: their own shard_dim, layout and into count for nothing. */
 typedef int (*fst_rule_fn)(void *arg, const fst_tensor *tensor, fst_rule *rule);
 
 typedef struct fst_context fst_context;

@@ -355,11 +355,11 @@ static fst_status share_reading(fst_loading *l, fst_status mine) {
             mine = fst_fail(l->error, FST_E_UNSUPPORTED, 0, NULL,
                             "scales are not doubled for FNUZ where ranks share the reading for GPUs");
     int saved, code = model->gpu->calls->enter(model->gpu, &saved);
-    if (code) return fst_gpu_fail(l->error, model->gpu, code, "choosing the device");
+    if (code && !mine) mine = fst_gpu_fail(l->error, model->gpu, code, "choosing the device");
     fst_status status = fst_shared_new(l->peers, model->gpu, l->facts.slot_bytes, &l->plan, model->headers,
                                        (const char *const *)model->paths.files, model->paths.count, l->reader,
                                        mine, &l->shared, l->error);
-    model->gpu->calls->leave(model->gpu, saved);
+    if (!code) model->gpu->calls->leave(model->gpu, saved);
     l->job.shared = l->shared;
     return status;
 }
@@ -516,7 +516,11 @@ static fst_status run(fst_loading *l) {
     fst_pipeline_stats pipeline;
     const fst_gpu *gpu = l->model->gpu;
     int saved, code = gpu->calls->enter(gpu, &saved);
-    if (code) return fst_gpu_fail(l->error, gpu, code, "choosing the device");
+    if (code) {
+        fst_status status = fst_gpu_fail(l->error, gpu, code, "choosing the device");
+        leave_peers(l, status);
+        return status;
+    }
     fst_status status = allocate_first(l);
     if (!status) status = fst_pipeline_run(l->engine, &l->job, &pipeline, l->error);
     if (status) leave_peers(l, status);

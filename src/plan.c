@@ -1024,8 +1024,12 @@ static fst_status place_parts(planner *p, const part *parts, size_t count, int32
     for (uint32_t i = 0; dim > 0 && i < (uint32_t)dim; i++) before *= fst_cut_extent(first, i);
     for (uint32_t i = dim < 0 ? 0 : (uint32_t)dim + 1; i < first->ndim; i++)
         inner *= fst_cut_extent(first, i);
-    for (size_t i = 0; i < count; i++)
-        total += dim < 0 ? 1 : fst_cut_extent(cut_of(p, &p->plan->tensors[parts[i].index]), (uint32_t)dim);
+    for (size_t i = 0; i < count; i++) {
+        const fst_plan_tensor *tensor = &p->plan->tensors[parts[i].index];
+        if (__builtin_add_overflow(total, dim < 0 ? 1 : fst_cut_extent(cut_of(p, tensor), (uint32_t)dim),
+                                   &total))
+            return refuse_part(p, tensor, FST_E_ARG, "the result's extent would be more than 2^64 - 1");
+    }
     for (size_t i = 0; i < count; i++) {
         fst_plan_tensor *tensor = &p->plan->tensors[parts[i].index];
         fst_cut *cut = &p->plan->cuts[tensor->cut];

@@ -191,10 +191,26 @@ void fst_shared_free(fst_shared *s) {
     else release(s);
 }
 
+/* FNV-1a of 64-bit words and of names. */
+static uint64_t hash_word(uint64_t hash, uint64_t word) { return (hash ^ word) * 1099511628211u; }
+
+/* What a file says of itself: ranks that see other files find out. */
+static uint64_t hash_header(const fst_header *header, uint64_t hash) {
+    hash = hash_word(hash_word(hash, header->file_size), header->data_start);
+    for (size_t i = 0; i < header->count; i++) {
+        const fst_entry *entry = &header->tensors[i];
+        hash = hash_word(hash_word(hash, entry->end), (uint64_t)entry->dtype);
+        for (uint32_t k = 0; k < entry->name_length; k++)
+            hash = hash_word(hash, (unsigned char)entry->name[k]);
+    }
+    return hash;
+}
+
 fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_bytes, const fst_plan *plan,
                           const fst_header *headers, const char *const *paths, size_t files,
                           fst_reader *reader, fst_status mine, fst_shared **out, fst_error *error) {
     fst_shared *s = calloc(1, sizeof *s);
+    pthread_condattr_t attributes;
     *out = NULL;
     if (!s) return fst_peers_agree(peers, mine ? mine : no_memory(error), NULL, 0, error);
     *s = (fst_shared){.peers = peers,
@@ -208,7 +224,10 @@ fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_byt
                       .rank = fst_peers_rank(peers),
                       .ranks = fst_peers_count(peers)};
     pthread_mutex_init(&s->lock, NULL);
-    pthread_cond_init(&s->came, NULL);
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&s->came, &attributes);
+    pthread_condattr_destroy(&attributes);
     if (!mine) mine = count_units(s, error);
     if (!mine && !gpu->host_access) {
         int code = gpu->calls->stream_new(gpu, &s->stream);
@@ -218,13 +237,11 @@ fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_byt
     /* All that decides on the rounds must be the same. */
     uint64_t words[3] = {s->size, 0, 1469598103934665603u};
     if (!mine) words[1] = s->first[files];
-    for (size_t i = 0; !mine && i < files; i++)
-        words[2] =
-            ((words[2] ^ headers[i].file_size) * 1099511628211u ^ headers[i].data_start) * 1099511628211u;
+    for (size_t i = 0; !mine && i < files; i++) words[2] = hash_header(&headers[i], words[2]);
     fst_status status = fst_peers_agree(peers, mine, words, 3, error);
     if (!status) mark_units(s);
     if (!status) status = gather_maps(s, FST_OK, error);
-    if (!status) status = list_units(s, error);
+    if (!status) status = fst_peers_agree(peers, list_units(s, error), NULL, 0, error);
     if (status) {
         fst_shared_free(s);
         return status;
@@ -335,7 +352,7 @@ int fst_shared_await(fst_shared *s, const fst_plan_chunk *chunk) {
     units_of(s, chunk, &first, &last);
     uint64_t round = s->position[last] / s->ranks;
     struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += (long)(WAIT_SECONDS * 1e9);
     if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
     pthread_mutex_lock(&s->lock);
