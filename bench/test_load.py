@@ -106,7 +106,8 @@ class Load(unittest.TestCase):
                                       "tmpfs as is", "tmpfs to F16", "tmpfs to F8_E4M3"] +
                                 (["cold", "after cold", "half cached", "cold direct", "cold uring", "cold uring direct"]
                                  if out["cold_by"] else []))
-        self.assertEqual(before, set(os.listdir(memory)))
+        new = set(os.listdir(memory)) - before  # other programs have theirs there, too
+        self.assertEqual([], [name for name in new if name.startswith("bench_load-")])
         self.assertEqual("cpu", out["device"])
         self.assertGreater(out["ceilings"]["memory_gb_per_s"], 0)
         self.assertGreater(out["ceilings"]["tmpfs_gb_per_s"], 0)
