@@ -38,10 +38,7 @@ static int weight_name(const fst_entry *entry, char *buffer, fst_string *out) {
 static fst_status index_names(fst_loading *l) {
     fst_model *model = l->model;
     if (model->names) return FST_OK;
-    model->names_size = 16;
-    while (model->names_size < model->count * 2) model->names_size *= 2;
-    model->names = calloc(model->names_size, sizeof *model->names);
-    if (!model->names) return fst_no_memory(l->error);
+    if (fst_loading_empty_names(l)) return l->error->status;
     for (size_t i = 0; i < model->count; i++) {
         const fst_model_tensor *tensor = &model->tensors[i];
         size_t at = fst_model_slot(model, tensor->hash, tensor->entry->name, tensor->entry->name_length);

@@ -331,9 +331,7 @@ static void share_of_scales(const fst_quantized *w, const fst_cut *part, uint64_
 
 static int find_share(const fst_quantized *w, fst_companion which, const fst_cut *part, uint64_t count,
                       share *s) {
-    const fst_storage storage = storage_of(w);
-    share scales;
-    if (storage == FST_STORED_FLAT || count == 0) return 0;
+    if (storage_of(w) == FST_STORED_FLAT || count == 0) return 0;
     if (which == FST_COMPANION_SCALE || (which == FST_COMPANION_ZERO && w->flags & FST_Q_BYTE_ZEROS)) {
         share_of_scales(w, part, count, s);
         return 1;
@@ -345,7 +343,6 @@ static int find_share(const fst_quantized *w, fst_companion which, const fst_cut
     if (which != FST_COMPANION_ZERO) return 0;
     /* Packed, in words along rows or along groups. */
     uint64_t first, last;
-    share_of_scales(w, part, 1, &scales);
     int any_group = w->companions[FST_COMPANION_GROUPS] != FST_NO_TENSOR;
     if (w->format == FST_FORMAT_AWQ_GEMV) {
         *s = (share){w->rows,

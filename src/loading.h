@@ -50,6 +50,8 @@ static inline const char *fst_file_path(const fst_model *model, size_t file) {
 
 /* Opens all files and reads their headers into the model; l->model, error and options are set. */
 fst_status fst_loading_open(fst_loading *l, const char *const *files);
+/* A table for the names of the model's tensors, without any yet. FST_E_MEMORY. */
+fst_status fst_loading_empty_names(fst_loading *l);
 /* The table of names of the model's tensors as they are now. FST_E_DUPLICATE. */
 fst_status fst_loading_fill_names(fst_loading *l);
 /* The bytes of a small tensor of the model (an index as the scheme has it, before results are described), and a NUL

@@ -156,13 +156,18 @@ static fst_status apply_index(fst_loading *l) {
     return status;
 }
 
-fst_status fst_loading_fill_names(fst_loading *l) {
+fst_status fst_loading_empty_names(fst_loading *l) {
     fst_model *model = l->model;
     free(model->names);
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
     model->names = calloc(model->names_size, sizeof *model->names);
-    if (!model->names) return fst_no_memory(l->error);
+    return model->names ? FST_OK : fst_no_memory(l->error);
+}
+
+fst_status fst_loading_fill_names(fst_loading *l) {
+    fst_model *model = l->model;
+    if (fst_loading_empty_names(l)) return l->error->status;
     for (size_t i = 0; i < model->count; i++) {
         const fst_model_tensor *tensor = &model->tensors[i];
         size_t at = fst_model_slot(model, tensor->hash, tensor->entry->name, tensor->entry->name_length);

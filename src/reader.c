@@ -425,12 +425,6 @@ ssize_t fst_reader_read(fst_reader *reader, fst_how *how, size_t which, void *sl
     return settle_direct(reader, how, f, &read, read_sectors(fd, &read));
 }
 
-ssize_t fst_reader_read_to(fst_reader *reader, fst_how *how, size_t which, void *out, uint64_t offset,
-                           size_t nbytes) {
-    if (*how == FST_HOW_DIRECT) *how = FST_HOW_BUFFERED;
-    return read_buffered(reader, *how, &reader->files[which], out, offset, nbytes);
-}
-
 ssize_t fst_reader_gather(fst_reader *reader, fst_how *how, size_t which, void *out,
                           const fst_segments *segments) {
     file *f = &reader->files[which];

@@ -47,12 +47,8 @@ fst_how fst_reader_ahead(fst_reader *reader, size_t file, uint64_t offset, size_
  * read, fewer than nbytes only at the end of the file, or a negative errno. */
 ssize_t fst_reader_read(fst_reader *reader, fst_how *how, size_t file, void *slot, uint64_t offset,
                         size_t nbytes);
-/* The same to any address. Never O_DIRECT: *how becomes FST_HOW_BUFFERED. */
-ssize_t fst_reader_read_to(fst_reader *reader, fst_how *how, size_t file, void *out, uint64_t offset,
-                           size_t nbytes);
-
-/* Pieces of a file that lie at a distance from one another: one after the other to any address. As fst_reader_read_to, for all of
- * their bytes. */
+/* Pieces of a file, perhaps at a distance from one another: one after the other to any address. As fst_reader_read, of all of their
+ * bytes, but never with O_DIRECT: *how becomes FST_HOW_BUFFERED. */
 typedef struct fst_segments {
     uint64_t offset, pitch, count;
     size_t   nbytes; /* of each */

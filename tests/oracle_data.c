@@ -6,43 +6,6 @@
 #include "harness.h"
 #include "support.h"
 
-static const char *const compared[] = {
-    "bnb-fp4",
-    "bnb-fp4-nested",
-    "bnb-int8",
-    "bnb-nf4",
-    "bnb-nf4-bf16",
-    "bnb-nf4-nested",
-    "ct-fp8-block",
-    "ct-fp8-channel",
-    "ct-fp8-tensor",
-    "ct-int8-channel",
-    "ct-int8-zeros",
-    "ct-mxfp4",
-    "ct-mxfp8",
-    "ct-nvfp4",
-    "gptqmodel-fp8-block",
-    "gptqmodel-fp8-row",
-    "gptqmodel-fp8-tensor",
-    "hf-fp4-experts",
-    "hf-fp8-block",
-    "hf-fp8-e8m0",
-    "hf-mxfp4",
-    "modelopt-mxfp8",
-    "modelopt-nvfp4",
-    "quark-mxfp4",
-    "awq",
-    "ct-packed-3",
-    "ct-packed-4",
-    "ct-packed-4-zeros",
-    "ct-packed-8",
-    "gptq-2",
-    "gptq-3",
-    "gptq-4",
-    "gptq-4-order",
-    "gptq-8",
-    "quark-int4",
-};
 static const char *file_of(const char *name, const char *file) {
     static char path[2][1024];
     static int which;
@@ -97,10 +60,10 @@ static void compare(const char *name, int device) {
 }
 
 TEST(oracle_data, weights_are_what_their_libraries_make_of_them) {
-    for (size_t i = 0; i < sizeof compared / sizeof *compared; i++)
+    for (size_t i = 0; i < SUPPORT_LIBRARIES; i++)
         for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
             fake_gpu_begin(&(fake_gpu_options){.seed = i});
-            compare(compared[i], device);
+            compare(support_libraries[i], device);
             fake_gpu_end();
         }
 }

@@ -18,7 +18,6 @@
 #define MIB ((size_t)1 << 20)
 #define SLOTS 2u
 
-
 /* ---- Files that are in memory, or not ---------------------------------------------------------- */
 
 static unsigned char *content; /* of every file here */
@@ -789,7 +788,7 @@ TEST(reader, a_direct_read_is_one_system_call) {
     CHECK_INT(25, calls);
 }
 
-TEST(reader, read_to_goes_to_any_address) {
+TEST(reader, gathered_bytes_go_to_any_address) {
     const char *path = test_path("file");
     unsigned char out[1024];
     rig r;
@@ -798,12 +797,13 @@ TEST(reader, read_to_goes_to_any_address) {
     for (size_t shift = 0; shift < 17; shift++)
         for (fst_how how = FST_HOW_CACHED; how <= FST_HOW_DIRECT; how++) {
             fst_how used = how;
-            CHECK_INT(777, fst_reader_read_to(r.reader, &used, 0, out + shift, 4000 + shift, 777));
+            CHECK_INT(777, fst_reader_gather(r.reader, &used, 0, out + shift,
+                                             &(fst_segments){4000 + shift, 0, 1, 777}));
             CHECK_BYTES(content + 4000 + shift, out + shift, 777);
             CHECK_INT(how == FST_HOW_DIRECT ? FST_HOW_BUFFERED : how, used);
         }
     fst_how how = FST_HOW_CACHED;
-    CHECK_INT(96, fst_reader_read_to(r.reader, &how, 0, out, 3 * PAGE - 96, 777));
+    CHECK_INT(96, fst_reader_gather(r.reader, &how, 0, out, &(fst_segments){3 * PAGE - 96, 0, 1, 777}));
     CHECK_INT(17 * 777 + 96, facts_of(&r).cached);
     CHECK_INT(2 * 17 * 777, facts_of(&r).buffered);
     close_rig(&r);

@@ -61,6 +61,44 @@ void support_random(void *data, size_t count, uint64_t seed) {
     for (size_t i = 0; i < count; i++) bytes[i] = (unsigned char)next_random(&seed);
 }
 
+const char *const support_libraries[SUPPORT_LIBRARIES] = {
+    "bnb-fp4",
+    "bnb-fp4-nested",
+    "bnb-int8",
+    "bnb-nf4",
+    "bnb-nf4-bf16",
+    "bnb-nf4-nested",
+    "ct-fp8-block",
+    "ct-fp8-channel",
+    "ct-fp8-tensor",
+    "ct-int8-channel",
+    "ct-int8-zeros",
+    "ct-mxfp4",
+    "ct-mxfp8",
+    "ct-nvfp4",
+    "gptqmodel-fp8-block",
+    "gptqmodel-fp8-row",
+    "gptqmodel-fp8-tensor",
+    "hf-fp4-experts",
+    "hf-fp8-block",
+    "hf-fp8-e8m0",
+    "hf-mxfp4",
+    "modelopt-mxfp8",
+    "modelopt-nvfp4",
+    "quark-mxfp4",
+    "awq",
+    "ct-packed-3",
+    "ct-packed-4",
+    "ct-packed-4-zeros",
+    "ct-packed-8",
+    "gptq-2",
+    "gptq-3",
+    "gptq-4",
+    "gptq-4-order",
+    "gptq-8",
+    "quark-int4",
+};
+
 /* ---- Loads ---- */
 
 const char *const *support_list(const char *path) {

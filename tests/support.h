@@ -24,6 +24,10 @@ size_t support_checkpoint(const char *path, const char *metadata, const support_
 /* `count` bytes that look random, by seed. */
 void support_random(void *data, size_t count, uint64_t seed);
 
+/* Folders of FST_TEST_DATA: checkpoints that formats' own libraries wrote, and what these make of them. */
+#define SUPPORT_LIBRARIES 35
+extern const char *const support_libraries[SUPPORT_LIBRARIES];
+
 /* ---- Loads ---- */
 
 /* A file list of one, valid until the next call. */

@@ -7,22 +7,12 @@
 #include <unistd.h>
 
 #include "fst.h"
+#include "mpi_check.h"
 #include "shared.h"
 
 enum { RANKS = 4, ROWS = 700, COLS = 900 };
-static int rank;
 static MPI_Comm comm;
 static char path[4096];
-
-#define CHECK(condition, ...)                                                              \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            fprintf(stderr, "%s:%d: rank %d: %s: ", __FILE__, __LINE__, rank, #condition); \
-            fprintf(stderr, __VA_ARGS__);                                                  \
-            fputc('\n', stderr);                                                           \
-            MPI_Abort(MPI_COMM_WORLD, 1);                                                  \
-        }                                                                                  \
-    } while (0)
 
 /* Two matrices of U16 that count up: one is cut by rows, one by columns. */
 static void write_file(void) {

@@ -6,22 +6,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "mpi_check.h"
 #include "os.h"
 #include "peers.h"
 
 enum { RANKS = 4, ROUNDS = 60, LARGEST = 70000 };
-static int rank;
 static MPI_Comm comm; /* the case's own */
-
-#define CHECK(condition, ...)                                                              \
-    do {                                                                                   \
-        if (!(condition)) {                                                                \
-            fprintf(stderr, "%s:%d: rank %d: %s: ", __FILE__, __LINE__, rank, #condition); \
-            fprintf(stderr, __VA_ARGS__);                                                  \
-            fputc('\n', stderr);                                                           \
-            MPI_Abort(MPI_COMM_WORLD, 1);                                                  \
-        }                                                                                  \
-    } while (0)
 
 #define CHECK_ERROR(want_status, want_code, want_text, status, error)                                    \
     CHECK((status) == (want_status) && (error)->code == (want_code) && strstr((error)->text, want_text), \
