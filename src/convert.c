@@ -107,6 +107,9 @@ static fst_status plan_results(fst_convert_job *c, const fst_options *given) {
     const char *const files[] = {c->directory, NULL};
     fst_loading l = {.error = c->error};
     fst_status status = fst_loading_begin(&l, files, given);
+    if (!status && l.options.comm_kind != FST_COMM_NONE)
+        status = refuse(c, NULL,
+                        "a conversion does not share its reading: each rank writes a directory of its own");
     if (!status) {
         c->options = l.options;
         c->options.size = sizeof c->options;

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "fake_comm.h"
 #include "harness.h"
@@ -102,7 +103,14 @@ static int is_sound(fst_comm_use *use, fst_comm_request *request, int *done) {
     return 0;
 }
 
-static fst_comm_calls on_device;
+static void use_on_device(void) {
+    static fst_comm_calls on_device;
+    on_device = *fake_comm_calls;
+    on_device.on_device = 1;
+    on_device.gather = gather_on_device;
+    on_device.test = is_sound;
+    fst_peers_set_fake(&on_device);
+}
 
 static void check_loads(int on_gpu, size_t unit) {
     size_t usual = fst_shared_unit;
@@ -125,11 +133,7 @@ static void check_loads(int on_gpu, size_t unit) {
         fst_shared_unit = unit;
         if (on_gpu) fake_gpu_begin(&(fake_gpu_options){.seed = ranks});
         fake_comm *comm = fake_comm_new(ranks, &(fake_comm_options){.late = 2});
-        on_device = *fake_comm_calls;
-        on_device.on_device = 1;
-        on_device.gather = gather_on_device;
-        on_device.test = is_sound;
-        if (on_gpu) fst_peers_set_fake(&on_device);
+        if (on_gpu) use_on_device();
         load_ranks(loads, ranks, comm);
         for (unsigned r = 0; r < ranks; r++) {
             if (loads[r].status) test_fail(__FILE__, __LINE__, "rank %u: %s", r, loads[r].error.text);
@@ -254,6 +258,35 @@ TEST(shared, a_rank_that_does_not_come) {
     CHECK(load.model == NULL);
     fst_release_cached();
     (void)comm; /* the rank that never came may still be waited for */
+}
+
+/* Scales of FNUZ codes are doubled on the host, which has them only where a rank reads for itself. */
+TEST(shared, scales_are_not_doubled_on_gpus) {
+    rank_load load = {.path = write_files(1), .options = support_options(FST_DEVICE_GPU(0))};
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    fake_comm *comm = fake_comm_new(1, &(fake_comm_options){0});
+    use_on_device();
+    load.options.cast = FST_F8_E4M3FNUZ;
+    load_ranks(&load, 1, comm);
+    CHECK_INT(FST_E_UNSUPPORTED, load.status);
+    if (!strstr(load.error.text, "FNUZ")) test_fail(__FILE__, __LINE__, "%s", load.error.text);
+    fake_comm_free(comm);
+    fst_release_cached();
+    fake_gpu_end();
+}
+
+TEST(shared, a_conversion_does_not_share) {
+    fst_options options = support_options(FST_DEVICE_CPU);
+    fake_comm *comm = fake_comm_new(1, &(fake_comm_options){0});
+    fst_error error;
+    char output[1024];
+    write_files(1);
+    snprintf(output, sizeof output, "%s", test_path("out"));
+    options.comm_kind = FST_COMM_MPI;
+    options.comm = fake_comm_rank(comm, 0);
+    CHECK_INT(FST_E_ARG, fst_convert_directory(test_directory(), output, &options, NULL, NULL, &error));
+    CHECK(access(output, F_OK) != 0);
+    fake_comm_free(comm);
 }
 
 TEST(shared, a_stream_does_not_share) {
