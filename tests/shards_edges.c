@@ -47,7 +47,7 @@ static const char fp8_config[] =
     "{\"quantization_config\":{\"quant_method\":\"fp8\",\"weight_block_size\":[128,128]}}";
 
 /* Borders within bytes, of a tensor with more than one matrix, in a result that has others between its rows. */
-TEST(review, parts_of_half_bytes_side_by_side) {
+TEST(shards_edges, parts_of_half_bytes_side_by_side) {
     unsigned char data[2][24];
     support_tensor tensors[] = {{"a", "F4", "[2,4,6]", data[0], 24}, {"b", "F4", "[2,4,6]", data[1], 24}};
     const char *path = test_path("model.safetensors");
@@ -77,7 +77,7 @@ TEST(review, parts_of_half_bytes_side_by_side) {
     fst_model_free(whole);
 }
 
-TEST(review, an_empty_part_of_what_gets_other_scales) {
+TEST(shards_edges, an_empty_part_of_what_gets_other_scales) {
     static unsigned char codes[3 * 128], scale[4] = {0, 0, 0x80, 0x3f};
     support_tensor tensors[] = {{"m.weight", "F8_E4M3", "[3,128]", codes, sizeof codes},
                                 {"m.weight_scale_inv", "F32", "[1,1]", scale, 4}};
@@ -97,7 +97,7 @@ TEST(review, an_empty_part_of_what_gets_other_scales) {
 }
 
 /* What stays quantized and has no elements. */
-TEST(review, parts_of_quantized_weights_without_elements) {
+TEST(shards_edges, parts_of_quantized_weights_without_elements) {
     static unsigned char scale[4] = {0, 0, 0x80, 0x3f};
     static const char *const shapes[] = {"[0,4]", "[4,0]"};
     const char *path = test_path("model.safetensors");
@@ -120,7 +120,7 @@ TEST(review, parts_of_quantized_weights_without_elements) {
         }
 }
 
-TEST(review, parts_of_stacks_of_no_matrices) {
+TEST(shards_edges, parts_of_stacks_of_no_matrices) {
     static unsigned char none[1];
     support_tensor tensors[] = {{"x.experts.gate_up_proj_blocks", "U8", "[0,4,1,16]", none, 0},
                                 {"x.experts.gate_up_proj_scales", "U8", "[0,4,1]", none, 0}};
@@ -142,7 +142,7 @@ TEST(review, parts_of_stacks_of_no_matrices) {
 }
 
 /* Scales that go along with a part of what stays quantized need no more memory than theirs. */
-TEST(review, memory_for_the_scales_of_a_part) {
+TEST(shards_edges, memory_for_the_scales_of_a_part) {
     static unsigned char codes[256 * 128];
     static float scales[2] = {1, 2};
     float memory[2] = {0, 0};
@@ -196,7 +196,7 @@ static const char *write_gptq3(void) {
     return path;
 }
 
-TEST(review, codes_in_two_words_where_ranks_share_the_reading) {
+TEST(shards_edges, codes_in_two_words_where_ranks_share_the_reading) {
     static const fst_shard_rule rules[] = {{"m.weight", 0, 1}, {NULL, 0, 0}};
     const char *path = write_gptq3();
     rank_load loads[2] = {0};
@@ -237,7 +237,7 @@ TEST(review, codes_in_two_words_where_ranks_share_the_reading) {
 }
 
 /* Parked as F32 by kernels that count in all of the matrix. */
-TEST(review, scales_computed_for_a_part_of_packed_codes) {
+TEST(shards_edges, scales_computed_for_a_part_of_packed_codes) {
     const char *path = write_gptq3();
     fst_options options = support_options(FST_DEVICE_CPU);
     options.cast = FST_F8_E4M3;
