@@ -873,7 +873,8 @@ static fst_status cut_kept_tensor(planner *p, size_t index, const fst_quantized 
     return status;
 }
 
-/* A weight that stays quantized: its companions are cut likewise, once all are known. */
+/* A weight that stays quantized: dimensions are its own, not those of its codes. Its companions are cut likewise, once all
+ * are known. */
 static fst_status cut_kept(planner *p, size_t index, const fst_entry *entry, const fst_choice *choice,
                            fst_dtype cast) {
     fst_plan_tensor *tensor = &p->plan->tensors[index];
@@ -885,10 +886,11 @@ static fst_status cut_kept(planner *p, size_t index, const fst_entry *entry, con
     if (choice->layout || choice->into)
         return refuse_part(p, tensor, FST_E_UNSUPPORTED,
                            "it is quantized and stays so: its layout is as stored");
+    if (dim < 0 || (w->ndim == 0 && begin == 0 && end == 0 && p->options->ranks <= 1)) return FST_OK;
     if (w->ndim == 0)
         return refuse_part(p, tensor, FST_E_UNSUPPORTED,
                            "it is quantized and stays so, with its shape in another tensor: it is not cut");
-    if (dim >= 0 && (uint32_t)dim < w->ndim) {
+    if ((uint32_t)dim < w->ndim) {
         if (begin == 0 && end == 0)
             fst_shard_range(w->shape[dim], choice->unit, p->options->rank, p->options->ranks, &begin, &end);
         if (begin == 0 && end == w->shape[dim]) return FST_OK;
@@ -914,6 +916,7 @@ static fst_status cut_tensor(planner *p, size_t index, const fst_entry *entry, c
     uint64_t begin = choice->begin, end = choice->end, extent = 0;
     fst_where where = place_of(p, tensor);
     if (role_of(p, index) == FST_ROLE_COMPANION) return FST_OK;
+    if (!w && role_of(p, index) == FST_ROLE_CODES) return cut_kept(p, index, entry, choice, cast);
     if (dim >= 0 && (uint32_t)dim < ndim) {
         extent = shape[dim];
         if (begin == 0 && end == 0)
@@ -921,7 +924,6 @@ static fst_status cut_tensor(planner *p, size_t index, const fst_entry *entry, c
         if (begin == 0 && end == extent) dim = FST_REPLICATE;
     }
     if (dim < 0 && !choice->layout && !choice->into) return FST_OK;
-    if (!w && role_of(p, index) == FST_ROLE_CODES) return cut_kept(p, index, entry, choice, cast);
     fst_status status = check_scaled_part(p, tensor, choice, ndim, dim, begin, end, extent);
     if (status) return status;
     fst_cut *cut = NULL;

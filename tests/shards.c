@@ -587,6 +587,29 @@ TEST(shards, a_border_in_a_block_of_what_is_kept) {
     free_file(&f);
 }
 
+/* A part as long as what is stored has blocks is a part all the same. */
+TEST(shards, parts_of_what_is_kept_are_counted_in_the_weight) {
+    random_file f = {.count = 0};
+    const char *path = test_path("model.safetensors");
+    fst_model *model;
+    fst_error error;
+    fst_tensor codes, scales;
+    add_quantized(&f, &floats[3], 8, 1024); /* [8,32,16] and [8,32] */
+    support_checkpoint(path, NULL, f.tensors, f.count, 1);
+    write_config(floats[3].config);
+    if (load_kept(path, 1, 0, 32, &model, &error)) test_fail(__FILE__, __LINE__, "%s", error.text);
+    CHECK_INT(FST_OK, fst_model_find(model, "m.weight_blocks", &codes));
+    CHECK_INT(FST_OK, fst_model_find(model, "m.weight_scales", &scales));
+    CHECK_INT(8 * 16, codes.nbytes);
+    CHECK_INT(8, scales.nbytes);
+    for (size_t row = 0; row < 8; row++) {
+        CHECK_BYTES(f.data[0] + row * 512, (unsigned char *)codes.data + row * 16, 16);
+        CHECK_INT(f.data[1][row * 32], ((unsigned char *)scales.data)[row]);
+    }
+    fst_model_free(model);
+    free_file(&f);
+}
+
 TEST(shards, what_is_kept_and_packed_is_cut_at_whole_words) {
     static const struct {
         const char *kind;
