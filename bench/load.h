@@ -122,6 +122,7 @@ typedef struct load_case {
     size_t slot_bytes;
     load_sample *samples;
     unsigned count;
+    uint64_t watched_bytes; /* device memory at its peak, in a load that was watched */
 } load_case;
 
 /* ---- Ceilings ---- */
@@ -160,6 +161,7 @@ typedef struct load_bench {
     uint64_t needed[LOAD_PARTS]; /* bytes of the files; 0: not known */
     uint64_t header_bytes;
     int quantized; /* some weights are */
+    int watches;   /* device memory, all along each load */
     double begins; /* fst_os_now() at which the next load begins; 0: at once */
     char doubts[LOAD_MAX_DOUBTS][256]; /* where the library's word and the system's differ */
     unsigned doubts_count;

@@ -4,7 +4,7 @@
  *     copy    the first byte of each copy to it
  *     cast    the last byte that each kernel makes of another dtype
  *     memory  more than it was given is lost
- *     third   the third load's memory is refused */
+ *     fourth  the fourth load's memory is refused */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,7 +36,7 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
 
 static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
     static int results; /* of loads: what is not the ceilings' or the staging ring */
-    if (refuses && size < 20 << 20 && ++results > 2) return FST_GPU_OUT_OF_MEMORY;
+    if (refuses && size < 20 << 20 && ++results > 3) return FST_GPU_OUT_OF_MEMORY;
     int code = fst_gpu_cpu()->calls->alloc_block(gpu, size, out);
     if (!code) use(size, 1);
     return code;
@@ -85,7 +85,7 @@ int main(int argc, char **argv) {
     wrong_copies = what && strcmp(what, "copy") == 0;
     wrong_casts = what && strcmp(what, "cast") == 0;
     wrong_scales = what && strcmp(what, "scale") == 0;
-    refuses = what && strcmp(what, "third") == 0;
+    refuses = what && strcmp(what, "fourth") == 0;
     leaks = what && strcmp(what, "memory") == 0;
     gpu = *fst_gpu_cpu();
     calls = *gpu.calls;

@@ -32,20 +32,16 @@ static struct {
     double cpu_seconds; /* of the sampler itself */
 } sampler;
 
-uint64_t load_available(const fst_gpu *gpu) {
-    uint64_t available = 0, total;
-    gpu->calls->memory(gpu, &available, &total);
-    return available;
-}
+/* What the library keeps for its next load is not in use. */
+uint64_t load_available(const fst_gpu *gpu) { return fst_gpu_available(gpu); }
 
 static void *sample_memory(void *unused) {
-    struct timespec pause = {0, 5000000}, used; /* seldom: it takes the driver's locks */
+    struct timespec pause = {0, 5000000}, used;
     int saved;
     sampler.gpu->calls->enter(sampler.gpu, &saved);
     while (!atomic_load(&sampler.quit)) {
-        uint64_t available, total;
-        if (sampler.gpu->calls->memory(sampler.gpu, &available, &total) == 0 && available < sampler.least)
-            atomic_store(&sampler.least, available);
+        uint64_t available = fst_gpu_available(sampler.gpu);
+        if (available && available < sampler.least) atomic_store(&sampler.least, available);
         nanosleep(&pause, NULL);
     }
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
@@ -53,21 +49,21 @@ static void *sample_memory(void *unused) {
     return unused;
 }
 
-static void start_sampling(const fst_gpu *gpu, pthread_t *thread) {
+static void start_sampling(const fst_gpu *gpu, int all_along, pthread_t *thread) {
     sampler.gpu = gpu;
     sampler.cpu_seconds = 0;
     atomic_store(&sampler.quit, 0);
     if (gpu->host_access) return; /* there it is the resident memory */
     atomic_store(&sampler.least, load_available(gpu));
-    if (pthread_create(thread, NULL, sample_memory, NULL)) bench_die("no thread");
+    if (all_along && pthread_create(thread, NULL, sample_memory, NULL)) bench_die("no thread");
 }
 
 /* With a last look, while the results are there. */
-static void end_sampling(const fst_gpu *gpu, pthread_t thread) {
+static void end_sampling(const fst_gpu *gpu, int all_along, pthread_t thread) {
     atomic_store(&sampler.quit, 1);
     if (gpu->host_access) return;
     uint64_t available = load_available(gpu);
-    pthread_join(thread, NULL);
+    if (all_along) pthread_join(thread, NULL);
     if (available < sampler.least) atomic_store(&sampler.least, available);
 }
 
@@ -219,12 +215,13 @@ void load_measure(load_bench *b, load_case *c, fst_trace *trace) {
     fst_model *model = NULL;
     fst_stream *stream = NULL;
     pthread_t thread = 0;
+    int all_along = b->watches || c->state >= LOAD_COLD; /* storage is slow enough not to mind */
     *s = (load_sample){.uncached_bytes = LOAD_UNKNOWN};
     load_prepare(b, c);
     if (c->state >= LOAD_COLD) s->uncached_bytes = load_uncached(c->files);
     load_set_options(b, c, &options);
     uint64_t resident = reset_most_resident(), read_before = disk_bytes(), asked_before = asked_bytes();
-    start_sampling(b->gpu, &thread);
+    start_sampling(b->gpu, all_along, &thread);
     wait_until(b->begins);
     double cpu = bench_cpu_seconds();
     fst_pipeline_trace = trace;
@@ -232,7 +229,7 @@ void load_measure(load_bench *b, load_case *c, fst_trace *trace) {
     else run_load(c, &options, s, &model);
     fst_pipeline_trace = NULL;
     s->cpu_seconds = bench_cpu_seconds() - cpu;
-    end_sampling(b->gpu, thread);
+    end_sampling(b->gpu, all_along, thread);
     if (s->cpu_seconds > sampler.cpu_seconds) s->cpu_seconds -= sampler.cpu_seconds;
     uint64_t read_after = disk_bytes(), asked_after = asked_bytes(), most = most_resident();
     s->disk_bytes = read_after == LOAD_UNKNOWN ? LOAD_UNKNOWN : read_after - read_before;

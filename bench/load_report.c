@@ -59,10 +59,15 @@ static double needed_gb_per_s(const load_case *c) {
     return (double)last(c)->stats.bytes_needed / load_seconds(c) / 1e9;
 }
 
+static uint64_t peak_bytes(const load_case *c) {
+    uint64_t most = MOST(c, peak_device_bytes);
+    return most > c->watched_bytes ? most : c->watched_bytes;
+}
+
 /* NAN: the results were not there all at one time. */
 static double beyond_results(const load_case *c) {
     if (c->stream) return NAN;
-    return (double)MOST(c, peak_device_bytes) - (double)last(c)->stats.bytes_out;
+    return (double)peak_bytes(c) - (double)last(c)->stats.bytes_out;
 }
 
 static double cpu_per_gb(const load_case *c) {
@@ -220,7 +225,7 @@ static void json_case(FILE *file, const load_bench *b, const load_case *c) {
     put_number(file, "gb_per_s", 3, load_gb_per_s(c));
     put_number(file, "share_of_ceiling", 4, share_of(b, c));
     put_number(file, "ceiling_gb_per_s", 3, ceiling_of(b, c) > 0 ? ceiling_of(b, c) : NAN);
-    put_bytes(file, "peak_device_bytes", MOST(c, peak_device_bytes));
+    put_bytes(file, "peak_device_bytes", peak_bytes(c));
     put_number(file, "peak_beyond_results", 0, beyond_results(c));
     put_bytes(file, "pinned_bytes", s->stats.pinned_bytes);
     put_number(file, "cpu_seconds", 4, MEDIAN(c, cpu_seconds));

@@ -294,7 +294,7 @@ class Load(unittest.TestCase):
 
     def test_what_was_measured_before_a_failure_is_told(self):
         done = run(args.fake, "--device", 0, "--runs", 3, "--threads", 2, "--slot", "8M", "--json", self.json,
-                   checkpoint, FST_FAKE="third")
+                   checkpoint, FST_FAKE="fourth")
         self.assertEqual(1, done.returncode)
         self.assertIn("out of memory", done.stderr)
         with open(self.json, encoding="utf-8") as file:
