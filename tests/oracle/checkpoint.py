@@ -9,6 +9,10 @@
     checkpoint.py fp8 OUTDIR --bytes 4e9 --files 4
         DeepSeek V3's layers, as many as fit: F8_E4M3 weights, none of them NaN, F32 scales for 128 x 128, norms and
         embeddings in BF16; config.json and other files beside them
+    checkpoint.py mxfp4 OUTDIR --bytes 4e9 --files 4
+        gpt-oss' layers, as many as fit: experts in MXFP4, biases and attention in BF16; config.json
+    checkpoint.py gptq OUTDIR --bytes 4e9 --files 4
+        Llama 3 70B's layers in GPTQ of 4 bits, groups of 128, no act-order; norms and embeddings in BF16; config.json
     checkpoint.py many OUTDIR --tensors 20000 --bytes-each 4096 --dtype bf16 --files 2
         many small tensors
 """
@@ -38,6 +42,7 @@ SPECIAL = {
 NEAR = {"F16": range(0x30, 0x48), "BF16": range(0x3A, 0x45), "F32": range(0x3A, 0x45), "F64": range(0x3F, 0x41)}
 
 PAGE = 32 << 20
+GROUP = 128  # of GPTQ
 
 
 def bias(page, dtype):
@@ -77,9 +82,16 @@ class Source:
 
     def codes(self, nbytes):
         """Of F8_E4M3, without NaN."""
-        if "codes" not in self.pages:
-            self.pages["codes"] = self.bits.translate(bytes(i & 0xFE if i & 0x7F == 0x7F else i for i in range(256)))
-        page = memoryview(self.pages["codes"])
+        return self.translated("codes", (i & 0xFE if i & 0x7F == 0x7F else i for i in range(256)), nbytes)
+
+    def exponents(self, nbytes):
+        """Of F8_E8M0: 2^-15 to 1."""
+        return self.translated("exponents", (112 + i % 16 for i in range(256)), nbytes)
+
+    def translated(self, name, table, nbytes):
+        if name not in self.pages:
+            self.pages[name] = self.bits.translate(bytes(table))
+        page = memoryview(self.pages[name])
         while nbytes:
             start = self.random.randrange(PAGE // 2)
             piece = page[start:start + min(nbytes, PAGE // 2)]
@@ -174,6 +186,16 @@ def llama_tensors(nbytes, dtype):
     return [(name, dtype, shape, nbytes_of(dtype, shape)) for name, shape in shapes]
 
 
+def pieces_of(source, name, dtype, shape, nbytes):
+    if dtype == "F8_E4M3":
+        return source.codes(nbytes)
+    if name.endswith("_scales"):
+        return source.exponents(nbytes)
+    if name.endswith(".g_idx"):
+        return [struct.pack(f"<{shape[0]}i", *(i // GROUP for i in range(shape[0])))]
+    return source.pieces(dtype, nbytes)
+
+
 def write_shards(args, tensors):
     """Cuts the list into files of about the same size, beside an index."""
     source = Source(args.seed)
@@ -190,8 +212,8 @@ def write_shards(args, tensors):
         weight_map.update((tensor[0], name) for tensor in shard)
         with open(os.path.join(args.out, name), "wb") as file:
             file.write(header(shard, {"format": "pt"}))
-            for _, dtype, _, nbytes in shard:
-                for piece in source.codes(nbytes) if dtype == "F8_E4M3" else source.pieces(dtype, nbytes):
+            for name_, dtype, shape, nbytes in shard:
+                for piece in pieces_of(source, name_, dtype, shape, nbytes):
                     file.write(piece)
     with open(os.path.join(args.out, "model.safetensors.index.json"), "w") as file:
         json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, file)
@@ -247,6 +269,66 @@ def fp8(args):
             file.write(text)
 
 
+def sized(shapes):
+    return [(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in shapes]
+
+
+def repeated(nbytes, layer, ends):
+    """As many layers as fit, of a model that is narrower by a power of two when none does."""
+    d = 1
+    while d < 64 and sum(t[3] for t in sized(ends(d) + layer(0, d))) > nbytes:
+        d *= 2
+    count = max(1, round((nbytes - sum(t[3] for t in sized(ends(d)))) / sum(t[3] for t in sized(layer(0, d)))))
+    return sized(ends(d) + [t for i in range(count) for t in layer(i, d)])
+
+
+def write_config(args, model_type, quantization):
+    with open(os.path.join(args.out, "config.json"), "w") as file:
+        json.dump({"model_type": model_type, "torch_dtype": "bfloat16", "quantization_config": quantization}, file, indent=2)
+
+
+def mxfp4(args):
+    def layer(i, d):
+        hidden, wide, name, experts = 2880 // d // 32 * 32, 2880 // d // 32 * 32, f"model.layers.{i}", max(32 // d, 1)
+        tensors = [(f"{name}.input_layernorm.weight", "BF16", [hidden])]
+        for part, rows, cols in (("q_proj", 4096 // d, hidden), ("k_proj", 512 // d, hidden), ("v_proj", 512 // d, hidden),
+                                 ("o_proj", hidden, 4096 // d)):
+            tensors += [(f"{name}.self_attn.{part}.weight", "BF16", [rows, cols]), (f"{name}.self_attn.{part}.bias", "BF16", [rows])]
+        for part, rows, cols in (("gate_up_proj", 2 * wide, hidden), ("down_proj", hidden, wide)):
+            tensors += [(f"{name}.mlp.experts.{part}_blocks", "U8", [experts, rows, cols // 32, 16]),
+                        (f"{name}.mlp.experts.{part}_scales", "U8", [experts, rows, cols // 32]),
+                        (f"{name}.mlp.experts.{part}_bias", "BF16", [experts, rows])]
+        return tensors
+
+    def ends(d):
+        hidden = 2880 // d // 32 * 32
+        return [("model.embed_tokens.weight", "BF16", [32768 // d, hidden]), ("model.norm.weight", "BF16", [hidden])]
+
+    write_shards(args, repeated(int(args.bytes), layer, ends))
+    write_config(args, "gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn",
+                                   "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]})
+
+
+def gptq(args):
+    def layer(i, d):
+        hidden, wide, kv, name = 8192 // d, 28672 // d, 1024 // d, f"model.layers.{i}"
+        tensors = [(f"{name}.{norm}.weight", "BF16", [hidden]) for norm in ("input_layernorm", "post_attention_layernorm")]
+        for part, cols, rows in (("self_attn.q_proj", hidden, hidden), ("self_attn.k_proj", hidden, kv),
+                                 ("self_attn.v_proj", hidden, kv), ("self_attn.o_proj", hidden, hidden),
+                                 ("mlp.gate_proj", hidden, wide), ("mlp.up_proj", hidden, wide), ("mlp.down_proj", wide, hidden)):
+            tensors += [(f"{name}.{part}.g_idx", "I32", [cols]), (f"{name}.{part}.qweight", "I32", [cols // 8, rows]),
+                        (f"{name}.{part}.qzeros", "I32", [cols // GROUP, rows // 8]),
+                        (f"{name}.{part}.scales", "F16", [cols // GROUP, rows])]
+        return tensors
+
+    def ends(d):
+        return [("model.embed_tokens.weight", "BF16", [32768 // d, 8192 // d]), ("model.norm.weight", "BF16", [8192 // d])]
+
+    write_shards(args, repeated(int(args.bytes), layer, ends))
+    write_config(args, "llama", {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False,
+                                 "checkpoint_format": "gptq"})
+
+
 def many(args):
     dtype = args.dtype.upper()
     count = args.bytes_each * 8 // BITS[dtype]
@@ -256,7 +338,7 @@ def many(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind, run in (("mixed", mixed), ("llama", llama), ("fp8", fp8), ("many", many)):
+    for kind, run in (("mixed", mixed), ("llama", llama), ("fp8", fp8), ("mxfp4", mxfp4), ("gptq", gptq), ("many", many)):
         options = kinds.add_parser(kind)
         options.set_defaults(run=run)
         options.add_argument("out")
