@@ -395,6 +395,21 @@ TEST(pipeline, half_an_allocator_is_refused) {
     }
 }
 
+/* Of a file whose data begins anywhere: the slot begins where the result does, modulo 256 and more. */
+TEST(pipeline, cached_tensors_are_copied_between_ends_that_are_aligned_alike) {
+    fst_options options = support_options(FST_DEVICE_GPU(0));
+    options.slot_bytes = MIB; /* larger than what is worth a copy of its own */
+    sample_begin(7);
+    for (int i = 0; i < 3; i++) sample_add(FST_F32, 64 * (4687 + (uint64_t)i));
+    for (size_t padding = 1; padding < 64; padding += 9) {
+        sample_write(test_path("odd.safetensors"), 0, 3, padding);
+        fake_gpu_begin(&(fake_gpu_options){.seed = padding});
+        load_and_check(support_list(test_path("odd.safetensors")), &options);
+        CHECK_INT(0, fake_gpu_skewed());
+        fake_gpu_end();
+    }
+}
+
 /* ---- Contexts -------------------------------------------------------------------------------------------- */
 
 enum { SLOTS = 8 }; /* of an engine with support_options */

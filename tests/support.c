@@ -202,7 +202,7 @@ static struct {
     uint64_t random;
     int calls, blocks, streams, events, pins;
     uint64_t used, peak, kept;
-    int holders;
+    int holders, skewed;
     stream *list;
 } fake = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -468,6 +468,13 @@ static int fake_copy(const fst_gpu *gpu, fst_queue to, void *dst, const void *sr
     return enqueue(to, &o);
 }
 
+static int fake_to_device(const fst_gpu *gpu, fst_queue to, void *dst, const void *src, size_t size) {
+    pthread_mutex_lock(&fake.lock);
+    fake.skewed += ((uintptr_t)dst - (uintptr_t)src) % 256 != 0;
+    pthread_mutex_unlock(&fake.lock);
+    return fake_copy(gpu, to, dst, src, size);
+}
+
 static int fake_cast(fst_queue to, const fst_cast_args *args) {
     op o = {.kind = OP_CAST, .cast = *args};
     return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
@@ -557,7 +564,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .event_query = fake_event_query,
         .stream_follow = fake_follow,
         .event_elapsed = fake_elapsed,
-        .to_device = fake_copy,
+        .to_device = fake_to_device,
         .to_host = fake_copy,
         .copy_on_device = fake_copy,
     };
@@ -585,6 +592,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
     fake.random = options->seed;
     fake.calls = 0;
     fake.peak = fake.used;
+    fake.skewed = 0;
     fst_gpu_set_fake(&gpu);
 }
 
@@ -606,6 +614,7 @@ static int look(const int *at) {
 
 int fake_gpu_calls(void) { return look(&fake.calls); }
 int fake_gpu_blocks(void) { return look(&fake.blocks); }
+int fake_gpu_skewed(void) { return look(&fake.skewed); }
 
 uint64_t fake_gpu_kept(void) {
     pthread_mutex_lock(&fake.lock);
