@@ -1266,26 +1266,44 @@ static void note_pending(fst_plan *plan, uint32_t first_block) {
     if (all > plan->bytes_pending) plan->bytes_pending = all;
 }
 
+/* What comes of tensors [first, end). */
+static fst_status plan_results(planner *p, size_t first, size_t end) {
+    fst_plan *plan = p->plan;
+    fst_status status = FST_OK;
+    for (size_t i = first; i < end && !status; i++) {
+        fst_plan_tensor *tensor = &plan->tensors[i];
+        if (is_companion(p, i)) continue;
+        fst_plan_tensor *scales = scales_of(p, tensor);
+        plan->bytes_out += tensor->nbytes + (scales ? scales->nbytes : 0);
+        status = place(p, tensor);
+        if (!status) status = add_tensor(p, (uint32_t)i);
+        if (scales) scales->first_chunk = tensor->first_chunk, scales->chunks = tensor->chunks;
+        if (tensor->fused == FST_NO_TENSOR || status) continue;
+        fst_plan_tensor *whole = &plan->tensors[tensor->fused];
+        whole->pieces += tensor->pieces;
+        if (whole->last_part == i) note_pending(plan, whole->block);
+    }
+    return status;
+}
+
+/* A batch's companions come before the weights of the batch before it: they are on the device when its first weight is, and
+ * nothing waits for them. */
 static fst_status plan_tensors(planner *p) {
     fst_plan *plan = p->plan;
     fst_status status = keep_companions(p);
     size_windows(p);
-    for (size_t first = 0, end; first < plan->stored_count && !status; first = end) {
-        end = batch_end(p, first);
-        status = add_companions(p, first, end);
-        for (size_t i = first; i < end && !status; i++) {
-            fst_plan_tensor *tensor = &plan->tensors[i];
-            if (is_companion(p, i)) continue;
-            fst_plan_tensor *scales = scales_of(p, tensor);
-            plan->bytes_out += tensor->nbytes + (scales ? scales->nbytes : 0);
-            status = place(p, tensor);
-            if (!status) status = add_tensor(p, (uint32_t)i);
-            if (scales) scales->first_chunk = tensor->first_chunk, scales->chunks = tensor->chunks;
-            if (tensor->fused == FST_NO_TENSOR || status) continue;
-            fst_plan_tensor *whole = &plan->tensors[tensor->fused];
-            whole->pieces += tensor->pieces;
-            if (whole->last_part == i) note_pending(plan, whole->block);
-        }
+    size_t first = 0, end = batch_end(p, 0);
+    if (!status) status = add_companions(p, first, end);
+    while (first < plan->stored_count && !status) {
+        size_t next_end = batch_end(p, end);
+        uint32_t batch = p->batch;
+        status = add_companions(p, end, next_end);
+        uint32_t next_batch = p->batch;
+        p->batch = batch;
+        if (!status) status = plan_results(p, first, end);
+        p->batch = next_batch;
+        first = end;
+        end = next_end;
     }
     return status;
 }
