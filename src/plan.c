@@ -1325,7 +1325,12 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
                         (unsigned long long)options->chunk_bytes);
     for (size_t i = 0; i < files; i++) count += headers[i].count;
     out->tensors = count <= UINT32_MAX ? calloc(count ? count : 1, sizeof *out->tensors) : NULL;
-    if (!out->tensors) return no_memory(error);
+    p.pieces_room = count + count / 8 + 64; /* most often enough: growing would move them */
+    out->pieces = malloc(p.pieces_room * sizeof *out->pieces);
+    if (!out->tensors || !out->pieces) {
+        fst_plan_free(out);
+        return no_memory(error);
+    }
     if (choices) {
         p.chosen = malloc((count + 1) * sizeof *p.chosen);
         p.kept = malloc((count + 1) * sizeof *p.kept);
