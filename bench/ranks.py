@@ -52,7 +52,9 @@ class Rank:
 
     def __init__(self, command, what, said):
         self.what, self.complaints = what, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.besides = []  # what others than bench_load say on its standard output: NCCL does
         environment = {name: value for name, value in os.environ.items() if name != "FST_TEST_DEVICE"}
+        environment.setdefault("NCCL_DEBUG", "WARN")
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True,
                                         errors="replace", env=environment)
         self.thread = threading.Thread(target=self.listen, args=[said], daemon=True)
@@ -83,7 +85,8 @@ class Rank:
         except subprocess.TimeoutExpired:
             status = "closed its output"
         self.complaints.seek(0)
-        why = "; ".join(line.strip() for line in self.complaints.read()[-2000:].splitlines() if line.strip())
+        lines = self.besides[-8:] + self.complaints.read()[-2000:].splitlines()
+        why = "; ".join(line.strip() for line in lines if line.strip())
         return f"{self.what} {status}" + (f": {why}" if why else "")
 
     def kill(self):
@@ -129,7 +132,7 @@ class Team:
             raise Failed(f"{waited_for[0].what} said nothing for {self.limit:g} s, and was ended") from None
 
     def hear(self, ranks):
-        """An answer of each, whoever is first. Other lines are not for us: NCCL may print some."""
+        """An answer of each, whoever is first."""
         answers = {}
         while len(answers) < len(ranks):
             rank, line = self.next([rank for rank in ranks if rank not in answers])
@@ -137,6 +140,8 @@ class Team:
                 raise Failed(rank.ended())
             if line.startswith("{"):
                 answers[rank] = json.loads(line)
+            else:
+                rank.besides.append(line)
         return [answers[rank] for rank in ranks]
 
     def together(self, ranks, case):
