@@ -2,7 +2,7 @@
 """Ranks that load their parts at the same time: all together against one alone, in one run.
 
     ranks.py --bench BENCH_LOAD [--ranks 2,4] [--devices cpu|N,N...] [--runs 5] [--cast DTYPE] [--cold auto|drop|advise]
-             [--shared auto|no|LIBRARY] [--limit SECONDS] [--no-verify] [--json FILE] PATH...
+             [--shared auto|no|LIBRARY] [--limit SECONDS] [--seconds N] [--no-verify] [--json FILE] PATH...
     ranks.py --table FILE.json...
 
 A rank is a process of bench_load (--turns), with the ready-made rules; rank i is on the i-th of --devices, or they share
@@ -339,15 +339,30 @@ class Group:
         rank.ask(name)
         self.ceilings.setdefault(key, []).append(self.own.hear([rank])[0]["gb_per_s"])
 
+    def rounds(self, measure, seconds):
+        """One in any case, more while there is time."""
+        begun, longest = time.monotonic(), 0.0
+        for turn in range(self.options.runs):
+            before = time.monotonic()
+            if turn and before - begun + longest > seconds:
+                return
+            measure()
+            longest = max(longest, time.monotonic() - before)
+
     def measure(self):
-        for turn in range(-1, self.options.runs):  # the first one makes rings
-            for case in self.cases:
-                self.take(case, turn >= 0)
-            if turn >= 0:
-                self.own.attempt(self.ceiling, "h2d", "h2d_gb_per_s")
-                self.own.attempt(self.ceiling, "page cache", "page_cache_gb_per_s")
-        for turn in range(self.options.runs if self.options.cold else 0):
-            self.measure_cold()
+        for case in self.cases:  # makes rings
+            self.take(case, False)
+        self.rounds(self.measure_warm, self.options.seconds / (2 if self.options.cold else 1))
+        if self.options.cold:
+            self.rounds(self.measure_cold, self.options.seconds / 2)
+
+    def measure_warm(self):
+        for case in self.cases:
+            self.take(case)
+        self.own.attempt(self.ceiling, "h2d", "h2d_gb_per_s")
+        self.own.attempt(self.ceiling, "page cache", "page_cache_gb_per_s")
+
+    def finish(self):
         for team in (self.own, self.sharing):
             if team:
                 team.attempt(team.finish, not self.options.no_verify)
@@ -436,6 +451,7 @@ def arguments():
     parser.add_argument("--cold", choices=("auto", "drop", "advise"))
     parser.add_argument("--shared", default="auto", metavar="auto|no|LIBRARY",
                         help="shared reading: with the NCCL that is found (or $FST_NCCL), not at all, or with this one")
+    parser.add_argument("--seconds", type=float, default=3600, help="for all rounds of one number of ranks: fewer, but one")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one load or comparison; then processes are ended")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--json", metavar="FILE")
@@ -450,8 +466,8 @@ def arguments():
         parser.error("--ranks: numbers from 1 to 64")
     if o.devices != ["cpu"] and not all(d.isdigit() for d in o.devices):
         parser.error("--devices: cpu, or numbers")
-    if o.runs < 1 or not 1 <= o.limit <= 3600:
-        parser.error("--runs: at least 1; --limit: 1 to 3600")
+    if o.runs < 1 or not 1 <= o.limit <= 3600 or o.seconds < 0:
+        parser.error("--runs: at least 1; --limit: 1 to 3600; --seconds: at least 0")
     for path in o.paths:
         if not peers.checkpoint_files(path):
             parser.error(f"{path} is no .safetensors file, nor a directory with any")
@@ -481,6 +497,11 @@ def measure(o):
                 out.update({key: hello[key] for key in ("machine", "commit", "files", "bytes")})
                 out["devices"] = list(dict.fromkeys(out["devices"] + [g["device"] for g in group.greetings]))
                 group.measure()
+                if o.json:  # whoever ends this program now has something
+                    so_far = {"cold_by": o.cold_by, "doubts": out["doubts"] + group.doubts + ["not all results were compared"],
+                              "results": out["results"] + [group.results()], "runs": out["runs"] + group.runs()}
+                    peers.write_json({**out, **so_far}, o.json)
+                group.finish()
         except Failed as error:  # none of them began
             out["doubts"].append(str(error))
             continue

@@ -277,7 +277,7 @@ class Program(Runs):
     def test_failures(self):
         done = self.run_it("--bench", args.bench, "--ranks", 2, "--devices", 99, self.path)
         self.assertEqual(1, done.returncode)
-        self.assertIn("rank 0 of 2 ended with status 1", done.stderr)
+        self.assertRegex(done.stderr, "rank [01] of 2 ended with status 1: bench: no GPU 99")
         for bad in ([self.path], ["--bench", args.bench], ["--bench", args.bench, "--ranks", "0", self.path],
                     ["--bench", args.bench, "--devices", "gpu", self.path], ["--bench", args.bench, folder.name + "/none"],
                     ["--bench", args.bench, "--runs", "0", self.path], ["--bench", args.bench, "--limit", "0", self.path]):
@@ -300,6 +300,26 @@ class Program(Runs):
         done = self.run_it("--bench", silent, "--limit", 1, self.path)
         self.assertEqual(1, done.returncode)
         self.assertIn("rank 0 of 2 said nothing for 1 s, and was ended", done.stderr)
+
+
+    def test_time_is_up(self):
+        done = self.run_it("--bench", args.bench, "--runs", 9, "--seconds", 0, "--cold", "advise", "--json", self.json, self.path)
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        with open(self.json, encoding="utf-8") as file:
+            out = json.load(file)
+        self.assertEqual((7, {1}, []), (len(out["runs"]), {run["measured"] for run in out["runs"]}, out["doubts"]))
+
+    def test_silence_while_results_are_compared(self):
+        """What was measured is there."""
+        slow = os.path.join(folder.name, "slow")
+        with open(slow, "w", encoding="ascii") as file:
+            file.write(f"#!/bin/sh\n{args.bench} \"$@\" --no-verify\nexec sleep 20\n")
+        os.chmod(slow, 0o755)
+        done = self.run_it("--bench", slow, "--runs", 1, "--limit", 4, "--json", self.json, self.path)
+        self.assertEqual(1, done.returncode)
+        with open(self.json, encoding="utf-8") as file:
+            out = json.load(file)
+        self.assertEqual((["rank 0 of 2 said nothing for 4 s, and was ended"], 4), (out["doubts"], len(out["runs"])))
 
 
 class Shared(Runs):
@@ -394,9 +414,9 @@ class Shared(Runs):
 
     def test_a_rank_that_stops(self):
         begun = time.monotonic()
-        done, out = self.measure("--limit", 1, wrong="stop 25")
+        done, out = self.measure("--limit", 4, wrong="stop 35")
         self.assertEqual(1, done.returncode)
-        self.assertRegex(out["doubts"][0], "waited 1000 ms for the others' (data|plans), round .*a rank did not come, or went away")
+        self.assertRegex(out["doubts"][0], "rows shared: .* waited 4000 ms for the others' (data|plans), round .*a rank did not come, or went away")
         self.assertLess(time.monotonic() - begun, 60)
         self.check_own(out)
 
