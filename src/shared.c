@@ -44,7 +44,7 @@ struct fst_shared {
     uint64_t count, rounds;
     uint32_t *chunks_left; /* of each round: own chunks that are not done with it */
     unsigned char *ring;   /* FST_SHARED_ROUNDS x ranks units: on the device, where the rest is on the host */
-    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned or not */
+    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned */
     int own_is_pinned;
     fst_how hows[AHEAD]; /* how the next own units are read: looked at once, then storage is at them */
     uint64_t chosen;     /* rounds for which that is known */
@@ -166,7 +166,10 @@ static fst_status make_ring(fst_shared *s, fst_error *error) {
     s->ring = memory;
     s->own = fst_os_calls.map(FST_SHARED_ROUNDS * s->size);
     if (!s->own) return no_memory(error);
-    s->own_is_pinned = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size) == 0;
+    /* Not pinned, a copy would have this thread wait for the other ranks, whose round is before it on the stream. */
+    code = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size);
+    if (code) return fst_gpu_fail(error, gpu, code, "pinning memory for what is read for other ranks");
+    s->own_is_pinned = 1;
     return FST_OK;
 }
 
