@@ -32,6 +32,8 @@ typedef struct load_options {
     fst_shard_rule shards[LOAD_MAX_SHARDS];
     size_t shards_count;
     int turns; /* cases are asked for on standard input */
+    const char *nccl, *nccl_library; /* a file by which ranks meet, to share the reading; NULL: they do not */
+    unsigned timeout;                /* seconds that such ranks wait for one another */
     int child; /* descriptor that a child writes its one sample to; -1: this is no child */
 } load_options;
 
@@ -117,6 +119,7 @@ typedef struct load_case {
     int stream, is_tuning;
     load_part part;
     fst_read_mode read;
+    int shared;     /* ranks share the reading */
     unsigned flags; /* of fst_options */
     unsigned threads, slots; /* 0: the library's choice */
     size_t slot_bytes;
@@ -162,6 +165,8 @@ typedef struct load_bench {
     uint64_t header_bytes;
     int quantized; /* some weights are */
     int watches;   /* device memory, all along each load */
+    void *comm;    /* among the ranks, NULL: none */
+    int nccl_version;
     double begins; /* fst_os_now() at which the next load begins; 0: at once */
     char doubts[LOAD_MAX_DOUBTS][256]; /* where the library's word and the system's differ */
     unsigned doubts_count;
@@ -206,6 +211,13 @@ void load_timeline(const char *path, const char *title, const load_sample *sampl
 
 /* Until standard input ends: a line there is a case and when it begins; a line of JSON, what came out. */
 void load_turns(load_bench *b);
+
+/* ---- load_nccl.c ---- */
+
+/* Makes b->comm with the processes of the other ranks, that do the same; the process ends where that fails. */
+void load_join(load_bench *b);
+/* The communicator's end. */
+void load_part_company(load_bench *b);
 
 /* ---- load_main.c ---- */
 

@@ -57,6 +57,13 @@ static void add_part(load_bench *b, const char *where, load_case like) {
         }
         if (like.read == FST_READ_AUTO) break;
     }
+    like.shared = b->o.nccl != NULL;
+    for (size_t i = 0; like.shared && i <= b->o.casts_count; i++) {
+        like.cast = i ? b->o.casts[i - 1] : FST_NATIVE;
+        snprintf(name, sizeof name, "%s %s shared%s%s", where, what, i ? " to " : "",
+                 i ? fst_dtype_name(like.cast) : "");
+        add_case(b, name, &like);
+    }
 }
 
 static void add_parts(load_bench *b, const char *where, const load_files *files, load_state state) {
@@ -292,6 +299,8 @@ static void verify(load_bench *b) {
             continue; /* of a sweep, the fastest */
         load_verify(b, c);
         count++;
+        if (b->o.turns) printf("%s: right\n", c->name); /* who waits for it sees that it goes on */
+        fflush(stdout);
     }
     printf("results of %zu cases are right, byte for byte\n", count);
 }
@@ -360,8 +369,10 @@ int load_main(int argc, char **argv) {
     find_device(&b);
     b.started = fst_os_now();
     if (b.o.turns) {
+        if (b.o.nccl) load_join(&b);
         load_turns(&b);
         if (b.o.verify) verify(&b);
+        if (b.comm) load_part_company(&b);
         return tell_doubts(&b);
     }
     bench_read_rate((const char *const *)b.given.paths, fst_os_cpus(), 1, MIB,

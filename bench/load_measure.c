@@ -142,6 +142,12 @@ void load_set_options(const load_bench *b, const load_case *c, fst_options *opti
         options->shards = b->rules[c->part];
         options->read = c->read;
     }
+    if (c->shared) {
+        options->comm_kind = FST_COMM_NCCL;
+        options->comm = b->comm;
+        options->timeout_ms = b->o.timeout * 1000;
+        options->flags |= FST_ABORT_COMM; /* a load that fails is this process's last */
+    }
     fst_pipeline_tuning.slots = c->slots;
 }
 
@@ -168,7 +174,8 @@ static void run_stream(const load_case *c, const fst_options *options, load_samp
 static void run_load(const load_case *c, const fst_options *options, load_sample *s, fst_model **out) {
     fst_error error;
     double start = s->started = fst_os_now();
-    if (fst_load(c->files->given, options, out, &error)) bench_die("%s: %s", error.path, error.text);
+    if (fst_load(c->files->given, options, out, &error))
+        bench_die("%s%s%s", error.path, *error.path ? ": " : "", error.text);
     s->seconds = fst_os_now() - start;
 }
 
@@ -178,13 +185,14 @@ static int agrees(double said, double measured, double grain) {
 }
 
 /* What a part has, the headers tell; what was asked for, the kernel. It counts what cannot be had without waiting as
- * well, and not what io_uring reads. */
+ * well, and not what io_uring reads. What ranks read for one another, only all of them together can tell. */
 static void check_part(load_bench *b, const load_case *c, const load_sample *s) {
     const fst_stats *said = &s->stats;
     double most = c->read == FST_READ_EXACT ? 1.02 : 2;
     if (b->needed[c->part] && said->bytes_needed != b->needed[c->part])
         load_doubt(b, "%s: the library needs %llu bytes, the headers say %llu", c->name,
                    (unsigned long long)said->bytes_needed, (unsigned long long)b->needed[c->part]);
+    if (c->shared) return;
     if ((double)(said->bytes_read - b->header_bytes) > most * (double)said->bytes_needed)
         load_doubt(b, "%s: the library read %llu bytes, headers aside, for %llu that it needs", c->name,
                    (unsigned long long)(said->bytes_read - b->header_bytes),

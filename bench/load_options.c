@@ -15,7 +15,7 @@ static const char usage[] =
     "  what to measure:  --runs N (7)  --first N (1)  --cast DTYPE[:tensor|row|block]...  --stream  --tmpfs DIR\n"
     "                    --cold  --cold-runs N (5)  --advise  --tune  --seconds N  --no-verify\n"
     "  parts of it:      --tp R/N  --rank R/N  --shard GLOB=DIM[/UNIT]|GLOB=replicate...  --rows  --read auto|exact...\n"
-    "                    --turns\n"
+    "                    --turns  --nccl FILE  --nccl-library PATH  --timeout SECONDS (60)\n"
     "  what comes out:   --json FILE  --timeline FILE.svg  --timeline-of CASE\n";
 
 static int parse_bytes(const char *text, uint64_t *out) {
@@ -145,7 +145,8 @@ static int parse_value(load_options *o, const char *name, const char *value) {
     if (strcmp(name, "--threads") == 0) return parse_count(value, 64, &o->threads);
     if (strcmp(name, "--slots") == 0) return parse_count(value, 256, &o->slots);
     if (strcmp(name, "--slot") == 0) return parse_slot(value, &o->slot_bytes);
-    if (strcmp(name, "--block") == 0) return parse_bytes(value, &fst_block_bytes) && fst_block_bytes >= 1u << 20;
+    if (strcmp(name, "--block") == 0)
+        return parse_bytes(value, &fst_block_bytes) && fst_block_bytes >= 1u << 20;
     if (strcmp(name, "--seconds") == 0) return parse_seconds(value, &o->seconds);
     if (strcmp(name, "--cast") == 0) return parse_cast(value, o);
     if (strcmp(name, "--rank") == 0) return parse_rank(value, o);
@@ -153,15 +154,18 @@ static int parse_value(load_options *o, const char *name, const char *value) {
     if (strcmp(name, "--shard") == 0) return parse_shard(value, o);
     if (strcmp(name, "--read") == 0) return parse_read(value, o);
     if (strcmp(name, "--dtype") == 0) return parse_dtype(value, &o->dtype);
+    if (strcmp(name, "--timeout") == 0) return parse_count(value, 3600, &o->timeout);
     if (strcmp(name, "--files") == 0) return parse_count(value, 9999, &o->files);
     if (strcmp(name, "--small") == 0) return parse_count(value, 10000000, &o->small);
     if (strcmp(name, "--child") == 0)
         return parse_count(value, 1u << 20, &child) && ((o->child = (int)child), 1);
-    const char **text = strcmp(name, "--json") == 0          ? &o->json
-                        : strcmp(name, "--timeline") == 0    ? &o->timeline
-                        : strcmp(name, "--timeline-of") == 0 ? &o->timeline_of
-                        : strcmp(name, "--tmpfs") == 0       ? &o->tmpfs
-                                                             : NULL;
+    const char **text = strcmp(name, "--json") == 0           ? &o->json
+                        : strcmp(name, "--timeline") == 0     ? &o->timeline
+                        : strcmp(name, "--timeline-of") == 0  ? &o->timeline_of
+                        : strcmp(name, "--tmpfs") == 0        ? &o->tmpfs
+                        : strcmp(name, "--nccl") == 0         ? &o->nccl
+                        : strcmp(name, "--nccl-library") == 0 ? &o->nccl_library
+                                                              : NULL;
     if (!text || !*value) return 0;
     *text = value;
     return 1;
@@ -182,6 +186,9 @@ static int check_parts(const load_options *o) {
     if (!o->ranks && (o->shards_count || o->rows || o->reads[0] || o->reads[1]))
         return complain("--shard, --rows, --read: only with --rank or --tp", "");
     if (o->rows && !o->tp) return complain("--rows: only with --tp", "");
+    if (o->nccl && !(o->ranks && o->turns))
+        return complain("--nccl: only with --turns, and --rank or --tp", "");
+    if (!o->nccl && o->nccl_library) return complain("--nccl-library: only with --nccl", "");
     if (o->ranks && o->tune) return complain("--tune: not with parts", "");
     if (o->ranks && has_scales(o))
         return complain("scales that are computed: not with parts, of which some have others", "");
@@ -203,7 +210,7 @@ static int check(const load_options *o, size_t paths) {
 
 int load_parse(int argc, char **argv, load_options *o) {
     size_t count = 0;
-    *o = (load_options){.verify = 1, .runs = 7, .cold_runs = 5, .first = 1, .child = -1};
+    *o = (load_options){.verify = 1, .runs = 7, .cold_runs = 5, .first = 1, .child = -1, .timeout = 60};
     const char *must = getenv("FST_TEST_DEVICE");
     if (must && *must && !parse_device(must, &o->device))
         return complain("FST_TEST_DEVICE is no device:", must);

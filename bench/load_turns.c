@@ -5,6 +5,8 @@
 #include "bench.h"
 #include "load.h"
 
+#define MIB ((uint64_t)1 << 20)
+
 static void put_text(const char *key, const char *text) {
     printf(", \"%s\": ", key);
     bench_json_string(stdout, text);
@@ -25,6 +27,9 @@ static void greet(const load_bench *b) {
     put_text("commit", text);
     put_text("device", b->gpu->label);
     put_text("device_reason", b->reason);
+    if (b->comm)
+        printf(", \"nccl\": \"%d.%d.%d\"", b->nccl_version / 10000, b->nccl_version / 100 % 100,
+               b->nccl_version % 100);
     printf(", \"cases\": [");
     for (size_t i = 0; i < b->count; i++) {
         if (i) printf(", ");
@@ -57,7 +62,9 @@ static void answer(const load_case *c, const load_sample *s) {
 static int measure_ceiling(load_bench *b, const char *name) {
     double rate = 0;
     if (strcmp(name, "h2d") == 0)
-        rate = bench_copy_ceiling(b->gpu, (uint64_t)(b->gpu->host_access ? 64 : 2048) << 20);
+        rate = bench_copy_ceiling(b->gpu, b->gpu->host_access || b->given.bytes < 64 * MIB ? 64 * MIB
+                                          : b->given.bytes < 2048 * MIB                    ? b->given.bytes
+                                                                                           : 2048 * MIB);
     else if (strcmp(name, "page cache") == 0 && b->threads)
         rate = load_read_rate(b, &b->given, BENCH_INTO_RING);
     else return 0;

@@ -187,11 +187,12 @@ class Load(unittest.TestCase):
         done = run(args.bench, "--device", "cpu", "--tp", "1/2", "--read", "exact", "--turns", checkpoint,
                    input_=f"warm tp exact\npage cache\nwarm as is\t{at}\n")
         self.assertEqual((0, ""), (done.returncode, done.stderr))
-        hello, part, ceiling, whole, said = done.stdout.splitlines()
+        hello, part, ceiling, whole, *right, said = done.stdout.splitlines()
         self.assertEqual(["first as is", "warm as is", "warm tp exact"], json.loads(hello)["cases"])
         self.assertGreater(json.loads(ceiling)["gb_per_s"], 0)
         self.assertLess(json.loads(part)["bytes_read"], json.loads(whole)["bytes_read"])
         self.assertTrue(at <= json.loads(whole)["started"] < at + 1)
+        self.assertEqual(["warm as is: right", "warm tp exact: right"], right)
         self.assertIn("results of 2 cases are right", said)
         done = run(args.bench, "--device", "cpu", "--turns", checkpoint, input_="lukewarm\n")
         self.assertEqual(1, done.returncode)

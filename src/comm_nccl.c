@@ -23,6 +23,7 @@ typedef struct nccl {
     int (*async_error)(void *comm, int *out);
     int (*abort)(void *comm);
     const char *(*error_string)(int code);
+    const char *(*last_error)(void *comm); /* NULL: before NCCL 2.13 */
 } nccl;
 
 struct fst_comm_use {
@@ -42,6 +43,7 @@ static int find(void *library, const char *name, void *function, size_t size) {
 #define FIND(from, name, field) find(from, name, &(field), sizeof(field))
 
 static int find_all(void *from, nccl *out) {
+    (void)FIND(from, "ncclGetLastError", out->last_error);
     return FIND(from, "ncclAllGather", out->all_gather) && FIND(from, "ncclCommCount", out->count) &&
            FIND(from, "ncclCommUserRank", out->user_rank) && FIND(from, "ncclCommCuDevice", out->device) &&
            FIND(from, "ncclCommGetAsyncError", out->async_error) && FIND(from, "ncclCommAbort", out->abort) &&
@@ -68,7 +70,9 @@ static const nccl *find_library(int amd) {
 
 static void describe(fst_comm_use *use, int code, char *text, size_t size) {
     const char *said = use->nccl->error_string(code);
-    snprintf(text, size, "%s", said ? said : "error");
+    const char *last = use->nccl->last_error ? use->nccl->last_error(NULL) : NULL; /* of the process */
+    if (!last) last = "";
+    snprintf(text, size, "%s%s%s", said ? said : "error", *last ? ": " : "", last);
 }
 
 static void close_comm(fst_comm_use *use) {

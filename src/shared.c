@@ -9,6 +9,7 @@
 #include "os.h"
 
 #define WAIT_SECONDS 0.001 /* who waits for units has other things to see to so often */
+enum { AHEAD = 4 };        /* own units that storage is at, the one that is read with them */
 
 size_t fst_shared_unit = (size_t)4 << 20;
 
@@ -43,10 +44,12 @@ struct fst_shared {
     uint64_t count, rounds;
     uint32_t *chunks_left; /* of each round: own chunks that are not done with it */
     unsigned char *ring;   /* FST_SHARED_ROUNDS x ranks units: on the device, where the rest is on the host */
-    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned or not */
+    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned */
     int own_is_pinned;
-    int has_ended;      /* no round is begun any more */
-    fst_status failure; /* what reading a unit came to, and */
+    fst_how hows[AHEAD]; /* how the next own units are read: looked at once, then storage is at them */
+    uint64_t chosen;     /* rounds for which that is known */
+    int has_ended;       /* no round is begun any more */
+    fst_status failure;  /* what reading a unit came to, and */
     fst_error why;
     fst_status heard; /* of a rank that failed */
     fst_queue stream;
@@ -163,7 +166,10 @@ static fst_status make_ring(fst_shared *s, fst_error *error) {
     s->ring = memory;
     s->own = fst_os_calls.map(FST_SHARED_ROUNDS * s->size);
     if (!s->own) return no_memory(error);
-    s->own_is_pinned = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size) == 0;
+    /* Not pinned, a copy would have this thread wait for the other ranks, whose round is before it on the stream. */
+    code = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size);
+    if (code) return fst_gpu_fail(error, gpu, code, "pinning memory for what is read for other ranks");
+    s->own_is_pinned = 1;
     return FST_OK;
 }
 
@@ -256,6 +262,21 @@ static unsigned char *round_at(const fst_shared *s, uint64_t round) {
     return s->ring + round % FST_SHARED_ROUNDS * s->ranks * s->size;
 }
 
+static size_t bytes_of(const fst_shared *s, const unit *u) {
+    uint64_t left = s->headers[u->file].file_size - (uint64_t)u->index * s->size;
+    return left < s->size ? (size_t)left : s->size;
+}
+
+/* Only one thread reads: what it will read must be under way before. */
+static fst_how choose(fst_shared *s, uint64_t round) {
+    for (; s->chosen < round + AHEAD && s->chosen * s->ranks + s->rank < s->count; s->chosen++) {
+        const unit *u = &s->units[s->chosen * s->ranks + s->rank];
+        s->hows[s->chosen % AHEAD] =
+            fst_reader_ahead(s->reader, u->file, (uint64_t)u->index * s->size, bytes_of(s, u));
+    }
+    return s->hows[round % AHEAD];
+}
+
 /* This rank's unit of a round is on its way to its place. */
 static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
     const fst_gpu *gpu = s->gpu;
@@ -263,14 +284,10 @@ static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
     unsigned char *place = round_at(s, round) + s->rank * s->size;
     if (which >= s->count) return FST_OK; /* nothing is left: what is there is nobody's */
     const unit *u = &s->units[which];
-    uint64_t offset = (uint64_t)u->index * s->size, left = s->headers[u->file].file_size - offset;
-    size_t nbytes = left < s->size ? (size_t)left : s->size;
+    uint64_t offset = (uint64_t)u->index * s->size;
+    size_t nbytes = bytes_of(s, u);
     unsigned char *to = gpu->host_access ? place : s->own + round % FST_SHARED_ROUNDS * s->size;
-    fst_how how = fst_reader_choose(s->reader, u->file, offset, nbytes);
-    if (which + s->ranks < s->count) { /* the next own one, meanwhile */
-        const unit *next = &s->units[which + s->ranks];
-        fst_reader_ahead(s->reader, next->file, (uint64_t)next->index * s->size, s->size);
-    }
+    fst_how how = choose(s, round);
     ssize_t got = fst_reader_read(s->reader, &how, u->file, to, offset, nbytes);
     fst_where where = {s->paths[u->file], (int)u->file, (int64_t)offset};
     if (got < 0)

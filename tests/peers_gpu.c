@@ -181,7 +181,8 @@ TEST(peers_gpu, every_gather_can_fail) {
         begin_case(&(fake_gpu_options){.seed = 7}, "libnccl.so.2");
         ring.fail_at = at;
         CHECK_INT(FST_E_PEER, whole_load(1, 2, &error));
-        CHECK_STR("rank 1 of 3: NCCL: remote process exited or there was a network error", error.text);
+        CHECK_STR("rank 1 of 3: NCCL: remote process exited or there was a network error: connection closed",
+                  error.text);
         CHECK_INT(0, error.code);
         CHECK_INT(1, ring.aborts);
         fake_gpu_end();
@@ -194,7 +195,8 @@ TEST(peers_gpu, a_communicator_that_fails_by_itself) {
     ring.stuck = 1;
     ring.state = 6;
     CHECK_INT(FST_E_PEER, whole_load(1, 2, &error));
-    CHECK_STR("rank 1 of 3: NCCL: remote process exited or there was a network error", error.text);
+    CHECK_STR("rank 1 of 3: NCCL: remote process exited or there was a network error: connection closed",
+              error.text);
     CHECK_INT(1, ring.aborts);
     fake_gpu_end();
 }

@@ -260,6 +260,20 @@ TEST(shared, a_rank_that_does_not_come) {
     (void)comm; /* the rank that never came may still be waited for */
 }
 
+/* A copy out of memory that is not pinned would wait for the other ranks, however long. */
+TEST(shared, memory_that_cannot_be_pinned) {
+    rank_load load = {.path = write_files(1), .options = support_options(FST_DEVICE_GPU(0))};
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1, .pins_at_most = 1}); /* the words of ranks */
+    fake_comm *comm = fake_comm_new(1, &(fake_comm_options){0});
+    use_on_device();
+    load_ranks(&load, 1, comm);
+    CHECK_INT(FST_E_DEVICE, load.status);
+    CHECK(strstr(load.error.text, "pinning memory for what is read for other ranks"));
+    fake_comm_free(comm);
+    fst_release_cached();
+    fake_gpu_end();
+}
+
 /* Scales of FNUZ codes are doubled on the host, which has them only where a rank reads for itself. */
 TEST(shared, scales_are_not_doubled_on_gpus) {
     rank_load load = {.path = write_files(1), .options = support_options(FST_DEVICE_GPU(0))};

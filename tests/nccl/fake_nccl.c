@@ -17,6 +17,7 @@ EXPORT ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int *device);
 EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *asyncError);
 EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm);
 EXPORT const char *ncclGetErrorString(ncclResult_t result);
+EXPORT const char *ncclGetLastError(ncclComm_t comm);
 
 static fake_nccl *of(ncclComm_t comm) { return (fake_nccl *)(void *)comm; }
 
@@ -53,3 +54,5 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
 const char *ncclGetErrorString(ncclResult_t result) {
     return result == 6 ? "remote process exited or there was a network error" : "some error";
 }
+
+const char *ncclGetLastError(ncclComm_t comm) { return comm ? "of a communicator" : "connection closed"; }
