@@ -187,100 +187,6 @@ template <int Src, int Dst> struct Scaled {
 #endif
 };
 
-// A scale for each column: as many scales as codes, one beside the other like these. Rows may end inside of a vector.
-template <int Src, int Dst> struct Columns {
-    static constexpr unsigned threads = by_element ? 1 : 256;
-    static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;
-    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
-
-    uint64_t src, dst, scales, count, first_col;
-    Divisor cols;
-    int scale_dtype;
-
-    FST_INLINE unsigned skew() const {
-        return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
-    }
-    FST_INLINE uint64_t blocks() const {
-        return ((count + skew() + width - 1) / width + threads - 1) / threads;
-    }
-
-    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const uint64_t position = (block * threads + thread) * width, before = skew();
-        if (position >= count + before) return;
-        uint64_t begin = position > before ? position - before : 0, col = first_col + begin;
-        const uint64_t end = position + width - before < count ? position + width - before : count;
-        const uint8_t *__restrict from = global<const uint8_t>(src);
-        typename word_of<dst_size>::type *__restrict to = global<typename word_of<dst_size>::type>(dst);
-        col -= cols.divide(col) * cols.value;
-#ifndef FST_BY_ELEMENT
-        Vector<width> in;
-        if (end - begin == width && cols.value >= width && load_vector(from + begin, from, from + count, &in))
-            return vector(begin, col, in);
-#endif
-        while (begin < end) { // what there is of a row
-            const uint64_t left = cols.value - col, stop = begin + left < end ? begin + left : end;
-            FST_ROLLED
-            for (; begin < stop; begin++, col++) to[begin] = result(from[begin], load_scale(scales, scale_dtype, col));
-            col = 0;
-        }
-    }
-
-  private:
-    static FST_INLINE typename word_of<dst_size>::type result(uint32_t code, uint32_t scale) {
-        return static_cast<typename word_of<dst_size>::type>(encode<Dst>(multiply(decode<Src>(code), scale)));
-    }
-
-#ifndef FST_BY_ELEMENT
-    // Those of columns from `col` on, and from the first again.
-    FST_INLINE void load_scales(uint64_t col, uint32_t (&by)[width]) const {
-        const uint8_t *from = global<const uint8_t>(scales) + col * 4;
-        if (scale_dtype == FST_T_F32 && col + width <= cols.value && reinterpret_cast<uint64_t>(from) % 16 == 0) {
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i += 4) {
-                const Vector<16> four = load_aligned<16>(from + i * 4);
-                by[i] = four.word[0], by[i + 1] = four.word[1], by[i + 2] = four.word[2], by[i + 3] = four.word[3];
-            }
-            return;
-        }
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            by[i] = load_scale(scales, scale_dtype, col + i < cols.value ? col + i : col + i - cols.value);
-    }
-
-    FST_INLINE void vector(uint64_t begin, uint64_t col, const Vector<width> &in) const {
-        Vector<16> out = {};
-        uint32_t by[width];
-        load_scales(col, by);
-#if FST_PACKED
-        bool plain = true;
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++) plain &= is_plain<Src>(by[i]);
-        if (plain) {
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i += 4)
-                scale4<Src, Dst>(in.word[i / 4], &by[i], &out.word[i * dst_size / 4]);
-            return store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-        }
-#endif
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            put<dst_size>(&out, i, result(static_cast<uint32_t>(get<1>(in, i)), by[i]));
-        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-    }
-#endif
-};
-
-template <int Src, int Dst> int columns(fst_queue stream, const fst_scaled_args *args) {
-    const Columns<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                                    reinterpret_cast<uint64_t>(args->dst),
-                                    reinterpret_cast<uint64_t>(args->scales),
-                                    args->count,
-                                    args->first % args->cols,
-                                    divisor(args->cols),
-                                    args->scale_dtype};
-    return launch(stream, body, body.blocks());
-}
-
 typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const Divisor &);
 
 // In pieces whose elements are counted in 31 bits.
@@ -293,9 +199,6 @@ int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_r
     const uint64_t high = block_rows.value < args->rows ? block_rows.value : args->rows,
                    across = block_cols.value < cols ? block_cols.value : cols;
     const bool small = cols < most && high < most;
-    if constexpr (Src != FST_T_F4)
-        if (block_cols.value == 1 && cols > 1 && block_rows.value >= args->rows)
-            return columns<Src, Dst>(stream, args);
     int code = FST_K_OK;
     for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
         const uint64_t first = args->first + done, row = first / cols, down = row / block_rows.value;
@@ -349,6 +252,8 @@ scaled_fn *find(int src, int dst) {
 
 extern "C" int FST_SYMBOL(fst_nvfp4)(fst_queue stream, const fst_scaled_args *args);  // nvfp4.hip
 extern "C" int FST_SYMBOL(fst_affine)(fst_queue stream, const fst_scaled_args *args); // affine.hip
+// columns.hip; arguments that are right, and not of F4
+extern "C" int FST_SYMBOL(fst_columns)(fst_queue stream, const fst_scaled_args *args);
 
 extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *args) {
     if (args->global_scale) return FST_SYMBOL(fst_nvfp4)(stream, args);
@@ -357,5 +262,7 @@ extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *a
     uint64_t block_rows = 0, block_cols = 0;
     const int code = launcher ? check_scaled(args, &block_rows, &block_cols) : FST_K_NO_KERNEL;
     if (code || args->count == 0) return code;
+    if (args->src_dtype != FST_T_F4 && block_cols == 1 && args->cols > 1 && block_rows >= args->rows)
+        return FST_SYMBOL(fst_columns)(stream, args);
     return launcher(stream, args, divisor(block_rows), divisor(block_cols));
 }
