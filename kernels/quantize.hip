@@ -324,18 +324,8 @@ template <int Src> struct Strip {
         if (!is_near(0)) loaded &= ~1u;
         if (last < n && !is_near(last)) loaded &= ~(1u << last);
         const unsigned skew = src % 16;
-        const uint64_t behind = skew ? 16 : 0;
-        uint64_t low = src - skew;
-        FST_UNROLLED
-        for (unsigned k = 0; k < n; k++) {
-#ifdef __CUDA_ARCH__ // four at a time: there are no registers for more
-            if (size == 2 && k == 4) asm volatile("" : "+l"(low) : "r"(in[3].word[0]));
-#endif
-            const uint8_t *from = global<const uint8_t>(low + k * step);
-            Vector<16> a = {}, b = {};
-            if (loaded >> k & 1) a = load_aligned<16>(from), b = load_aligned<16>(from + behind);
-            in[k] = shift_pair(a, b, skew);
-        }
+        if (size == 2 && skew % 8 == 0) load_halves(in, loaded);
+        else load_pairs(in, loaded);
         if (is_cut()) { // not above: loads would wait for one another
             FST_UNROLLED
             for (unsigned k = 0; k < n; k++) cut(&in[k]);
@@ -401,6 +391,34 @@ template <int Src> struct Strip {
     }
 
   private:
+#if FST_PACKED
+    // The vectors that are among `loaded`, aligned to half of one, and zeros for the others.
+    template <unsigned n> FST_INLINE void load_halves(Vector<16> (&in)[n], uint32_t loaded) const {
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+            const uint8_t *from = global<const uint8_t>(src + k * step);
+            Vector<8> a = {}, b = {};
+            if (loaded >> k & 1) a = load_aligned<8>(from), b = load_aligned<8>(from + 8);
+            in[k].word[0] = a.word[0], in[k].word[1] = a.word[1];
+            in[k].word[2] = b.word[0], in[k].word[3] = b.word[1];
+        }
+    }
+    // The same, aligned to an element.
+    template <unsigned n> FST_INLINE void load_pairs(Vector<16> (&in)[n], uint32_t loaded) const {
+        const unsigned skew = src % 16;
+        uint64_t low = src - skew;
+        FST_UNROLLED
+        for (unsigned k = 0; k < n; k++) {
+#ifdef __CUDA_ARCH__ // four at a time: there are no registers for more
+            if (size == 2 && k == 4) asm volatile("" : "+l"(low) : "r"(in[3].word[0]));
+#endif
+            const uint8_t *from = global<const uint8_t>(low + k * step);
+            Vector<16> a = {}, b = {};
+            if (loaded >> k & 1) a = load_aligned<16>(from), b = load_aligned<16>(from + 16);
+            in[k] = shift_pair(a, b, skew);
+        }
+    }
+#endif
     // Whole or a tile's, and what must be read for it inside the source.
     FST_INLINE bool is_near(uint32_t k) const {
         const uint64_t low = src / 16 * 16 + k * step, high = low + (src % 16 ? 32 : 16);
