@@ -10,13 +10,17 @@ namespace {
 template <int Dst> struct Bnb4 {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;
-    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
+    static constexpr uint32_t width = by_element ? 1u << 16 : 16 / dst_size;
 
-    uint64_t src, dst, map, absmax, nested, nested_map, first, count;
+    uint64_t src, dst, map, absmax, nested, nested_map;
+    uint64_t first, first_cell; // the first element, from its run's own on, and that run, from its nested scale's own on
+    uint32_t count;
     Divisor block, nested_block;
+    Divisor31 block31, nested_block31;
     uint32_t offset;
-    unsigned fp4; // which table, where there is no map
-    bool aligned; // all vectors of codes
+    unsigned fp4;   // which table, where there is no map
+    bool vectors;   // there are any: codes begin with a byte, runs are no shorter than they, and counted in 31 bits
+    bool aligned;   // all vectors of codes
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -26,12 +30,12 @@ template <int Dst> struct Bnb4 {
     }
 
     FST_INLINE void operator()(uint64_t where, unsigned thread) const {
-        const uint64_t position = (where * threads + thread) * width, before = skew();
+        const uint32_t position = (static_cast<uint32_t>(where) * threads + thread) * width, before = skew();
         if (position >= count + before) return;
-        const uint64_t begin = position > before ? position - before : 0;
-        const uint64_t end = position + width - before < count ? position + width - before : count;
+        const uint32_t begin = position > before ? position - before : 0;
+        const uint32_t end = position + width - before < count ? position + width - before : count;
 #ifndef FST_BY_ELEMENT
-        if (end - begin == width && vector(begin)) return;
+        if (vectors && end - begin == width && vector(begin)) return;
 #endif
         elements(begin, end);
     }
@@ -40,7 +44,7 @@ template <int Dst> struct Bnb4 {
     FST_INLINE uint32_t scale_of(uint64_t cell) const {
         if (!nested) return global<const uint32_t>(absmax)[cell];
         const uint32_t value = global<const uint32_t>(nested_map)[global<const uint8_t>(absmax)[cell]];
-        const uint32_t by = global<const uint32_t>(nested)[nested_block.divide(cell)];
+        const uint32_t by = global<const uint32_t>(nested)[nested_block.divide(first_cell + cell)];
         return add_rounded(multiply(value, by), offset);
     }
 
@@ -71,57 +75,88 @@ template <int Dst> struct Bnb4 {
     }
 
 #ifndef FST_BY_ELEMENT
-    // Under one scale or two. False where codes begin half a byte off, or a run is shorter than a vector.
-    FST_INLINE bool vector(uint64_t begin) const {
+    // Under one scale or two. False, with nothing done, where the codes cannot be loaded; on NVIDIA also where there is a NaN.
+    FST_INLINE bool vector(uint32_t begin) const {
         const uint8_t *from = global<const uint8_t>(src);
         Vector<width / 2> in;
-        if (begin % 2 || block.value < width) return false;
         if (aligned) in = load_aligned<width / 2>(from + begin / 2);
         else if (!load_vector(from + begin / 2, from, from + (count + 1) / 2, &in)) return false;
-        const uint64_t cell = block.divide(first + begin), left = (cell + 1) * block.value - first - begin;
-        const uint32_t scale = scale_of(cell), scale2 = left < width ? scale_of(cell + 1) : scale;
+        const uint32_t at = static_cast<uint32_t>(first) + begin, cell = block31.divide(at);
+        const uint32_t left = (cell + 1) * block31.value - at;
         Vector<16> out = {};
+        if (!(left < width ? products(in.word[0], cell, cell + 1, left, &out)
+                           : products(in.word[0], cell, cell, width, &out)))
+            return false;
+        store_aligned(global<uint8_t>(dst) + static_cast<uint64_t>(begin) * dst_size, out);
+        return true;
+    }
+
+    // The first `split` codes under one scale, the others under another.
+    FST_INLINE bool products(uint32_t codes, uint32_t cell, uint32_t cell2, uint32_t split, Vector<16> *out) const {
 #if FST_PACKED
+        const float by = number_of(cell), by2 = split == width ? by : number_of(cell2);
         uint32_t x[width];
         bool has_nan = false;
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++) {
-            const float product = fst_float_of_bits32(value(in.word[0] >> (4 * (i ^ 1)) & 15)) *
-                                  fst_float_of_bits32(i < left ? scale : scale2);
+            const float factor = fst_float_of_bits32(value(codes >> (4 * (i ^ 1)) & 15));
+            const float product = factor * (i < split ? by : by2);
             x[i] = fst_bits_of_float32(product);
             has_nan |= product != product;
         }
-        if (!has_nan) {
-            narrow_numbers<Dst>(x, out.word);
-            store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-            return true;
-        }
-#endif
+        narrow_numbers<Dst>(x, out->word);
+        return !has_nan;
+#else
+        const uint32_t scale = scale_of(cell), scale2 = split == width ? scale : scale_of(cell2);
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
-            put<dst_size>(&out, i, result(in.word[0] >> (4 * (i ^ 1)) & 15, i < left ? scale : scale2));
-        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+            put<dst_size>(out, i, result(codes >> (4 * (i ^ 1)) & 15, i < split ? scale : scale2));
         return true;
+#endif
     }
+#if FST_PACKED
+    // The scale of a run, or some NaN.
+    FST_INLINE float number_of(uint32_t cell) const {
+        if (!nested) return global<const float>(absmax)[cell];
+        const float number = global<const float>(nested_map)[global<const uint8_t>(absmax)[cell]];
+        const uint32_t at = nested_block31.divide(static_cast<uint32_t>(first_cell) + cell);
+        return number * global<const float>(nested)[at] + fst_float_of_bits32(offset);
+    }
+#endif
 #endif
 };
 
+// In pieces whose elements are counted in 31 bits.
 template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
-    Bnb4<Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                      reinterpret_cast<uint64_t>(args->dst),
-                      reinterpret_cast<uint64_t>(args->map),
-                      reinterpret_cast<uint64_t>(args->absmax),
-                      reinterpret_cast<uint64_t>(args->nested),
-                      reinterpret_cast<uint64_t>(args->nested_map),
-                      args->first,
-                      args->count,
-                      divisor(args->block),
-                      divisor(args->nested ? args->nested_block : 1),
-                      fst_bits_of_float32(args->offset),
-                      args->fp4 != 0,
-                      false};
-    body.aligned = body.skew() % 2 == 0 && (body.src - body.skew() / 2) % (body.width / 2) == 0;
-    return launch(stream, body, body.blocks());
+    using Body = Bnb4<Dst>;
+    constexpr uint64_t most = 1u << 29;
+    const uint64_t nested_block = args->nested ? args->nested_block : 1;
+    const bool small = args->block < most && nested_block < most;
+    int code = FST_K_OK;
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+        const uint64_t first = args->first + done, cell = first / args->block, above = cell / nested_block;
+        Body body = {reinterpret_cast<uint64_t>(args->src) + done / 2,
+                     reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
+                     reinterpret_cast<uint64_t>(args->map),
+                     reinterpret_cast<uint64_t>(args->absmax) + cell * (args->nested ? 1 : 4),
+                     args->nested ? reinterpret_cast<uint64_t>(args->nested) + above * 4 : 0,
+                     reinterpret_cast<uint64_t>(args->nested_map),
+                     first % args->block,
+                     cell % nested_block,
+                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     divisor(args->block),
+                     divisor(nested_block),
+                     divisor31(small ? args->block : 1),
+                     divisor31(small ? nested_block : 1),
+                     fst_bits_of_float32(args->offset),
+                     args->fp4 != 0,
+                     false,
+                     false};
+        body.vectors = small && args->block >= body.width && body.skew() % 2 == 0;
+        body.aligned = (body.src - body.skew() / 2) % (body.width / 2) == 0;
+        code = launch(stream, body, body.blocks());
+    }
+    return code;
 }
 
 } // namespace

@@ -2,7 +2,7 @@
 // more way to scale, CUDA 13.0's compiler does not come to an end with scaled.hip.
 #include "launch.h" // first: it brings the device's keywords
 #include "divide.h"
-#include "pack.h"
+#include "nvidia.h"
 #include "product.h"
 
 namespace {
@@ -10,11 +10,16 @@ namespace {
 template <int Dst> struct Nvfp4 {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;
-    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
+    static constexpr uint32_t width = by_element ? 1u << 16 : 16 / dst_size;
 
-    uint64_t src, dst, scales, global_scale, first, count;
+    uint64_t src, dst, scales, global_scale, first; // the first element, from its group's own on
+    uint32_t count;
     Divisor group; // elements; a row is whole groups
+    Divisor31 group31;
     uint32_t divides;
+    bool vectors;   // there are any: codes begin with a byte, groups are no shorter than they, and counted in 31 bits
+    bool straddles; // some lie under two scales
+    bool aligned;   // all vectors of codes
 
     FST_INLINE unsigned skew() const {
         return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
@@ -24,12 +29,12 @@ template <int Dst> struct Nvfp4 {
     }
 
     FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const uint64_t position = (block * threads + thread) * width, before = skew();
+        const uint32_t position = (static_cast<uint32_t>(block) * threads + thread) * width, before = skew();
         if (position >= count + before) return;
-        const uint64_t begin = position > before ? position - before : 0;
-        const uint64_t end = position + width - before < count ? position + width - before : count;
+        const uint32_t begin = position > before ? position - before : 0;
+        const uint32_t end = position + width - before < count ? position + width - before : count;
 #ifndef FST_BY_ELEMENT
-        if (end - begin == width && vector(begin)) return;
+        if (vectors && end - begin == width && vector(begin)) return;
 #endif
         elements(begin, end);
     }
@@ -60,34 +65,80 @@ template <int Dst> struct Nvfp4 {
     }
 
 #ifndef FST_BY_ELEMENT
-    // Under one scale or two. False where codes begin half a byte off, or a group is shorter than a vector.
-    FST_INLINE bool vector(uint64_t begin) const {
+    // Under one scale or two. False, with nothing done, where the codes cannot be loaded.
+    FST_INLINE bool vector(uint32_t begin) const {
         const uint8_t *from = global<const uint8_t>(src);
         Vector<width / 2> in;
-        if (begin % 2 || group.value < width) return false;
-        if (!load_vector(from + begin / 2, from, from + (count + 1) / 2, &in)) return false;
-        const uint64_t cell = group.divide(first + begin), left = (cell + 1) * group.value - first - begin;
-        const uint32_t scale = scale_of(cell), scale2 = left < width ? scale_of(cell + 1) : scale;
-        Vector<16> out = {};
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            put<dst_size>(&out, i, result(in.word[0] >> (4 * i) & 15, i < left ? scale : scale2));
-        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
+        if (aligned) in = load_aligned<width / 2>(from + begin / 2);
+        else if (!load_vector(from + begin / 2, from, from + (count + 1) / 2, &in)) return false;
+        const uint32_t at = static_cast<uint32_t>(first) + begin, cell = group31.divide(at);
+        const uint32_t left = (cell + 1) * group31.value - at;
+        Vector<16> out;
+        if (!straddles) out = products(in.word[0], cell, cell, width);
+        else out = products(in.word[0], cell, left < width ? cell + 1 : cell, left < width ? left : width);
+        store_aligned(global<uint8_t>(dst) + static_cast<uint64_t>(begin) * dst_size, out);
         return true;
     }
+
+    // The first `split` codes under one scale, the others under another.
+    FST_INLINE Vector<16> products(uint32_t codes, uint32_t cell, uint32_t cell2, uint32_t split) const {
+        Vector<16> out = {};
+#if FST_PACKED
+        const uint32_t by = number_of(cell), by2 = split == width ? by : number_of(cell2);
+        if (static_cast<int>(is_plain<FST_T_F4>(by)) & static_cast<int>(is_plain<FST_T_F4>(by2))) {
+            FST_UNROLLED
+            for (unsigned i = 0; i < width; i += 4) {
+                const uint32_t each[4] = {i < split ? by : by2, i + 1 < split ? by : by2,
+                                          i + 2 < split ? by : by2, i + 3 < split ? by : by2};
+                scale4<FST_T_F4, Dst>(codes >> (4 * i), each, &out.word[i * dst_size / 4]);
+            }
+            return out;
+        }
+#endif
+        const uint32_t scale = scale_of(cell), scale2 = split == width ? scale : scale_of(cell2);
+        FST_UNROLLED
+        for (unsigned i = 0; i < width; i++)
+            put<dst_size>(&out, i, result(codes >> (4 * i) & 15, i < split ? scale : scale2));
+        return out;
+    }
+#if FST_PACKED
+    // The scale of a group by NVIDIA's instructions, or some NaN.
+    FST_INLINE uint32_t number_of(uint32_t cell) const {
+        const float scale = fst_float_of_bits32(f32_of_e4m3(global<const uint8_t>(scales)[cell]));
+        const float all = fst_float_of_bits32(global<const uint32_t>(global_scale)[0]);
+        return fst_bits_of_float32(divides ? scale / all : scale * all);
+    }
+#endif
 #endif
 };
 
+// In pieces whose elements are counted in 31 bits.
 template <int Dst> int run_nvfp4(fst_queue stream, const fst_scaled_args *args) {
-    const Nvfp4<Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                             reinterpret_cast<uint64_t>(args->dst),
-                             reinterpret_cast<uint64_t>(args->scales),
-                             reinterpret_cast<uint64_t>(args->global_scale),
-                             args->first,
-                             args->count,
-                             divisor(args->block_cols),
-                             (args->flags & FST_K_DIVIDE) != 0};
-    return launch(stream, body, body.blocks());
+    using Body = Nvfp4<Dst>;
+    constexpr uint64_t most = 1u << 29;
+    const uint64_t group = args->block_cols;
+    const bool small = group < most;
+    int code = FST_K_OK;
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+        const uint64_t first = args->first + done;
+        Body body = {reinterpret_cast<uint64_t>(args->src) + done / 2,
+                     reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
+                     reinterpret_cast<uint64_t>(args->scales) + first / group,
+                     reinterpret_cast<uint64_t>(args->global_scale),
+                     first % group,
+                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     divisor(group),
+                     divisor31(small ? group : 1),
+                     (args->flags & FST_K_DIVIDE) != 0,
+                     false,
+                     false,
+                     false};
+        body.vectors = small && group >= body.width && body.skew() % 2 == 0;
+        body.straddles = (group | (body.first - body.skew())) % body.width != 0;
+        body.aligned = (body.src - body.skew() / 2) % (body.width / 2) == 0;
+        code = launch(stream, body, body.blocks());
+    }
+    return code;
 }
 
 } // namespace

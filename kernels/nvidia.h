@@ -392,6 +392,71 @@ template <int Src, int Dst> FST_FN void cast4(const uint32_t *in, uint32_t *out,
     }
 }
 
+// ---- Times scales ----
+
+// Four codes times scales that make no NaN: it is one of the code's. (16 bits of F4; otherwise a word.)
+template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scales, uint32_t *out) {
+    const uint32_t codes = Src == FST_T_F4 ? spread<FST_T_F4>(in) : in;
+    uint32_t x[4], nans = 0;
+    if constexpr (Src == FST_T_I8) {
+        const uint32_t biased = codes ^ four(0x80); // 2^23 + 128 + the code, as F32 bits
+        FST_UNROLLED
+        for (unsigned i = 0; i < 4; i++) {
+            const float sum = fst_float_of_bits32(permute(biased, 0x4B000000, 0x7440 + i));
+            x[i] = fst_bits_of_float32(sum - 8388736.0f);
+        }
+    } else { // magnitudes: signs come last
+        if (is_byte_float(Src)) nans = nan_bytes<Src>(codes);
+        FST_UNROLLED
+        for (unsigned pair = 0; pair < 2; pair++) {
+            uint32_t y = widen<Src, FST_T_BF16>(codes, pair);
+            if (Src == FST_T_F8_E5M2)
+                y |= permute((codes & four(0x7F)) + four(4), 0, pair ? 0xBBAA : 0x9988) & twice(0x7F80);
+            x[2 * pair] = y << 16, x[2 * pair + 1] = y & 0xFFFF0000;
+        }
+    }
+    FST_UNROLLED
+    for (unsigned i = 0; i < 4; i++)
+        x[i] = fst_bits_of_float32(fst_float_of_bits32(x[i]) * fst_float_of_bits32(scales[i]));
+    if constexpr (Dst == FST_T_F32) {
+        FST_UNROLLED
+        for (unsigned i = 0; i < 4; i++) {
+            if (is_byte_float(Src))
+                x[i] = choose(permute(nans, 0, 0x8888 + 0x1111 * i), (scales[i] & 0x80000000) | 0x7FC00000,
+                              x[i]);
+            out[i] = Src == FST_T_I8 ? x[i] : x[i] ^ (codes << (24 - 8 * i) & 0x80000000);
+        }
+    } else {
+        constexpr uint32_t nan = Dst == FST_T_F16 ? 0x7E00 : 0x7FC0;
+        FST_UNROLLED
+        for (unsigned pair = 0; pair < 2; pair++) {
+            uint32_t y = narrow16<Dst>(x[2 * pair], x[2 * pair + 1]);
+            if (is_byte_float(Src)) {
+                const uint32_t signs = permute(scales[2 * pair], scales[2 * pair + 1], 0x7632) & 0x80008000;
+                y = choose(permute(nans, 0, pair ? 0xBBAA : 0x9988), signs | twice(nan), y);
+            }
+            out[pair] = Src == FST_T_I8 ? y : y ^ (permute(codes, 0, pair ? 0x3424 : 0x1404) & 0x80008000);
+        }
+    }
+}
+
+// What scale4 takes: finite ones, not 0 where codes may be Inf.
+template <int Src> FST_FN bool is_plain(uint32_t scale) {
+    const uint32_t a = scale & 0x7FFFFFFF;
+    return Src == FST_T_F8_E5M2 ? a - 1 < 0x7F7FFFFF : a < 0x7F800000;
+}
+
+// One code of E4M3 to F32: some NaN, where it is one.
+FST_FN uint32_t f32_of_e4m3(uint32_t code) {
+#if FST_PACKED >= 89
+    uint32_t low, high;
+    f32_of_f16x2(f16x2_of_e4m3x2(code), &low, &high);
+    return low;
+#else
+    return fst_decode32(code, fst_float_of(FST_T_F8_E4M3));
+#endif
+}
+
 #endif
 } // namespace
 #endif

@@ -7,61 +7,6 @@
 
 namespace {
 
-#if FST_PACKED
-// Four codes by NVIDIA's packed instructions (nvidia.h), times scales that make no NaN: it is one of the code's. (16 bits
-// of F4; otherwise a word.)
-template <int Src, int Dst> FST_FN void scale4(uint32_t in, const uint32_t *scales, uint32_t *out) {
-    const uint32_t codes = Src == FST_T_F4 ? spread<FST_T_F4>(in) : in;
-    uint32_t x[4], nans = 0;
-    if constexpr (Src == FST_T_I8) {
-        const uint32_t biased = codes ^ four(0x80); // 2^23 + 128 + the code, as F32 bits
-        FST_UNROLLED
-        for (unsigned i = 0; i < 4; i++) {
-            const float sum = fst_float_of_bits32(permute(biased, 0x4B000000, 0x7440 + i));
-            x[i] = fst_bits_of_float32(sum - 8388736.0f);
-        }
-    } else { // magnitudes: signs come last
-        if (is_byte_float(Src)) nans = nan_bytes<Src>(codes);
-        FST_UNROLLED
-        for (unsigned pair = 0; pair < 2; pair++) {
-            uint32_t y = widen<Src, FST_T_BF16>(codes, pair);
-            if (Src == FST_T_F8_E5M2)
-                y |= permute((codes & four(0x7F)) + four(4), 0, pair ? 0xBBAA : 0x9988) & twice(0x7F80);
-            x[2 * pair] = y << 16, x[2 * pair + 1] = y & 0xFFFF0000;
-        }
-    }
-    FST_UNROLLED
-    for (unsigned i = 0; i < 4; i++)
-        x[i] = fst_bits_of_float32(fst_float_of_bits32(x[i]) * fst_float_of_bits32(scales[i]));
-    if constexpr (Dst == FST_T_F32) {
-        FST_UNROLLED
-        for (unsigned i = 0; i < 4; i++) {
-            if (is_byte_float(Src))
-                x[i] = choose(permute(nans, 0, 0x8888 + 0x1111 * i), (scales[i] & 0x80000000) | 0x7FC00000,
-                              x[i]);
-            out[i] = Src == FST_T_I8 ? x[i] : x[i] ^ (codes << (24 - 8 * i) & 0x80000000);
-        }
-    } else {
-        constexpr uint32_t nan = Dst == FST_T_F16 ? 0x7E00 : 0x7FC0;
-        FST_UNROLLED
-        for (unsigned pair = 0; pair < 2; pair++) {
-            uint32_t y = narrow16<Dst>(x[2 * pair], x[2 * pair + 1]);
-            if (is_byte_float(Src)) {
-                const uint32_t signs = permute(scales[2 * pair], scales[2 * pair + 1], 0x7632) & 0x80008000;
-                y = choose(permute(nans, 0, pair ? 0xBBAA : 0x9988), signs | twice(nan), y);
-            }
-            out[pair] = Src == FST_T_I8 ? y : y ^ (permute(codes, 0, pair ? 0x3424 : 0x1404) & 0x80008000);
-        }
-    }
-}
-
-// What scale4 takes: finite ones, not 0 where codes may be Inf.
-template <int Src> FST_FN bool is_plain(uint32_t scale) {
-    const uint32_t a = scale & 0x7FFFFFFF;
-    return Src == FST_T_F8_E5M2 ? a - 1 < 0x7F7FFFFF : a < 0x7F800000;
-}
-#endif
-
 template <int Src, int Dst> struct Scaled {
     static constexpr unsigned threads = by_element ? 1 : 256;
     static constexpr unsigned src_bits = Src == FST_T_F4 ? 4 : 8, dst_size = Dst == FST_T_F32 ? 4 : 2;
@@ -242,100 +187,6 @@ template <int Src, int Dst> struct Scaled {
 #endif
 };
 
-// A scale for each column: as many scales as codes, one beside the other like these. Rows may end inside of a vector.
-template <int Src, int Dst> struct Columns {
-    static constexpr unsigned threads = by_element ? 1 : 256;
-    static constexpr unsigned dst_size = Dst == FST_T_F32 ? 4 : 2;
-    static constexpr uint64_t width = by_element ? 1u << 16 : 16 / dst_size;
-
-    uint64_t src, dst, scales, count, first_col;
-    Divisor cols;
-    int scale_dtype;
-
-    FST_INLINE unsigned skew() const {
-        return by_element ? 0 : static_cast<unsigned>(dst / dst_size % width);
-    }
-    FST_INLINE uint64_t blocks() const {
-        return ((count + skew() + width - 1) / width + threads - 1) / threads;
-    }
-
-    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
-        const uint64_t position = (block * threads + thread) * width, before = skew();
-        if (position >= count + before) return;
-        uint64_t begin = position > before ? position - before : 0, col = first_col + begin;
-        const uint64_t end = position + width - before < count ? position + width - before : count;
-        const uint8_t *__restrict from = global<const uint8_t>(src);
-        typename word_of<dst_size>::type *__restrict to = global<typename word_of<dst_size>::type>(dst);
-        col -= cols.divide(col) * cols.value;
-#ifndef FST_BY_ELEMENT
-        Vector<width> in;
-        if (end - begin == width && cols.value >= width && load_vector(from + begin, from, from + count, &in))
-            return vector(begin, col, in);
-#endif
-        while (begin < end) { // what there is of a row
-            const uint64_t left = cols.value - col, stop = begin + left < end ? begin + left : end;
-            FST_ROLLED
-            for (; begin < stop; begin++, col++) to[begin] = result(from[begin], load_scale(scales, scale_dtype, col));
-            col = 0;
-        }
-    }
-
-  private:
-    static FST_INLINE typename word_of<dst_size>::type result(uint32_t code, uint32_t scale) {
-        return static_cast<typename word_of<dst_size>::type>(encode<Dst>(multiply(decode<Src>(code), scale)));
-    }
-
-#ifndef FST_BY_ELEMENT
-    // Those of columns from `col` on, and from the first again.
-    FST_INLINE void load_scales(uint64_t col, uint32_t (&by)[width]) const {
-        const uint8_t *from = global<const uint8_t>(scales) + col * 4;
-        if (scale_dtype == FST_T_F32 && col + width <= cols.value && reinterpret_cast<uint64_t>(from) % 16 == 0) {
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i += 4) {
-                const Vector<16> four = load_aligned<16>(from + i * 4);
-                by[i] = four.word[0], by[i + 1] = four.word[1], by[i + 2] = four.word[2], by[i + 3] = four.word[3];
-            }
-            return;
-        }
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            by[i] = load_scale(scales, scale_dtype, col + i < cols.value ? col + i : col + i - cols.value);
-    }
-
-    FST_INLINE void vector(uint64_t begin, uint64_t col, const Vector<width> &in) const {
-        Vector<16> out = {};
-        uint32_t by[width];
-        load_scales(col, by);
-#if FST_PACKED
-        bool plain = true;
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++) plain &= is_plain<Src>(by[i]);
-        if (plain) {
-            FST_UNROLLED
-            for (unsigned i = 0; i < width; i += 4)
-                scale4<Src, Dst>(in.word[i / 4], &by[i], &out.word[i * dst_size / 4]);
-            return store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-        }
-#endif
-        FST_UNROLLED
-        for (unsigned i = 0; i < width; i++)
-            put<dst_size>(&out, i, result(static_cast<uint32_t>(get<1>(in, i)), by[i]));
-        store_aligned(global<uint8_t>(dst) + begin * dst_size, out);
-    }
-#endif
-};
-
-template <int Src, int Dst> int columns(fst_queue stream, const fst_scaled_args *args) {
-    const Columns<Src, Dst> body = {reinterpret_cast<uint64_t>(args->src),
-                                    reinterpret_cast<uint64_t>(args->dst),
-                                    reinterpret_cast<uint64_t>(args->scales),
-                                    args->count,
-                                    args->first % args->cols,
-                                    divisor(args->cols),
-                                    args->scale_dtype};
-    return launch(stream, body, body.blocks());
-}
-
 typedef int scaled_fn(fst_queue, const fst_scaled_args *, const Divisor &, const Divisor &);
 
 // In pieces whose elements are counted in 31 bits.
@@ -348,9 +199,6 @@ int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_r
     const uint64_t high = block_rows.value < args->rows ? block_rows.value : args->rows,
                    across = block_cols.value < cols ? block_cols.value : cols;
     const bool small = cols < most && high < most;
-    if constexpr (Src != FST_T_F4)
-        if (block_cols.value == 1 && cols > 1 && block_rows.value >= args->rows)
-            return columns<Src, Dst>(stream, args);
     int code = FST_K_OK;
     for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
         const uint64_t first = args->first + done, row = first / cols, down = row / block_rows.value;
@@ -404,6 +252,8 @@ scaled_fn *find(int src, int dst) {
 
 extern "C" int FST_SYMBOL(fst_nvfp4)(fst_queue stream, const fst_scaled_args *args);  // nvfp4.hip
 extern "C" int FST_SYMBOL(fst_affine)(fst_queue stream, const fst_scaled_args *args); // affine.hip
+// columns.hip; arguments that are right, and not of F4
+extern "C" int FST_SYMBOL(fst_columns)(fst_queue stream, const fst_scaled_args *args);
 
 extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *args) {
     if (args->global_scale) return FST_SYMBOL(fst_nvfp4)(stream, args);
@@ -412,5 +262,7 @@ extern "C" int FST_SYMBOL(fst_scaled)(fst_queue stream, const fst_scaled_args *a
     uint64_t block_rows = 0, block_cols = 0;
     const int code = launcher ? check_scaled(args, &block_rows, &block_cols) : FST_K_NO_KERNEL;
     if (code || args->count == 0) return code;
+    if (args->src_dtype != FST_T_F4 && block_cols == 1 && args->cols > 1 && block_rows >= args->rows)
+        return FST_SYMBOL(fst_columns)(stream, args);
     return launcher(stream, args, divisor(block_rows), divisor(block_cols));
 }

@@ -339,17 +339,21 @@ TEST(kernels_scaled, nvfp4_under_every_scale) {
     }
 }
 
-/* Ranges that begin and end inside groups, at every alignment: pieces give the bytes of the whole. */
+/* Ranges that begin and end inside groups, at every alignment: pieces give the bytes of the whole. Groups are some vectors
+ * long, or less than one, or end inside of one. */
 TEST(kernels_scaled, nvfp4_in_any_range) {
     enum { ROWS = 5, COLS = 96, COUNT = ROWS * COLS };
     static const uint32_t global = 0x3C23D70A;
-    uint8_t codes[COUNT / 2], scales[COUNT / 16], whole[COUNT * 4];
+    static const unsigned groups[] = {16, 2, 6, 12, 32};
+    uint8_t codes[COUNT / 2], scales[COUNT / 2], whole[COUNT * 4];
     uint64_t random = 11;
     for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)rig_random(&random);
     for (size_t i = 0; i < sizeof scales; i++) scales[i] = (uint8_t)(rig_random(&random) & 0x7B);
     test_rig rig;
     EACH_RIG(&rig, 1 << 14) {
-        for (int t = 0; t < target_count; t++) {
+        for (int n = 0; n < 5 * target_count; n++) {
+            const int t = n % target_count;
+            const unsigned group = groups[n / target_count];
             const size_t size = fst_type_bits(targets[t]) / 8;
             fst_scaled_args args = {.rows = ROWS,
                                     .cols = COLS,
@@ -357,10 +361,10 @@ TEST(kernels_scaled, nvfp4_in_any_range) {
                                     .src_dtype = FST_T_F4,
                                     .dst_dtype = targets[t],
                                     .scale_dtype = FST_T_F8_E4M3,
-                                    .scales_count = COUNT / 16,
+                                    .scales_count = COUNT / group,
                                     .kind = FST_SCALE_GROUP,
                                     .block_rows = 1,
-                                    .block_cols = 16,
+                                    .block_cols = group,
                                     .global_scale = &global};
             memcpy(whole, run_scaled(&rig, args, codes, 0, scales, 0), COUNT * size);
             for (int k = 0; k < 60; k++) {

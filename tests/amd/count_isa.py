@@ -606,8 +606,8 @@ def columns(src, dst, cols=4096):
 
 def nvfp4(dst, *, rows=4096, cols=4096, group=16):
     """Scales of E4M3, each 2, under 1 for all."""
-    arguments = (words(SRC, DST, SCALES, SCALES + (1 << 30), 0, rows * cols) + divisor(group) + struct.pack("<I4x", False) +
-                 words(0))
+    arguments = (words(SRC, DST, SCALES, SCALES + (1 << 30), 0) + struct.pack("<I4x", rows * cols) + divisor(group) +
+                 divisor31(group) + struct.pack("<I???5x", False, True, False, True) + words(0))
     b = bits_of(dst)
     return Case(f"NVFP4, groups of {group}, F4->{dst}", 128 // b * (4 + b) / 8,
                 [Step(f"Nvfp4<{number(dst)}>", arguments, 1, one_two("F4"), one_two(dst, 2))])
@@ -616,8 +616,9 @@ def nvfp4(dst, *, rows=4096, cols=4096, group=16):
 def bnb4(dst, *, nested, block=64):
     """A table of 2s; scales, that are nested or not, are 2 too: 2 x 2 x 1 + 0."""
     maps = SCALES + (1 << 28)
-    arguments = (words(SRC, DST, maps, SCALES, SCALES + (1 << 29) if nested else 0, maps if nested else 0, 0, BIG) +
-                 divisor(block) + divisor(256) + struct.pack("<II?7x", 0, 0, True) + words(0))
+    arguments = (words(SRC, DST, maps, SCALES, SCALES + (1 << 29) if nested else 0, maps if nested else 0, 0, 0) +
+                 struct.pack("<I4x", BIG) + divisor(block) + divisor(256) + divisor31(block) + divisor31(256) +
+                 struct.pack("<II??6x", 0, 0, True, True) + words(0))
     b = bits_of(dst)
     return Case(f"bnb4{', nested' if nested else ''}, F4->{dst}", 128 // b * (4 + b) / 8,
                 [Step(f"Bnb4<{number(dst)}>", arguments, 1, one_two("F4"), codes(dst, ONE[dst][0] + (3 if nested else 2) *
