@@ -8,6 +8,11 @@
 
 namespace {
 
+// NVIDIA has bodies of its own for what is aligned and whole.
+#if defined(__CUDACC__) || defined(FST_NVIDIA_SHAPE)
+#define FST_PACKED_WHOLE
+#endif
+
 FST_FN uint32_t scale_bits(uint64_t scales, int dtype, uint64_t index) {
     if (dtype == FST_T_F32) return global<const uint32_t>(scales)[index];
     const uint32_t code = global<const uint16_t>(scales)[index];
@@ -15,13 +20,13 @@ FST_FN uint32_t scale_bits(uint64_t scales, int dtype, uint64_t index) {
 }
 
 // Where a code lies in the words of its run: the stream of bits, or, padded, as many in a word as fill none of two.
-struct At {
-    uint64_t word;
+template <class Index> struct At {
+    Index word;
     unsigned shift;
 };
 // One formula for both: with two, CUDA 13.0's compiler does not come to an end.
-template <unsigned Bits> FST_FN At place_of(uint64_t i, bool padded) {
-    const uint64_t at = i * Bits + (padded ? i / (32 / Bits) * (32 % Bits) : 0);
+template <unsigned Bits, class Index> FST_FN At<Index> place_of(Index i, bool padded) {
+    const Index at = i * Bits + (padded ? i / (32 / Bits) * (32 % Bits) : 0);
     return {at / 32, static_cast<unsigned>(at % 32)};
 }
 
@@ -39,7 +44,7 @@ template <unsigned Bits, int Dst> struct Matrix {
     Divisor group;
     int32_t fixed;       // added to zero points; where there are none, the only one
     uint32_t zero_carry; // added to their words
-    uint32_t flip;       // of each code: two's complement
+    uint32_t flip;       // of each code: puts it on `base`, and turns two's complement
     int scale_dtype, zeros_kind;
     unsigned flags;
     bool aligned; // rows of the destination, to 16 bytes
@@ -48,6 +53,11 @@ template <unsigned Bits, int Dst> struct Matrix {
     struct Scale {
         uint32_t scale, zero; // F32 bits; the zero point's on `base`
     };
+
+    // A code less a zero point.
+    FST_INLINE uint32_t above(uint32_t code, uint32_t zero) const {
+        return fst_bits_of_float32(fst_float_of_bits32(code ^ flip) - fst_float_of_bits32(zero));
+    }
 
     FST_INLINE uint64_t group_of(uint64_t col) const {
         return groups ? global<const uint32_t>(groups)[col] : group.divide(col);
@@ -59,7 +69,7 @@ template <unsigned Bits, int Dst> struct Matrix {
             return fixed + static_cast<int8_t>(global<const uint8_t>(zeros)[row * zero_step + j]);
         const uint32_t *words = global<const uint32_t>(zeros);
         const bool along_groups = zeros_kind == FST_ZEROS_GROUPS;
-        At at = place_of<Bits>(along_groups ? j : row, flags & FST_K_PADDED);
+        At<uint64_t> at = place_of<Bits>(along_groups ? j : row, flags & FST_K_PADDED);
         if (Bits == 4 && (flags & FST_K_AWQ_ORDER)) at.shift = awq_shift(at.shift / 4);
         const uint64_t i = at.word * zero_word + (along_groups ? row : j) * zero_step;
         uint64_t code = words[i] + zero_carry; // of 32 bits
@@ -71,6 +81,51 @@ template <unsigned Bits, int Dst> struct Matrix {
         return {scale_bits(scales, scale_dtype, row * scale_row + j * scale_col),
                 base + static_cast<uint32_t>(zero_of(row, j))};
     }
+
+#ifdef FST_PACKED_WHOLE
+    // The same in two steps, so that nothing waits for one of several: what is stored, and what it means. Indexes have
+    // 31 bits.
+    struct Stored {
+        uint32_t scale, low, high; // words that the zero point lies in
+        unsigned shift;
+    };
+    FST_INLINE Stored load_scale(uint32_t row, uint32_t j) const {
+        Stored s = {0, 0, 0, 0};
+        const uint32_t at = row * static_cast<uint32_t>(scale_row) + j * static_cast<uint32_t>(scale_col);
+        if (scale_dtype == FST_T_F32) s.scale = global<const uint32_t>(scales)[at];
+        else s.scale = global<const uint16_t>(scales)[at];
+        if (zeros_kind != FST_ZEROS_NONE) load_zero(row, j, &s);
+        return s;
+    }
+    FST_INLINE void load_zero(uint32_t row, uint32_t j, Stored *s) const {
+        const uint32_t step = static_cast<uint32_t>(zero_step), next = static_cast<uint32_t>(zero_word);
+        if (zeros_kind == FST_ZEROS_BYTES) {
+            s->low = global<const uint8_t>(zeros)[row * step + j];
+            return;
+        }
+        const uint32_t *words = global<const uint32_t>(zeros);
+        const bool along_groups = zeros_kind == FST_ZEROS_GROUPS;
+        At<uint32_t> at = place_of<Bits>(along_groups ? j : row, flags & FST_K_PADDED);
+        if (Bits == 4 && (flags & FST_K_AWQ_ORDER)) at.shift = awq_shift(at.shift / 4);
+        const uint32_t i = at.word * next + (along_groups ? row : j) * step;
+        s->low = words[i], s->shift = at.shift;
+        if (32 % Bits) s->high = words[at.shift + Bits > 32 ? i + next : i];
+    }
+
+    FST_INLINE Scale scale_in(const Stored &s) const {
+        uint32_t scale = s.scale, zero = 0;
+        if (scale_dtype == FST_T_BF16) scale <<= 16;
+        else if (scale_dtype == FST_T_F16) scale = fst_decode32(scale, fst_float_of(FST_T_F16));
+        if (zeros_kind > FST_ZEROS_BYTES) {
+            uint64_t code = s.low + zero_carry; // of 32 bits
+            if (32 % Bits) code |= static_cast<uint64_t>(s.high) << 32;
+            zero = static_cast<uint32_t>(code >> s.shift) & mask;
+        } else if (zeros_kind == FST_ZEROS_BYTES) {
+            zero = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(s.low)));
+        }
+        return {scale, base + static_cast<uint32_t>(fixed) + zero};
+    }
+#endif
 
     // Columns [col, stop) of a row; code(col) is one's code.
     template <class Code>
@@ -85,7 +140,7 @@ template <unsigned Bits, int Dst> struct Matrix {
             FST_ROLLED
             for (; col < until; col++)
                 to[col] =
-                    static_cast<Word>(encode<Dst>(multiply(difference(code(col) ^ flip, by.zero), by.scale)));
+                    static_cast<Word>(encode<Dst>(multiply(above(code(col), by.zero), by.scale)));
         }
     }
 
@@ -93,7 +148,7 @@ template <unsigned Bits, int Dst> struct Matrix {
     FST_INLINE void element(uint64_t row, uint64_t col, uint32_t code) const {
         const Scale by = scale_of(row, group_of(col));
         global<Word>(dst)[row * cols + col] =
-            static_cast<Word>(encode<Dst>(multiply(difference(code ^ flip, by.zero), by.scale)));
+            static_cast<Word>(encode<Dst>(multiply(above(code, by.zero), by.scale)));
     }
 
     // Eight columns of a row, from a multiple of 8 on; rows are aligned.
@@ -111,24 +166,25 @@ template <unsigned Bits, int Dst> struct Matrix {
         }
     }
 
-  private:
     // Of one group.
-    FST_INLINE void results(const uint32_t (&codes)[8], Scale by, Vector<8 * dst_size> *out) const {
+    template <unsigned n>
+    FST_INLINE void results(const uint32_t (&codes)[n], Scale by, Vector<n * dst_size> *out) const {
 #if FST_PACKED
         if ((by.scale & 0x7F800000) != 0x7F800000) { // of finite scales there is no NaN
-            uint32_t x[8];
+            uint32_t x[n];
             FST_UNROLLED
-            for (unsigned i = 0; i < 8; i++)
-                x[i] = fst_bits_of_float32(fst_float_of_bits32(difference(codes[i] ^ flip, by.zero)) *
+            for (unsigned i = 0; i < n; i++)
+                x[i] = fst_bits_of_float32(fst_float_of_bits32(above(codes[i], by.zero)) *
                                            fst_float_of_bits32(by.scale));
             return narrow_numbers<Dst>(x, out->word);
         }
 #endif
         FST_UNROLLED
-        for (unsigned i = 0; i < 8; i++)
-            put<dst_size>(out, i, encode<Dst>(multiply(difference(codes[i] ^ flip, by.zero), by.scale)));
+        for (unsigned i = 0; i < n; i++)
+            put<dst_size>(out, i, encode<Dst>(multiply(above(codes[i], by.zero), by.scale)));
     }
 
+  private:
     // Of any groups. Codes and results move through their arrays, so that one copy of the body does for all eight and no
     // index is known only at run time: eight copies are more than registers hold.
     FST_INLINE void scattered(uint64_t row, uint64_t col, const uint32_t (&codes)[8],
@@ -140,7 +196,7 @@ template <unsigned Bits, int Dst> struct Matrix {
         FST_ROLLED
         for (unsigned i = 0; i < 8; i++) {
             const Scale by = scale_of(row, group_of(col + i));
-            const uint32_t x = encode<Dst>(multiply(difference(left[0] ^ flip, by.zero), by.scale));
+            const uint32_t x = encode<Dst>(multiply(above(left[0], by.zero), by.scale));
             FST_UNROLLED
             for (unsigned k = 0; k < 7; k++) left[k] = left[k + 1];
             FST_UNROLLED
@@ -173,7 +229,7 @@ template <unsigned Bits, int Dst> struct PackedRows {
     }
 
     FST_INLINE uint32_t code(uint64_t row, uint64_t col) const {
-        const At at = place_of<Bits>(col, m.flags & FST_K_PADDED);
+        const At<uint64_t> at = place_of<Bits>(col, m.flags & FST_K_PADDED);
         const uint64_t i = row * row_words + at.word;
         uint32_t word = word_at(m, i) >> at.shift;
         if (straddles && at.shift + Bits > 32) word |= word_at(m, i + 1) << (32 - at.shift);
@@ -232,6 +288,73 @@ template <unsigned Bits, int Dst> struct PackedRows {
     }
 #endif
 };
+
+#ifdef FST_PACKED_WHOLE
+// Whole rows, of as many columns as fill vectors of 16 bytes of the result; groups fill them, too. A thread has `each`
+// vectors, whose codes, scales and zero points are all under way before the first is used. Indexes have 31 bits.
+template <unsigned Bits, int Dst> struct PackedVectors {
+    using M = Matrix<Bits, Dst>;
+    static constexpr unsigned threads = 256, each = 4, n = 16 / M::dst_size;
+    M m;                     // `src` and `dst` at the first row
+    uint32_t row, row_words; // the first row
+    uint32_t count;          // vectors
+    Divisor31 vectors, group;
+
+    FST_INLINE uint64_t blocks() const { return (count + threads * each - 1) / (threads * each); }
+
+    // Of those of 5 to 7 bits, eight are more than a word.
+    static constexpr bool exists = n * Bits <= 32 || Bits == 8;
+
+    FST_INLINE bool padded() const { return 32 % Bits != 0 && (m.flags & FST_K_PADDED); }
+
+    struct Part {
+        uint32_t low, high; // words, as far as codes lie in them
+        unsigned shift;
+        typename M::Stored by;
+    };
+    FST_INLINE Part load(uint32_t v) const {
+        const uint32_t r = vectors.divide(v), col = (v - r * vectors.value) * n;
+        const At<uint32_t> at = place_of<Bits>(col, padded());
+        const uint32_t *from = global<const uint32_t>(m.src) + (r * row_words + at.word);
+        Part p = {0, 0, at.shift, {}};
+        if constexpr (n * Bits > 32) {
+            const Vector<8> in = load_aligned<8>(reinterpret_cast<const uint8_t *>(from));
+            p.low = in.word[0], p.high = in.word[1];
+        } else {
+            p.low = from[0];
+            if (32 % Bits != 0 && at.shift + n * Bits > (padded() ? 32 - 32 % Bits : 32)) p.high = from[1];
+        }
+        p.by = m.load_scale(row + r, group.divide(col));
+        return p;
+    }
+
+    FST_INLINE void store(const Part &p, uint8_t *to) const {
+        uint32_t low = p.low, high = p.high, codes[n];
+        if constexpr (32 % Bits != 0) // without what fills words
+            if (padded()) low = low << 32 % Bits >> 32 % Bits | high << (32 - 32 % Bits), high >>= 32 % Bits;
+        if (n * Bits < 32) low = static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> p.shift);
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) codes[i] = (i * Bits < 32 ? low : high) >> (i * Bits % 32) & M::mask;
+        Vector<16> out = {};
+        m.results(codes, m.scale_in(p.by), &out);
+        store_aligned(to, out);
+    }
+
+    FST_INLINE void operator()(uint64_t block, unsigned thread) const {
+        const uint32_t v = static_cast<uint32_t>(block) * (threads * each) + thread;
+        Part parts[each];
+        FST_UNROLLED
+        for (unsigned k = 0; k < each; k++) {
+            const uint32_t at = v + k * threads;
+            parts[k] = load(at < count ? at : count - 1);
+        }
+        uint8_t *to = global<uint8_t>(m.dst);
+        FST_UNROLLED
+        for (unsigned k = 0; k < each; k++)
+            if (v + k * threads < count) store(parts[k], to + static_cast<uint64_t>(v + k * threads) * 16);
+    }
+};
+#endif
 
 // Two rows in a byte, the low half the first.
 template <int Dst> struct PackedPairs {
@@ -458,7 +581,7 @@ template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args
     m.group = divisor(a->group);
     m.fixed = fixed_zero(a);
     m.zero_carry = zero_carry(a);
-    m.flip = sign_flip(a);
+    m.flip = base | sign_flip(a);
     m.scale_dtype = a->scale_dtype, m.zeros_kind = a->zeros_kind;
     m.flags = a->flags;
     const bool padded = a->flags & FST_K_PADDED;
@@ -472,11 +595,53 @@ template <unsigned Bits, int Dst> Matrix<Bits, Dst> matrix(const fst_packed_args
     return m;
 }
 
-template <unsigned Bits, int Dst> int run_rows(fst_queue stream, const fst_packed_args *a) {
+template <unsigned Bits, int Dst> int run_rows_by_word(fst_queue stream, const fst_packed_args *a) {
     const uint64_t row_words = words_of(a->cols, Bits, a->flags & FST_K_PADDED);
     PackedRows<Bits, Dst> body = {matrix<Bits, Dst>(a), row_words, a->first / row_words,
                                   (a->first + a->count - 1) / row_words, divisor(ceil_of(a->cols, 8))};
     return launch(stream, body, body.blocks());
+}
+
+#ifdef FST_PACKED_WHOLE
+// Words [first, end) of the same.
+fst_packed_args part_of(const fst_packed_args *a, uint64_t first, uint64_t end) {
+    fst_packed_args part = *a;
+    part.src = static_cast<const uint8_t *>(a->src) + (first - a->first) * 4;
+    part.first = first, part.count = end - first;
+    return part;
+}
+
+// Whole rows, where they and their groups are made of vectors; what is left of rows at both ends goes by words.
+template <unsigned Bits, int Dst> int run_whole_rows(fst_queue stream, const fst_packed_args *a) {
+    using Body = PackedVectors<Bits, Dst>;
+    constexpr uint64_t most = 1u << 30; // elements, scales
+    const uint64_t row_words = words_of(a->cols, Bits, a->flags & FST_K_PADDED), end = a->first + a->count;
+    const uint64_t from = ceil_of(a->first, row_words), to = end / row_words;
+    const uint64_t begin = from * row_words, stop = to * row_words;
+    const Matrix<Bits, Dst> m = matrix<Bits, Dst>(a);
+    const fst_packed_args whole = part_of(a, begin, stop);
+    const uint64_t unit = Body::n * Bits > 32 ? 8 : 4; // bytes of a load
+    if (from >= to || !m.aligned || a->groups || a->group % Body::n != 0 || a->rows > most / a->cols ||
+        a->groups_count > most / a->rows || (reinterpret_cast<uint64_t>(whole.src) | row_words * 4) % unit != 0)
+        return run_rows_by_word<Bits, Dst>(stream, a);
+    const fst_packed_args head = part_of(a, a->first, begin), tail = part_of(a, stop, end);
+    int code = head.count ? run_rows_by_word<Bits, Dst>(stream, &head) : FST_K_OK;
+    if (!code && tail.count) code = run_rows_by_word<Bits, Dst>(stream, &tail);
+    if (code) return code;
+    const uint64_t vectors = a->cols / Body::n;
+    Body body = {m, static_cast<uint32_t>(from), static_cast<uint32_t>(row_words),
+                 static_cast<uint32_t>((to - from) * vectors), divisor31(vectors),
+                 divisor31(a->group < a->cols ? a->group : a->cols)};
+    body.m.src = reinterpret_cast<uint64_t>(whole.src), body.m.dst += from * a->cols * m.dst_size;
+    return launch(stream, body, body.blocks());
+}
+#endif
+
+template <unsigned Bits, int Dst> int run_rows(fst_queue stream, const fst_packed_args *a) {
+#ifdef FST_PACKED_WHOLE
+    if constexpr (PackedVectors<Bits, Dst>::exists) return run_whole_rows<Bits, Dst>(stream, a);
+#endif
+    return run_rows_by_word<Bits, Dst>(stream, a);
 }
 
 template <int Dst> int run_pairs(fst_queue stream, const fst_packed_args *a) {
