@@ -420,8 +420,18 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     static constexpr unsigned wide = Along ? tile_rows : tile_rows / 8;
     static constexpr unsigned step = wide + 4; // so that threads of a warp touch all banks
 
+#ifdef FST_PACKED_WHOLE
+    static constexpr unsigned n = 16 / Matrix<Bits, Dst>::dst_size; // columns of a vector
+    static constexpr unsigned most_scales = tile_rows * (tile_cols / 32);
+#else
+    static constexpr unsigned n = 8;
+#endif
+
     struct Shared {
         alignas(16) uint32_t word[by_element ? 1 : high * step];
+#ifdef FST_PACKED_WHOLE
+        typename Matrix<Bits, Dst>::Scale by[most_scales];
+#endif
     };
 
     Matrix<Bits, Dst> m;
@@ -429,6 +439,11 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     uint64_t first_tile; // the tiles' row that the range begins in
     uint64_t tiles_down;
     Divisor tiles_across;
+#ifdef FST_PACKED_WHOLE
+    bool staged;          // scales of tiles that are whole go through shared memory
+    unsigned groups_here; // of a tile: a power of two
+    unsigned group_shift; // of a vector's number in its tile, to its group's
+#endif
 
     FST_INLINE uint64_t blocks() const { return tiles_down * tiles_across.value; }
 
@@ -478,11 +493,14 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         for (uint64_t row = t.row; row < row_end; row++) part(row, t.col, stop);
     }
 #else
-    // Rows of words that one thread needs, of AWQ's, lie 16 rows apart.
-    static FST_INLINE unsigned place(unsigned r) { return (Along ? r : r % 8 * (high / 8) + r / 8) * step; }
+    // Rows of words that one thread needs, of AWQ's, lie 16 rows apart (F32: 32).
+    static FST_INLINE unsigned place(unsigned r) { return (Along ? r : r % n * (high / n) + r / n) * step; }
 
     FST_INLINE void before(uint64_t block, unsigned thread, Shared &shared) const {
         const Tile t = tile(block);
+#ifdef FST_PACKED_WHOLE
+        if (is_whole(t)) return stage(t, thread, shared);
+#endif
         const uint8_t *begin = global<const uint8_t>(m.src), *end = begin + (m.end - m.first) * 4;
         FST_UNROLLED
         for (unsigned v = thread; v < high * wide / 4; v += threads) {
@@ -503,6 +521,9 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
 
     FST_INLINE void after(uint64_t block, unsigned thread, const Shared &shared) const {
         const Tile t = tile(block);
+#ifdef FST_PACKED_WHOLE
+        if (is_whole(t)) return finish(t, thread, shared);
+#endif
         constexpr unsigned tasks = wide * tile_cols / 8;
         FST_ROLLED
         for (unsigned i = thread; i < tasks; i += threads) {
@@ -515,6 +536,101 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     }
 
   private:
+#ifdef FST_PACKED_WHOLE
+    // All of a tile is there, and in the matrix.
+    FST_INLINE bool is_whole(const Tile &t) const {
+        return staged && t.row + tile_rows <= m.rows && t.col + tile_cols <= m.cols &&
+               t.word_row * width + t.word_col >= m.first &&
+               (t.word_row + high - 1) * width + t.word_col + wide <= m.end;
+    }
+    static FST_INLINE unsigned scale_place(unsigned r) { return Along ? r : r % 8 * (tile_rows / 8) + r / 8; }
+
+    // Codes, scales and zero points are all under way before the first is put into shared memory.
+    FST_INLINE void stage(const Tile &t, unsigned thread, Shared &shared) const {
+        constexpr unsigned vectors = high * wide / 4, loads = (vectors + threads - 1) / threads;
+        constexpr unsigned each = (most_scales + threads - 1) / threads;
+        const uint8_t *begin = global<const uint8_t>(m.src), *end = begin + (m.end - m.first) * 4;
+        const uint8_t *corner = begin + (t.word_row * width + t.word_col - m.first) * 4;
+        const uint32_t j = static_cast<uint32_t>(m.group.divide(t.col)), row = static_cast<uint32_t>(t.row);
+        Vector<16> in[loads] = {};
+        typename Matrix<Bits, Dst>::Stored by[each];
+        FST_UNROLLED
+        for (unsigned k = 0; k < loads; k++) {
+            const unsigned v = thread + k * threads, r = v / (wide / 4), c = v % (wide / 4) * 4;
+            if (vectors % threads != 0 && v >= vectors) continue;
+            const uint8_t *from = corner + (static_cast<uint64_t>(r * static_cast<uint32_t>(width)) + c) * 4;
+            if (load_vector(from, begin, end, &in[k])) continue;
+            FST_UNROLLED
+            for (unsigned i = 0; i < 4; i++) in[k].word[i] = load_element<4>(from + i * 4);
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < each; k++) {
+            const unsigned v = thread + k * threads;
+            if (v < tile_rows * groups_here) by[k] = m.load_scale(row + v % tile_rows, j + v / tile_rows);
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < loads; k++) {
+            const unsigned v = thread + k * threads, r = v / (wide / 4), c = v % (wide / 4) * 4;
+            if (vectors % threads != 0 && v >= vectors) continue;
+            *reinterpret_cast<uint4 *>(&shared.word[place(r) + c]) =
+                make_uint4(in[k].word[0], in[k].word[1], in[k].word[2], in[k].word[3]);
+        }
+        FST_UNROLLED
+        for (unsigned k = 0; k < each; k++) {
+            const unsigned v = thread + k * threads;
+            if (v < tile_rows * groups_here)
+                shared.by[v / tile_rows * tile_rows + scale_place(v % tile_rows)] = m.scale_in(by[k]);
+        }
+    }
+
+    // Eight neighbours have 128 bytes of a row.
+    FST_INLINE void finish(const Tile &t, unsigned thread, const Shared &shared) const {
+        constexpr unsigned all = wide * (tile_cols / n) / threads;
+        uint8_t *corner = global<uint8_t>(m.dst) + (t.row * m.cols + t.col) * m.dst_size;
+        FST_UNROLLED
+        for (unsigned k = 0; k < all; k++) {
+            const unsigned i = thread + k * threads, across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
+            const typename Matrix<Bits, Dst>::Scale *by = &shared.by[(across >> group_shift) * tile_rows];
+            if constexpr (Along) finish_along(shared, by, corner, across, down);
+            else finish_transposed(shared, by, corner, across, down);
+        }
+    }
+
+    FST_INLINE void put_vector(const uint32_t (&codes)[n], typename Matrix<Bits, Dst>::Scale by,
+                               uint8_t *corner, unsigned across, unsigned r) const {
+        Vector<16> out = {};
+        m.results(codes, by, &out);
+        store_aligned(corner + static_cast<uint64_t>(r) * static_cast<uint32_t>(m.cols) * m.dst_size + across * 16,
+                      out);
+    }
+
+    FST_INLINE void finish_along(const Shared &shared, const typename Matrix<Bits, Dst>::Scale *by,
+                                 uint8_t *corner, unsigned across, unsigned down) const {
+        const unsigned bit = across * n * Bits, skip = bit % 32;
+        const uint32_t *from = &shared.word[bit / 32 * step + down];
+        uint32_t low = from[0], second = 0, codes[n];
+        if (n * Bits > 32 || (32 % Bits != 0 && skip + n * Bits > 32)) second = from[step];
+        if (n * Bits < 32) low = static_cast<uint32_t>((static_cast<uint64_t>(second) << 32 | low) >> skip);
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) codes[i] = (i * Bits < 32 ? low : second) >> (i * Bits % 32) & m.mask;
+        put_vector(codes, by[down], corner, across, down);
+    }
+
+    FST_INLINE void finish_transposed(const Shared &shared, const typename Matrix<Bits, Dst>::Scale *by,
+                                      uint8_t *corner, unsigned across, unsigned down) const {
+        uint32_t words[n];
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) words[i] = shared.word[place(across * n + i) + down];
+        FST_UNROLLED
+        for (unsigned r = 0; r < 8; r++) {
+            uint32_t codes[n];
+            FST_UNROLLED
+            for (unsigned i = 0; i < n; i++) codes[i] = words[i] >> shift_of(r) & 15;
+            put_vector(codes, by[scale_place(down * 8 + r)], corner, across, down * 8 + r);
+        }
+    }
+#endif
+
     // The same for at most eight columns: one loop, as AMD's scalar registers do not hold more.
     FST_INLINE void part(uint64_t row, uint64_t col, uint64_t stop) const {
         FST_ROLLED
@@ -655,7 +771,18 @@ template <unsigned Bits, int Dst, bool Along> int run_tiles(fst_queue stream, co
     const uint64_t width = Along ? a->rows : ceil_of(a->rows, 8);
     const uint64_t first = a->first / width / Body::high,
                    last = (a->first + a->count - 1) / width / Body::high;
-    Body body = {matrix<Bits, Dst>(a), width, first, last - first + 1, divisor(ceil_of(width, Body::wide))};
+    Body body = {};
+    body.m = matrix<Bits, Dst>(a), body.width = width;
+    body.first_tile = first, body.tiles_down = last - first + 1;
+    body.tiles_across = divisor(ceil_of(width, Body::wide));
+#ifdef FST_PACKED_WHOLE
+    constexpr uint64_t most = 1u << 30; // elements, scales
+    const bool many = a->group >= 32 && a->group < Body::tile_cols && Body::tile_cols % a->group == 0;
+    body.staged = body.m.aligned && !a->groups && (many || a->group % Body::tile_cols == 0) &&
+                  a->rows <= most / a->cols && a->groups_count <= most / a->rows;
+    body.groups_here = many ? static_cast<unsigned>(Body::tile_cols / a->group) : 1;
+    body.group_shift = many ? divisor(a->group / Body::n).shift : 31;
+#endif
 #ifdef FST_BY_ELEMENT
     return launch(stream, body, body.blocks());
 #else
