@@ -170,18 +170,22 @@ template <unsigned Bits, int Dst> struct Matrix {
     template <unsigned n>
     FST_INLINE void results(const uint32_t (&codes)[n], Scale by, Vector<n * dst_size> *out) const {
 #if FST_PACKED
+        uint32_t x[n]; // before the branch, or codes alone would be made there, in as many instructions again
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) x[i] = above(codes[i], by.zero);
         if ((by.scale & 0x7F800000) != 0x7F800000) { // of finite scales there is no NaN
-            uint32_t x[n];
             FST_UNROLLED
             for (unsigned i = 0; i < n; i++)
-                x[i] = fst_bits_of_float32(fst_float_of_bits32(above(codes[i], by.zero)) *
-                                           fst_float_of_bits32(by.scale));
+                x[i] = fst_bits_of_float32(fst_float_of_bits32(x[i]) * fst_float_of_bits32(by.scale));
             return narrow_numbers<Dst>(x, out->word);
         }
-#endif
+        FST_UNROLLED
+        for (unsigned i = 0; i < n; i++) put<dst_size>(out, i, encode<Dst>(multiply(x[i], by.scale)));
+#else
         FST_UNROLLED
         for (unsigned i = 0; i < n; i++)
             put<dst_size>(out, i, encode<Dst>(multiply(above(codes[i], by.zero), by.scale)));
+#endif
     }
 
   private:
@@ -290,6 +294,9 @@ template <unsigned Bits, int Dst> struct PackedRows {
 };
 
 #ifdef FST_PACKED_WHOLE
+// Whether there is such a body: eight codes of 5 to 7 bits are more than a word.
+template <unsigned Bits, int Dst> constexpr bool has_vectors = Dst == FST_T_F32 || Bits < 5 || Bits == 8;
+
 // Whole rows, of as many columns as fill vectors of 16 bytes of the result; groups fill them, too. A thread has `each`
 // vectors, whose codes, scales and zero points are all under way before the first is used. Indexes have 31 bits.
 template <unsigned Bits, int Dst> struct PackedVectors {
@@ -301,9 +308,6 @@ template <unsigned Bits, int Dst> struct PackedVectors {
     Divisor31 vectors, group;
 
     FST_INLINE uint64_t blocks() const { return (count + threads * each - 1) / (threads * each); }
-
-    // Of those of 5 to 7 bits, eight are more than a word.
-    static constexpr bool exists = n * Bits <= 32 || Bits == 8;
 
     FST_INLINE bool padded() const { return 32 % Bits != 0 && (m.flags & FST_K_PADDED); }
 
@@ -583,50 +587,60 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
         }
     }
 
-    // Eight neighbours have 128 bytes of a row.
+    // Eight neighbours have 128 bytes of a row, or of eight rows. What depends on the thread is said once: from vector to
+    // vector addresses change by what is known when this is compiled, or for a launch.
     FST_INLINE void finish(const Tile &t, unsigned thread, const Shared &shared) const {
+        constexpr unsigned rows_at_once = threads / 8, down_steps = wide > rows_at_once ? wide / rows_at_once : 1;
         constexpr unsigned all = wide * (tile_cols / n) / threads;
-        uint8_t *corner = global<uint8_t>(m.dst) + (t.row * m.cols + t.col) * m.dst_size;
+        constexpr unsigned next = wide > rows_at_once ? 8 : rows_at_once / wide * 8; // vectors across
+        const unsigned down = thread / 8 % wide, across = thread % 8 + thread / (8 * wide) * 8;
+        const uint64_t pitch = m.cols * m.dst_size;
+        uint8_t *to = global<uint8_t>(m.dst) + (t.row + down * (Along ? 1 : 8)) * pitch +
+                      t.col * m.dst_size + across * 16;
         FST_UNROLLED
         for (unsigned k = 0; k < all; k++) {
-            const unsigned i = thread + k * threads, across = i % 8 + i / (8 * wide) * 8, down = i / 8 % wide;
-            const typename Matrix<Bits, Dst>::Scale *by = &shared.by[(across >> group_shift) * tile_rows];
-            if constexpr (Along) finish_along(shared, by, corner, across, down);
-            else finish_transposed(shared, by, corner, across, down);
+            const unsigned right = k / down_steps * next, below = k % down_steps * rows_at_once;
+            const unsigned by = ((across + right) >> group_shift) * tile_rows + down + below;
+            if constexpr (Along) {
+                const unsigned bit = across * n * Bits;
+                const unsigned from = (bit / 32 + right * n * Bits / 32) * step + down + below;
+                finish_along(shared, from, bit % 32, by, to + right * 16 + below * pitch);
+            } else {
+                const unsigned from = place(across * n) + right * step + down;
+                finish_transposed(shared, from, by, to + right * 16, pitch);
+            }
         }
     }
 
     FST_INLINE void put_vector(const uint32_t (&codes)[n], typename Matrix<Bits, Dst>::Scale by,
-                               uint8_t *corner, unsigned across, unsigned r) const {
+                               uint8_t *to) const {
         Vector<16> out = {};
         m.results(codes, by, &out);
-        store_aligned(corner + static_cast<uint64_t>(r) * static_cast<uint32_t>(m.cols) * m.dst_size + across * 16,
-                      out);
+        store_aligned(to, out);
     }
 
-    FST_INLINE void finish_along(const Shared &shared, const typename Matrix<Bits, Dst>::Scale *by,
-                                 uint8_t *corner, unsigned across, unsigned down) const {
-        const unsigned bit = across * n * Bits, skip = bit % 32;
-        const uint32_t *from = &shared.word[bit / 32 * step + down];
-        uint32_t low = from[0], second = 0, codes[n];
-        if (n * Bits > 32 || (32 % Bits != 0 && skip + n * Bits > 32)) second = from[step];
+    FST_INLINE void finish_along(const Shared &shared, unsigned from, unsigned skip, unsigned by,
+                                 uint8_t *to) const {
+        uint32_t low = shared.word[from], second = 0, codes[n];
+        if (n * Bits > 32 || (32 % Bits != 0 && skip + n * Bits > 32)) second = shared.word[from + step];
         if (n * Bits < 32) low = static_cast<uint32_t>((static_cast<uint64_t>(second) << 32 | low) >> skip);
         FST_UNROLLED
         for (unsigned i = 0; i < n; i++) codes[i] = (i * Bits < 32 ? low : second) >> (i * Bits % 32) & m.mask;
-        put_vector(codes, by[down], corner, across, down);
+        put_vector(codes, shared.by[by], to);
     }
 
-    FST_INLINE void finish_transposed(const Shared &shared, const typename Matrix<Bits, Dst>::Scale *by,
-                                      uint8_t *corner, unsigned across, unsigned down) const {
+    FST_INLINE void finish_transposed(const Shared &shared, unsigned from, unsigned by, uint8_t *to,
+                                      uint64_t pitch) const {
         uint32_t words[n];
         FST_UNROLLED
-        for (unsigned i = 0; i < n; i++) words[i] = shared.word[place(across * n + i) + down];
+        for (unsigned i = 0; i < n; i++) words[i] = shared.word[from + i * (high / n) * step];
         FST_UNROLLED
         for (unsigned r = 0; r < 8; r++) {
             uint32_t codes[n];
             FST_UNROLLED
             for (unsigned i = 0; i < n; i++) codes[i] = words[i] >> shift_of(r) & 15;
-            put_vector(codes, by[scale_place(down * 8 + r)], corner, across, down * 8 + r);
+            // r x pitch: with a sum that grows, CUDA 13.0's compiler does not come to an end.
+            put_vector(codes, shared.by[by + r * (tile_rows / 8)], to + r * pitch);
         }
     }
 #endif
@@ -755,7 +769,7 @@ template <unsigned Bits, int Dst> int run_whole_rows(fst_queue stream, const fst
 
 template <unsigned Bits, int Dst> int run_rows(fst_queue stream, const fst_packed_args *a) {
 #ifdef FST_PACKED_WHOLE
-    if constexpr (PackedVectors<Bits, Dst>::exists) return run_whole_rows<Bits, Dst>(stream, a);
+    if constexpr (has_vectors<Bits, Dst>) return run_whole_rows<Bits, Dst>(stream, a);
 #endif
     return run_rows_by_word<Bits, Dst>(stream, a);
 }
