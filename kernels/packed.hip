@@ -418,7 +418,12 @@ template <unsigned Bits, int Dst, bool Along> struct PackedTile {
 #else
     static constexpr int resident = 4; // waves
 #endif
+#ifdef FST_PACKED_WHOLE
+    // 512 bytes of a row, as much of AWQ's as fills registers of 256 threads.
+    static constexpr unsigned tile_cols = Along ? 512 / Matrix<Bits, Dst>::dst_size : 128;
+#else
     static constexpr unsigned tile_cols = Along ? (Bits == 3 ? 128 : 16 * 32 / Bits) : 128;
+#endif
     static constexpr unsigned tile_rows = Along ? 64 : 128;
     static constexpr unsigned high = Along ? tile_cols * Bits / 32 : tile_cols; // rows of words
     static constexpr unsigned wide = Along ? tile_rows : tile_rows / 8;
