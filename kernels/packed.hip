@@ -414,7 +414,7 @@ template <int Dst> struct PackedPairs {
 template <unsigned Bits, int Dst, bool Along> struct PackedTile {
     static constexpr unsigned threads = by_element ? 1 : 256;
 #ifdef __CUDACC__
-    static constexpr int resident = !Along ? 4 : Bits == 3 ? 5 : 6; // blocks: 64, 48, 40 registers
+    static constexpr int resident = !Along || Bits == 3 ? 4 : Bits == 8 ? 5 : 6; // blocks: 64, 48, 40 registers
 #else
     static constexpr int resident = 4; // waves
 #endif
