@@ -797,7 +797,8 @@ template <unsigned Bits, int Dst, bool Along> int run_tiles(fst_queue stream, co
 #ifdef FST_PACKED_WHOLE
     constexpr uint64_t most = 1u << 30; // elements, scales
     const bool many = a->group >= 32 && a->group < Body::tile_cols && Body::tile_cols % a->group == 0;
-    body.staged = body.m.aligned && !a->groups && (many || a->group % Body::tile_cols == 0) &&
+    const bool one = a->group % Body::tile_cols == 0 || a->group >= a->cols;
+    body.staged = body.m.aligned && !a->groups && (many || one) &&
                   a->rows <= most / a->cols && a->groups_count <= most / a->rows;
     body.groups_here = many ? static_cast<unsigned>(Body::tile_cols / a->group) : 1;
     body.group_shift = many ? divisor(a->group / Body::n).shift : 31;

@@ -305,13 +305,13 @@ TEST(kernels_packed, gptq) {
 
 TEST(kernels_packed, aligned_gptq) {
     static const unsigned widths[] = {2, 3, 4, 8}, ways[] = {0, FST_K_ZERO_PLUS_ONE, FST_K_ZERO_CARRY};
-    static const uint64_t groups[] = {32, 64, 128, 768, 24};
+    static const uint64_t groups[] = {32, 64, 128, 768, 24, 800};
     for (int w = 0; w < 4; w++)
-        for (int i = 0; i < 5; i++) {
-            fst_packed_args a = args_of(FST_PACKED_COLUMN, widths[w], i == 3 ? 144 : 128, 768, groups[i],
-                                        FST_ZEROS_ROWS, widths[w] == 3 ? 0 : ways[i % 3]);
+        for (int i = 0; i < 6; i++) {
+            fst_packed_args a = args_of(FST_PACKED_COLUMN, widths[w], i == 3 ? 144 : 128, i == 5 ? 800 : 768,
+                                        groups[i], FST_ZEROS_ROWS, widths[w] == 3 ? 0 : ways[i % 3]);
             a.scale_dtype = scale_types[i % 3];
-            check_aligned(a, i == 1, 1100 + (unsigned)(w * 5 + i));
+            check_aligned(a, i == 1, 1100 + (unsigned)(w * 6 + i));
         }
 }
 
@@ -336,8 +336,7 @@ TEST(kernels_packed, aligned_awq_and_quark) {
     for (unsigned i = 0; i < 10; i++) {
         const int quark = i % 2;
         fst_packed_args a = args_of(FST_PACKED_TRANSPOSED, 4, i < 5 ? 256 : 296, 384, groups[i % 5],
-                                    quark ? FST_ZEROS_NONE : FST_ZEROS_ROWS,
-                                    i % 3 ? FST_K_AWQ_ORDER : 0);
+                                    quark ? FST_ZEROS_NONE : FST_ZEROS_ROWS, i % 3 ? FST_K_AWQ_ORDER : 0);
         if (quark) a.flags |= FST_K_SIGNED;
         a.scale_dtype = scale_types[i % 3];
         check_aligned(a, i == 2, 1200 + i);
