@@ -209,12 +209,12 @@ static uint64_t cut_of(const matrix *m) {
     return a->layout == FST_PACKED_ROW ? words_for(a->cols, a->bits, 0) : a->rows * a->bits;
 }
 
-/* In two parts, cut here. */
+/* In two parts, cut here. Without skew both are aligned. */
 static void check_cut(test_rig *rig, const matrix *m, uint64_t cut, size_t skew, size_t begin) {
     clear(rig, m, begin);
     run(rig, m, 0, cut, skew, begin);
     check(rig, m, cut, begin);
-    run(rig, m, cut, m->words - cut, 15 - skew, begin);
+    run(rig, m, cut, m->words - cut, skew ? 15 - skew : 0, begin);
     check(rig, m, m->words, begin);
 }
 
@@ -229,6 +229,20 @@ static void check_all(fst_packed_args args, int act_order, int wild, uint64_t se
             const size_t size = targets[i] == FST_T_F32 ? 4 : 2;
             check_cut(&rig, m, cut, rig_below(&random, 16),
                       256 + (rig_below(&random, 2) ? size * rig_below(&random, 8) : 0));
+        }
+    }
+    free(m);
+}
+
+/* The same, aligned as GPUs like it. */
+static void check_aligned(fst_packed_args args, int wild, uint64_t seed) {
+    matrix *m = make(args, 0, wild, seed);
+    uint64_t random = seed ^ 78;
+    test_rig rig;
+    EACH_RIG(&rig, CAPACITY) {
+        for (int i = 0; i < 3; i++) {
+            m->args.dst_dtype = targets[i];
+            check_cut(&rig, m, cut_of(m) * rig_below(&random, m->words / cut_of(m) + 1), 0, 256);
         }
     }
     free(m);
@@ -262,6 +276,19 @@ TEST(kernels_packed, rows_of_all_widths) {
         }
 }
 
+TEST(kernels_packed, aligned_rows_of_all_widths) {
+    static const int zeros[] = {FST_ZEROS_NONE, FST_ZEROS_COLUMNS, FST_ZEROS_BYTES, FST_ZEROS_GROUPS};
+    for (unsigned bits = 1; bits <= 8; bits++)
+        for (int way = 0; way < 4; way++) {
+            fst_packed_args a = args_of(FST_PACKED_ROW, bits, 37, 480, 40, zeros[way], FST_K_OFFSET);
+            a.scale_dtype = scale_types[(bits + (unsigned)way) % 3];
+            check_aligned(a, way == 1, 1000 + bits * 10 + (unsigned)way);
+            if (32 % bits == 0) continue;
+            a.flags |= FST_K_PADDED, a.group = 480;
+            check_aligned(a, 0, 2000 + bits * 10 + (unsigned)way);
+        }
+}
+
 TEST(kernels_packed, gptq) {
     static const unsigned widths[] = {2, 3, 4, 8}, ways[] = {0, FST_K_ZERO_PLUS_ONE, FST_K_ZERO_CARRY};
     for (int w = 0; w < 4; w++)
@@ -273,6 +300,18 @@ TEST(kernels_packed, gptq) {
             check_all(a, 1, 0, 200 + (unsigned)(w * 3 + way));
             a.rows = 67, a.cols = 160, a.group = 53; /* the last group is a short one */
             check_all(a, 0, way == 1, 300 + (unsigned)(w * 3 + way));
+        }
+}
+
+TEST(kernels_packed, aligned_gptq) {
+    static const unsigned widths[] = {2, 3, 4, 8}, ways[] = {0, FST_K_ZERO_PLUS_ONE, FST_K_ZERO_CARRY};
+    static const uint64_t groups[] = {32, 64, 128, 768, 24, 800};
+    for (int w = 0; w < 4; w++)
+        for (int i = 0; i < 6; i++) {
+            fst_packed_args a = args_of(FST_PACKED_COLUMN, widths[w], i == 3 ? 144 : 128, i == 5 ? 800 : 768,
+                                        groups[i], FST_ZEROS_ROWS, widths[w] == 3 ? 0 : ways[i % 3]);
+            a.scale_dtype = scale_types[i % 3];
+            check_aligned(a, i == 1, 1100 + (unsigned)(w * 6 + i));
         }
 }
 
@@ -289,6 +328,18 @@ TEST(kernels_packed, awq_and_quark) {
         check_all(a, 0, 0, 400 + i);
         a.rows = 67, a.cols = 101, a.group = 101, a.scale_dtype = scale_types[i % 3];
         check_all(a, 0, i == 0, 500 + i);
+    }
+}
+
+TEST(kernels_packed, aligned_awq_and_quark) {
+    static const uint64_t groups[] = {32, 64, 128, 384, 24};
+    for (unsigned i = 0; i < 10; i++) {
+        const int quark = i % 2;
+        fst_packed_args a = args_of(FST_PACKED_TRANSPOSED, 4, i < 5 ? 256 : 296, 384, groups[i % 5],
+                                    quark ? FST_ZEROS_NONE : FST_ZEROS_ROWS, i % 3 ? FST_K_AWQ_ORDER : 0);
+        if (quark) a.flags |= FST_K_SIGNED;
+        a.scale_dtype = scale_types[i % 3];
+        check_aligned(a, i == 2, 1200 + i);
     }
 }
 

@@ -681,7 +681,7 @@ def packed(layout, bits, dst, scale, *, zeros=True, order=False, rows=4096, cols
     matrix = (words(SRC, DST, SCALES, ZEROS if zeros else 0, ORDER if order else 0, rows, cols, 0,
                     rows * cols // 2 if kernel == "Pairs" else rows * cols * bits // 32, *steps(rows, groups),
                     groups if kind == 3 else 1, step) + divisor(group) +
-              struct.pack("<iIIiiI??6x", fixed, 0, 8 * (kernel == "Pairs"), number(scale), kind, flags, True, not order))
+              struct.pack("<iIIiiI??6x", fixed, 0, 0x4B400000 | 8 * (kernel == "Pairs"), number(scale), kind, flags, True, not order))
     if kernel == "Tile":
         along = layout == "gptq"
         wide, tile_cols = (64, 128 if bits == 3 else 512 // bits) if along else (16, 128)
