@@ -32,20 +32,16 @@ static struct {
     double cpu_seconds; /* of the sampler itself */
 } sampler;
 
-uint64_t load_available(const fst_gpu *gpu) {
-    uint64_t available = 0, total;
-    gpu->calls->memory(gpu, &available, &total);
-    return available;
-}
+/* What the library keeps for its next load is not in use. */
+uint64_t load_available(const fst_gpu *gpu) { return fst_gpu_available(gpu); }
 
 static void *sample_memory(void *unused) {
     struct timespec pause = {0, 5000000}, used;
     int saved;
     sampler.gpu->calls->enter(sampler.gpu, &saved);
     while (!atomic_load(&sampler.quit)) {
-        uint64_t available, total;
-        if (sampler.gpu->calls->memory(sampler.gpu, &available, &total) == 0 && available < sampler.least)
-            atomic_store(&sampler.least, available);
+        uint64_t available = fst_gpu_available(sampler.gpu);
+        if (available && available < sampler.least) atomic_store(&sampler.least, available);
         nanosleep(&pause, NULL);
     }
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);

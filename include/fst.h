@@ -364,7 +364,11 @@ FST_API fst_status fst_open(const char *const *files, const fst_options *options
 FST_API void fst_model_free(fst_model *model);
 
 /* Loads, failed ones too, leave their threads, pinned buffers and staging ring on the device for the
- * next load with the same context. This gives back those of the process's own that no load uses at the moment. */
+ * next load with the same context. This gives back those of the process's own that no load uses at the moment.
+ *
+ * On a CUDA device memory of freed models is kept for the next load as well, until nothing is left of any context there.
+ * CUDA gives it to whatever else in the process allocates and would get none (cudaMalloc, PyTorch); for other processes it
+ * is in use. */
 FST_API void fst_release_cached(void);
 
 /* A context of one's own: nobody else's loads use its threads and buffers (two sets of them are kept at most; loads at

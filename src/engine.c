@@ -145,6 +145,7 @@ static void engine_free(fst_engine *engine) {
     if (engine->staging) gpu->calls->free_block(gpu, engine->staging, engine->facts.staging_bytes);
     if (engine->ring) fst_os_calls.unmap(engine->ring, engine->ring_bytes);
     if (entered) gpu->calls->leave(gpu, saved);
+    gpu->calls->let_go(gpu);
     free(engine->workers);
     free(engine->slots);
     pthread_mutex_destroy(&engine->lock);
@@ -199,6 +200,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     init_clocked(&engine->moved);
     pthread_cond_init(&engine->wake, NULL);
     engine->gpu = gpu;
+    gpu->calls->hold(gpu);
     atomic_flag_clear(&engine->giving);
     engine->process = getpid();
     engine->node = gpu->pci[0] ? fst_os_calls.pci_node(gpu->pci) : -1;

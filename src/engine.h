@@ -30,7 +30,6 @@ typedef struct fst_slot {
     _Atomic(int) state;  /* an fst_slot_state */
     atomic_uint left;    /* FILLING: strips that are not read yet */
     uint32_t chunk;      /* that is in it */
-    size_t shift;        /* where it begins, less than a page */
     double full;         /* since when its chunk is */
     double queued;       /* COPYING: since when */
     unsigned sender;     /* the worker that sent the chunk on */

@@ -137,6 +137,13 @@ void fst_gpu_set_fake(const fst_gpu *gpu) {
     pthread_mutex_unlock(&lock);
 }
 
+uint64_t fst_gpu_available(const fst_gpu *gpu) {
+    uint64_t unused = 0, total = 0;
+    if (gpu->calls->memory(gpu, &unused, &total)) return 0;
+    uint64_t kept = gpu->calls->kept(gpu);
+    return unused <= UINT64_MAX - kept ? unused + kept : UINT64_MAX;
+}
+
 fst_status fst_gpu_fail(fst_error *error, const fst_gpu *gpu, int code, const char *what) {
     if (code == FST_GPU_OUT_OF_MEMORY)
         return fst_fail(error, gpu->host_access ? FST_E_MEMORY : FST_E_DEVICE_MEMORY, code, NULL,

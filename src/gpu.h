@@ -9,7 +9,7 @@
 #include "fst.h"
 #include "kernels.h"
 
-#define FST_GPU_ABI 6
+#define FST_GPU_ABI 7
 #define FST_GPU_OUT_OF_MEMORY 2 /* hipErrorOutOfMemory and cudaErrorMemoryAllocation: both are 2 */
 
 #define FST_GPU_NOT_READY (-1)
@@ -30,6 +30,11 @@ typedef struct fst_gpu_calls {
     void (*free_block)(const fst_gpu *, void *block, uint64_t size);
     /* The same in the order of a stream of the caller's. */
     void (*free_behind)(const fst_gpu *, fst_queue stream, void *block, uint64_t size);
+    /* From `hold` to `let_go`, of which there may be several, freed memory stays at hand for the next alloc_block: to map it
+     * anew takes much longer. `kept` is how many bytes that is now; `memory` does not count them as free. Need no enter. */
+    void (*hold)(const fst_gpu *);
+    void (*let_go)(const fst_gpu *);
+    uint64_t (*kept)(const fst_gpu *);
     /* Makes host memory known to the device for asynchronous copies, and takes that back. */
     int (*pin)(const fst_gpu *, void *memory, size_t size);
     void (*unpin)(const fst_gpu *, void *memory);
@@ -86,6 +91,10 @@ fst_status fst_gpu_find(int device, const fst_gpu **out, char *reason, size_t re
 
 /* Tests put a device of their own in the place of GPU 0; NULL takes it away. */
 void fst_gpu_set_fake(const fst_gpu *gpu);
+
+/* Bytes that alloc_block can give: free ones, and those that are kept. 0 when the device does not tell. Between enter and
+ * leave. */
+uint64_t fst_gpu_available(const fst_gpu *gpu);
 
 /* A status and text for what a call returned. `what` says what was tried ("copy to the device"). */
 fst_status fst_gpu_fail(fst_error *error, const fst_gpu *gpu, int code, const char *what);

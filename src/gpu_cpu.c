@@ -52,6 +52,13 @@ static void free_behind(const fst_gpu *gpu, fst_queue stream, void *block, uint6
     free_block(gpu, block, size);
 }
 
+/* The host's memory goes back at once. */
+static void hold(const fst_gpu *gpu) { (void)gpu; }
+static uint64_t kept(const fst_gpu *gpu) {
+    (void)gpu;
+    return 0;
+}
+
 /* Nothing is pinned and nothing is asynchronous: one handle stands for every stream and event. */
 static char handle;
 
@@ -109,6 +116,9 @@ static const fst_gpu_calls calls = {
     .alloc_block = alloc_block,
     .free_block = free_block,
     .free_behind = free_behind,
+    .hold = hold,
+    .let_go = hold,
+    .kept = kept,
     .pin = pin,
     .unpin = unpin,
     .stream_new = handle_new,

@@ -12,7 +12,6 @@
 #define RUNTIME "hip"
 #define DLPACK_TYPE 10 /* kDLROCM */
 #else
-#include "gpu_cuda_map.h"
 #define RUNTIME "cuda"
 #define DLPACK_TYPE 2 /* kDLCUDA */
 #endif
@@ -43,37 +42,29 @@ static int memory(const fst_gpu *gpu, uint64_t *free_bytes, uint64_t *total_byte
 
 /* ---- Blocks ----------------------------------------------------------------------------------- */
 
-/* Of blocks that are worth a mapping of their own: cudaErrorNotSupported and the like where there is none. AMD's runtime has such
- * calls, too, but nobody has tried them. */
-#define MAPPED_BYTES ((uint64_t)2 << 20)
-
-static int map_block(const fst_gpu *gpu, uint64_t size, void **out) {
-#ifdef __HIP_PLATFORM_AMD__
-    (void)gpu, (void)size, (void)out;
-    return hipErrorNotSupported;
-#else
-    return size < MAPPED_BYTES ? hipErrorNotSupported : fst_map_block(gpu->index, size, out);
-#endif
-}
-
-static int unmap_behind(void *block, uint64_t size, fst_queue stream) {
-#ifdef __HIP_PLATFORM_AMD__
-    (void)block, (void)size, (void)stream;
-    return 0;
-#else
-    return size >= MAPPED_BYTES && fst_unmap_behind(block, (cudaStream_t)stream);
-#endif
-}
-
 /* A pool of our own where there are pools, and a stream to allocate on: neither allocating nor freeing waits
- * for work of the caller's. What is freed goes back to the system with the next synchronisation, so that
- * other allocators of the process can have it. */
+ * for work of the caller's. What is freed stays in the pool while somebody holds it, and goes back to the system with the
+ * next synchronisation otherwise. Mapping 14 GB takes 20 ms of the driver's locks, beside which copies are queued late. */
 static struct pool {
     hipMemPool_t pool;
     hipStream_t stream;
     int tried;
+    unsigned holders;
 } pools[64];
 static pthread_mutex_t pools_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* CUDA gives what a pool keeps to any other allocation of the process that would fail without (measured: 60 of 80 GB). Of
+ * AMD's runtime that is not known, so there it is kept from nobody. */
+static void set_threshold(const struct pool *pool) {
+#ifdef __HIP_PLATFORM_AMD__
+    (void)pool;
+#else
+    uint64_t bytes = pool->holders ? UINT64_MAX : 0;
+    if (!pool->pool) return;
+    (void)hipMemPoolSetAttribute(pool->pool, hipMemPoolAttrReleaseThreshold, &bytes);
+    if (!pool->holders) (void)hipMemPoolTrimTo(pool->pool, 0);
+#endif
+}
 
 /* Leaves the pool NULL where there can be none: then plain allocations do. */
 static void make_pool(int index, struct pool *pool) {
@@ -91,6 +82,18 @@ static void make_pool(int index, struct pool *pool) {
         (void)hipStreamDestroy(pool->stream);
         pool->pool = NULL;
     }
+    set_threshold(pool);
+}
+
+static uint64_t kept(const fst_gpu *gpu) {
+    hipMemPool_t pool = pools[gpu->index].pool;
+    uint64_t reserved = 0, used = 0;
+    if (!pool || hipMemPoolGetAttribute(pool, hipMemPoolAttrReservedMemCurrent, &reserved) ||
+        hipMemPoolGetAttribute(pool, hipMemPoolAttrUsedMemCurrent, &used)) {
+        (void)hipGetLastError();
+        return 0;
+    }
+    return reserved > used ? reserved - used : 0;
 }
 
 static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
@@ -99,9 +102,13 @@ static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
     pthread_mutex_lock(&pools_lock);
     if (!pool->tried) make_pool(gpu->index, pool);
     pthread_mutex_unlock(&pools_lock);
-    if (map_block(gpu, size, out) == 0) return 0;
     int code =
         pool->pool ? hipMallocFromPoolAsync(out, size, pool->pool, pool->stream) : hipMalloc(out, size);
+    if (code == hipErrorOutOfMemory && pool->pool && kept(gpu)) { /* in pieces of other sizes */
+        (void)hipGetLastError();
+        (void)hipMemPoolTrimTo(pool->pool, 0);
+        code = hipMallocFromPoolAsync(out, size, pool->pool, pool->stream);
+    }
     if (!code && pool->pool)
         code = hipStreamSynchronize(pool->stream); /* there for every stream from here on */
     if (code) {
@@ -114,11 +121,8 @@ static int alloc_block(const fst_gpu *gpu, uint64_t size, void **out) {
 
 static void free_behind(const fst_gpu *gpu, fst_queue stream, void *block, uint64_t size) {
     int saved;
+    (void)size;
     if (enter(gpu, &saved)) return;
-    if (unmap_behind(block, size, stream)) {
-        leave(gpu, saved);
-        return;
-    }
     if (pools[gpu->index].pool) (void)hipFreeAsync(block, (hipStream_t)stream);
     else (void)hipFree(block);
     leave(gpu, saved);
@@ -126,6 +130,20 @@ static void free_behind(const fst_gpu *gpu, fst_queue stream, void *block, uint6
 
 static void free_block(const fst_gpu *gpu, void *block, uint64_t size) {
     free_behind(gpu, NULL, block, size);
+}
+
+static void hold(const fst_gpu *gpu) {
+    struct pool *pool = &pools[gpu->index];
+    pthread_mutex_lock(&pools_lock);
+    if (pool->holders++ == 0) set_threshold(pool);
+    pthread_mutex_unlock(&pools_lock);
+}
+
+static void let_go(const fst_gpu *gpu) {
+    struct pool *pool = &pools[gpu->index];
+    pthread_mutex_lock(&pools_lock);
+    if (--pool->holders == 0) set_threshold(pool);
+    pthread_mutex_unlock(&pools_lock);
 }
 
 /* ---- Streams, events, copies -------------------------------------------------------------------- */
@@ -229,6 +247,9 @@ static const fst_gpu_calls calls = {
     .alloc_block = alloc_block,
     .free_block = free_block,
     .free_behind = free_behind,
+    .hold = hold,
+    .let_go = let_go,
+    .kept = kept,
     .pin = pin,
     .unpin = unpin,
     .stream_new = stream_new,

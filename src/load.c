@@ -101,8 +101,7 @@ static fst_status allocate_block(void *arg, size_t i, void **memory, fst_error *
 /* All blocks before anything is read: when there may not be enough, and when the memory is the caller's. */
 static fst_status allocate_first(fst_loading *l) {
     const fst_gpu *gpu = l->model->gpu;
-    uint64_t available = 0, total = 0;
-    if (gpu->calls->memory(gpu, &available, &total)) available = 0;
+    uint64_t available = fst_gpu_available(gpu);
     /* The host promises more memory than it has. */
     if (gpu->host_access && !l->allocator.allocate && available && l->plan.bytes_blocks > available)
         return fst_fail(l->error, FST_E_MEMORY, 0, NULL,

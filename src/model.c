@@ -58,12 +58,11 @@ fst_status fst_block_new(const fst_gpu *gpu, const fst_allocator *allocator, fst
                         "the allocator gave memory that is not aligned to %u bytes", FST_TENSOR_ALIGN);
     }
     if (code) {
-        uint64_t unused = 0, total = 0;
+        uint64_t unused = fst_gpu_available(gpu);
         char what[160];
         if (budget) fst_budget_give(budget, nbytes);
         fst_budget_drop(block->budget);
         free(block);
-        gpu->calls->memory(gpu, &unused, &total);
         snprintf(what, sizeof what, "allocating %llu bytes for tensors (%llu in all, %llu are free)",
                  (unsigned long long)nbytes, (unsigned long long)wanted, (unsigned long long)unused);
         return fst_gpu_fail(error, gpu, code, what);

@@ -1180,7 +1180,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
                        const char **what) {
     const fst_gpu *gpu = w->engine->gpu;
     const fst_plan *plan = job->plan;
-    size_t shift = s->shift;
+    size_t shift = chunk->offset % PAGE; /* the slot keeps the file's alignment to pages */
     unsigned char *bounce = s->bounce + shift, *staged = s->staging ? s->staging + shift : NULL;
     size_t jobs_at = ((shift + chunk->nbytes + 63) & ~(size_t)63) - shift; /* behind the data */
     uint32_t convert_pieces = chunk->jobs_bytes / sizeof(fst_batch_job), lists_count = 0;
@@ -1251,7 +1251,7 @@ static int convert_run_on_host(fst_worker *w, const fst_load_job *job, const fst
 /* What was read into the slot goes to its places. */
 static int place_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk,
                                const fst_slot *s) {
-    const unsigned char *data = s->bounce + s->shift;
+    const unsigned char *data = s->bounce + chunk->offset % PAGE;
     for (uint32_t r = 0; r < chunk->runs; r++) {
         const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
         const unsigned char *from = data + run->chunk_offset;
@@ -1389,7 +1389,8 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
     w->stats.chunks++;
     s->sender = worker_number(w);
     w->stream = s->stream;
-    if (!prepare_memory(w, job, chunk) || !double_chunk(w, job, chunk, s->bounce + s->shift)) return 0;
+    if (!prepare_memory(w, job, chunk) || !double_chunk(w, job, chunk, s->bounce + chunk->offset % PAGE))
+        return 0;
     if (w->engine->gpu->host_access) {
         if (!place_chunk_on_host(w, job, chunk, s) || !finish_chunk(w, job, s)) return 0;
         if (chunk->companions) count_nan_scales(w, job, chunk, NULL);
@@ -1402,7 +1403,7 @@ static int send_chunk(fst_worker *w, const fst_load_job *job, fst_slot *s) {
             return 0;
         }
         if (!finish_chunk(w, job, s)) return 0;
-        if (chunk->companions) count_nan_scales(w, job, chunk, s->bounce + s->shift);
+        if (chunk->companions) count_nan_scales(w, job, chunk, s->bounce + chunk->offset % PAGE);
         /* Companions are there when this worker says so. Other chunks are waited for by who needs their slot. */
         if (!chunk->companions) set_state(w->engine, s, FST_SLOT_COPYING);
         else if (!finish_copies(w, job, s)) return 0;
@@ -1478,29 +1479,6 @@ static fst_slot *find_slot(fst_worker *w, const fst_load_job *job) {
     return copies_are_done(gpu, job, s) && finish_copies(w, job, s) ? s : NULL;
 }
 
-static fst_how choose(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip);
-static fst_strip strip_at(const fst_engine *engine, const fst_load_job *job, uint32_t index, unsigned k);
-
-/* What may come by O_DIRECT keeps the file's alignment to pages. What is cached gets that of its place on the device: copy
- * engines are slower where source and destination are aligned differently. */
-static size_t shift_of(const fst_engine *engine, const fst_load_job *job, uint32_t index) {
-    const fst_plan *plan = job->plan;
-    const fst_plan_chunk *chunk = &plan->chunks[index];
-    const fst_plan_run *longest = NULL;
-    for (uint32_t r = 0; r < chunk->runs; r++) {
-        const fst_plan_run *run = &plan->runs[chunk->first_run + r];
-        if (run->kind == FST_RUN_PLACE && (!longest || run->nbytes > longest->nbytes)) longest = run;
-    }
-    fst_strip first = strip_at(engine, job, index, 0);
-    if (!longest || fst_shared_has(job->shared, chunk) || choose(engine, job, &first) != FST_HOW_CACHED)
-        return chunk->offset % PAGE;
-    const fst_plan_piece *piece = &plan->pieces[longest->first_piece];
-    const fst_plan_tensor *tensor = &plan->tensors[piece->tensor];
-    uint64_t block =
-        tensor->batch == FST_NO_BATCH && tensor->memory ? (uintptr_t)tensor->memory : tensor->block_offset;
-    return (size_t)((block + piece->dst_offset - longest->chunk_offset) % PAGE);
-}
-
 /* Gives the next chunk a slot, if it is not behind the one that the worker waits for. Whoever waits does it, so that nobody
  * has to wake up for others to go on. Chunks get slots in order: none waits for a later one, whatever that waits for. */
 static void give_slot(fst_worker *w, const fst_load_job *job, uint32_t waits_for) {
@@ -1510,7 +1488,6 @@ static void give_slot(fst_worker *w, const fst_load_job *job, uint32_t waits_for
     fst_slot *s = chunk <= waits_for ? find_slot(w, job) : NULL;
     if (s) {
         s->chunk = chunk;
-        s->shift = shift_of(engine, job, chunk);
         atomic_store(&s->left, strips_of(engine, job, &job->plan->chunks[chunk]));
         atomic_store(&s->state, FST_SLOT_FILLING);
         atomic_store(&job->slots[chunk], (unsigned short)(1 + (s - engine->slots)));
@@ -1562,7 +1539,6 @@ static fst_slot *own_slot(fst_worker *w, const fst_load_job *job, const fst_stri
     while (atomic_load(&s->state) != FST_SLOT_FREE)
         if (!finish_one(w, job)) return NULL;
     s->chunk = strip->chunk;
-    s->shift = job->plan->chunks[strip->chunk].offset % PAGE;
     atomic_store(&s->left, 1);
     atomic_store(&s->state, FST_SLOT_FILLING);
     return s;
@@ -1764,11 +1740,9 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
         if (there && !engine->gpu->host_access) strip_is_there(w, s);
         if (!there || !engine->gpu->host_access) return there;
     }
-    /* A gap in a chunk that began as a cached one, and has its place in the slot, is read buffered. */
-    const int anywhere = chunk->gathered || s->shift != chunk->offset % PAGE;
-    if (anywhere && how == FST_HOW_DIRECT) how = FST_HOW_BUFFERED;
     if (how == FST_HOW_BUFFERED) read_ahead(engine, job, strip);
-    if (how != FST_HOW_CACHED && !anywhere && prepare_ring(w, job) && submit_strip(w, job, s, strip, how))
+    if (how != FST_HOW_CACHED && !chunk->gathered && prepare_ring(w, job) &&
+        submit_strip(w, job, s, strip, how))
         return 1;
     if (engine->gpu->host_access && how != FST_HOW_DIRECT) {
         while (w->reads_count) /* what is earlier in the file may be waited for by what this one waits for */
@@ -1785,9 +1759,9 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
         track_chunk(engine, job, strip->chunk);
         return 1;
     }
-    if (anywhere) {
+    if (chunk->gathered) {
         uint64_t at = strip->offset - chunk->offset;
-        int right = read_chunk(w, job, chunk, at, strip->nbytes, s->bounce + s->shift + at, &how);
+        int right = read_chunk(w, job, chunk, at, strip->nbytes, s->bounce + chunk->offset % PAGE + at, &how);
         w->stats.read_seconds += fst_os_now() - start;
         trace_read(w, strip, how, start);
         if (right) strip_is_there(w, s);

@@ -22,7 +22,9 @@
 #define KIB ((uint64_t)1 << 10)
 #define MIB ((uint64_t)1 << 20)
 
-/* Five tensors that a cast changes or keeps, some 600 KB. */
+enum { STORED = 582002 };
+
+/* Five tensors that a cast changes or keeps, of so many bytes. */
 static const char *const *few(void) {
     sample_begin(1);
     sample_add(FST_F32, 60000);
@@ -393,21 +395,6 @@ TEST(pipeline, half_an_allocator_is_refused) {
     }
 }
 
-/* Of a file whose data begins anywhere: the slot begins where the result does, modulo 256 and more. */
-TEST(pipeline, cached_tensors_are_copied_between_ends_that_are_aligned_alike) {
-    fst_options options = support_options(FST_DEVICE_GPU(0));
-    options.slot_bytes = MIB; /* larger than what is worth a copy of its own */
-    sample_begin(7);
-    for (int i = 0; i < 3; i++) sample_add(FST_F32, 64 * (4687 + (uint64_t)i));
-    for (size_t padding = 1; padding < 64; padding += 9) {
-        sample_write(test_path("odd.safetensors"), 0, 3, padding);
-        fake_gpu_begin(&(fake_gpu_options){.seed = padding});
-        load_and_check(support_list(test_path("odd.safetensors")), &options);
-        CHECK_INT(0, fake_gpu_skewed());
-        fake_gpu_end();
-    }
-}
-
 /* ---- Contexts -------------------------------------------------------------------------------------------- */
 
 enum { SLOTS = 8 }; /* of an engine with support_options */
@@ -458,6 +445,57 @@ TEST(pipeline, a_model_outlives_its_context) {
     fst_context_free(context);
     sample_check(model, FST_NATIVE);
     fst_model_free(model);
+    fake_gpu_end();
+}
+
+TEST(pipeline, memory_of_freed_models_stays_with_the_contexts) {
+    fst_context *context = fst_context_new();
+    fst_options options = support_options(FST_DEVICE_GPU(0));
+    options.context = context;
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    const char *const *files = few();
+    fst_model *model = load(files, &options);
+    uint64_t before = fake_gpu_kept(), peak = fake_gpu_peak();
+    fst_model_free(model);
+    uint64_t kept = fake_gpu_kept();
+    CHECK(kept >= before + STORED);
+    load_and_check(files, &options);
+    CHECK_INT(kept, fake_gpu_kept());
+    CHECK_INT(peak, fake_gpu_peak());
+    options.context = NULL;
+    load_and_check(files, &options);
+    fst_context_free(context); /* the process's own holds it still */
+    CHECK(fake_gpu_kept() > 0);
+    model = load(files, &options);
+    fst_release_cached();
+    CHECK_INT(0, fake_gpu_kept());
+    fst_model_free(model);
+    CHECK_INT(0, fake_gpu_kept());
+    fake_gpu_end();
+}
+
+/* What the error of a load that does not fit says of it. */
+static unsigned long long free_bytes(const char *const *files) {
+    fst_options options = support_options(FST_DEVICE_GPU(0));
+    fst_model *model;
+    fst_error error;
+    options.cast = FST_F64;
+    CHECK_INT(FST_E_DEVICE_MEMORY, fst_load(files, &options, &model, &error));
+    const char *number = strstr(error.text, "in all, ");
+    CHECK(number != NULL);
+    return number ? strtoull(number + strlen("in all, "), NULL, 10) : 0;
+}
+
+TEST(pipeline, memory_that_is_kept_is_free_for_the_next_load) {
+    fst_options options = support_options(FST_DEVICE_GPU(0));
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1, .memory = 2 * MIB});
+    const char *const *files = few();
+    fst_model *model = load(files, &options);
+    unsigned long long beside_it = free_bytes(files);
+    fst_model_free(model);
+    CHECK(fake_gpu_kept() >= STORED);
+    CHECK(free_bytes(files) >= beside_it + STORED);
+    load_and_check(files, &options);
     fake_gpu_end();
 }
 

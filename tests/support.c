@@ -201,8 +201,8 @@ static struct {
     pthread_mutex_t lock;
     uint64_t random;
     int calls, blocks, streams, events, pins;
-    uint64_t used, peak;
-    int skewed;
+    uint64_t used, peak, kept;
+    int holders;
     stream *list;
 } fake = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
@@ -280,7 +280,7 @@ static int fake_memory(const fst_gpu *gpu, uint64_t *unused, uint64_t *total) {
     (void)gpu;
     pthread_mutex_lock(&fake.lock);
     *total = fake.options.memory ? fake.options.memory : (uint64_t)1 << 40;
-    *unused = *total - fake.used;
+    *unused = *total - fake.used - fake.kept;
     pthread_mutex_unlock(&fake.lock);
     return 0;
 }
@@ -296,6 +296,7 @@ static int fake_alloc(const fst_gpu *gpu, uint64_t size, void **out) {
         memset(*out, 0xA5, size < POISONED ? (size_t)size : POISONED);
         fake.blocks++;
         fake.used += size;
+        fake.kept -= fake.kept < size ? fake.kept : size;
         if (fake.used > fake.peak) fake.peak = fake.used;
     }
     pthread_mutex_unlock(&fake.lock);
@@ -308,6 +309,7 @@ static void fake_free(const fst_gpu *gpu, void *block, uint64_t size) {
     free(block);
     fake.blocks--;
     fake.used -= size;
+    if (fake.holders) fake.kept += size;
     pthread_mutex_unlock(&fake.lock);
 }
 
@@ -318,6 +320,25 @@ static void fake_free_behind(const fst_gpu *gpu, fst_queue which, void *block, u
     while (s->first) run_one(s);
     pthread_mutex_unlock(&fake.lock);
     fake_free(gpu, block, size);
+}
+
+static void fake_hold(const fst_gpu *gpu) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    fake.holders++;
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static void fake_let_go(const fst_gpu *gpu) {
+    (void)gpu;
+    pthread_mutex_lock(&fake.lock);
+    if (--fake.holders == 0) fake.kept = 0;
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static uint64_t fake_kept(const fst_gpu *gpu) {
+    (void)gpu;
+    return fake_gpu_kept();
 }
 
 static int fake_pin(const fst_gpu *gpu, void *memory, size_t size) {
@@ -447,13 +468,6 @@ static int fake_copy(const fst_gpu *gpu, fst_queue to, void *dst, const void *sr
     return enqueue(to, &o);
 }
 
-static int fake_to_device(const fst_gpu *gpu, fst_queue to, void *dst, const void *src, size_t size) {
-    pthread_mutex_lock(&fake.lock);
-    fake.skewed += ((uintptr_t)dst - (uintptr_t)src) % 256 != 0;
-    pthread_mutex_unlock(&fake.lock);
-    return fake_copy(gpu, to, dst, src, size);
-}
-
 static int fake_cast(fst_queue to, const fst_cast_args *args) {
     op o = {.kind = OP_CAST, .cast = *args};
     return fst_kernels_have(args->src_dtype, args->dst_dtype) ? enqueue(to, &o) : FST_K_NO_KERNEL;
@@ -528,6 +542,9 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .alloc_block = fake_alloc,
         .free_block = fake_free,
         .free_behind = fake_free_behind,
+        .hold = fake_hold,
+        .let_go = fake_let_go,
+        .kept = fake_kept,
         .pin = fake_pin,
         .unpin = fake_unpin,
         .stream_new = fake_stream_new,
@@ -540,7 +557,7 @@ void fake_gpu_begin(const fake_gpu_options *options) {
         .event_query = fake_event_query,
         .stream_follow = fake_follow,
         .event_elapsed = fake_elapsed,
-        .to_device = fake_to_device,
+        .to_device = fake_copy,
         .to_host = fake_copy,
         .copy_on_device = fake_copy,
     };
@@ -568,7 +585,6 @@ void fake_gpu_begin(const fake_gpu_options *options) {
     fake.random = options->seed;
     fake.calls = 0;
     fake.peak = fake.used;
-    fake.skewed = 0;
     fst_gpu_set_fake(&gpu);
 }
 
@@ -576,9 +592,9 @@ void fake_gpu_end(void) {
     fst_release_cached();
     fst_gpu_set_fake(NULL);
     fake.options = (fake_gpu_options){0};
-    if (fake.blocks || fake.streams || fake.events || fake.pins)
-        test_fail(__FILE__, __LINE__, "still held: %d blocks, %d streams, %d events, %d pinned ranges",
-                  fake.blocks, fake.streams, fake.events, fake.pins);
+    if (fake.blocks || fake.streams || fake.events || fake.pins || fake.holders)
+        test_fail(__FILE__, __LINE__, "still held: %d blocks, %d streams, %d events, %d pinned ranges, by %d",
+                  fake.blocks, fake.streams, fake.events, fake.pins, fake.holders);
 }
 
 static int look(const int *at) {
@@ -590,7 +606,13 @@ static int look(const int *at) {
 
 int fake_gpu_calls(void) { return look(&fake.calls); }
 int fake_gpu_blocks(void) { return look(&fake.blocks); }
-int fake_gpu_skewed(void) { return look(&fake.skewed); }
+
+uint64_t fake_gpu_kept(void) {
+    pthread_mutex_lock(&fake.lock);
+    uint64_t kept = fake.kept;
+    pthread_mutex_unlock(&fake.lock);
+    return kept;
+}
 int fake_gpu_pins(void) { return look(&fake.pins); }
 
 uint64_t fake_gpu_peak(void) {

@@ -60,7 +60,7 @@ void fake_gpu_end(void);
 int  fake_gpu_calls(void);       /* that could fail, so far */
 uint64_t fake_gpu_peak(void);    /* most device memory at one time */
 int  fake_gpu_blocks(void);      /* blocks that are allocated now */
-int  fake_gpu_skewed(void);      /* copies to it, so far, whose ends are aligned differently to 256 bytes */
+uint64_t fake_gpu_kept(void);    /* freed and not yet given back */
 int  fake_gpu_pins(void);        /* pieces of memory that are pinned now */
 
 /* ---- System calls that fail (fake_os.c) ---- */
