@@ -475,7 +475,8 @@ typedef struct fst_stats {
     double      convert_seconds;   /* the same for kernels */
     double      consumer_seconds;  /* summed over threads: waited for memory, that a stream's consumer held */
     double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
-    unsigned    slots_unpinned;    /* bounce slots that could not be pinned: left out, if there are others */
+    unsigned    slots_unpinned;    /* bounce slots that could not be pinned: left out, if there are others; and
+                                      what is read for other ranks, if it could not be */
     int         numa_node;         /* of the ring and its threads; -1: any */
     uint64_t    nans;              /* NaNs among the values that scales were computed for: their codes are NaN */
     uint64_t    nan_scales;        /* NaN among the scales of dequantized weights (E8M0: 255): what is under them is NaN */

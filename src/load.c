@@ -472,7 +472,7 @@ void fst_loading_fill_stats(fst_loading *l, const fst_pipeline_stats *pipeline) 
     stats->threads = l->facts.threads;
     stats->slots = l->facts.slots;
     stats->slot_bytes = l->facts.slot_bytes;
-    stats->slots_unpinned = l->facts.unpinned;
+    stats->slots_unpinned = l->facts.unpinned + fst_shared_unpinned(l->shared);
     stats->numa_node = l->facts.node;
     stats->chunks = pipeline->chunks;
     stats->launches = pipeline->launches;

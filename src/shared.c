@@ -44,7 +44,7 @@ struct fst_shared {
     uint64_t count, rounds;
     uint32_t *chunks_left; /* of each round: own chunks that are not done with it */
     unsigned char *ring;   /* FST_SHARED_ROUNDS x ranks units: on the device, where the rest is on the host */
-    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned */
+    unsigned char *own;    /* a GPU: FST_SHARED_ROUNDS own units, pinned if they can be */
     int own_is_pinned;
     fst_how hows[AHEAD]; /* how the next own units are read: looked at once, then storage is at them */
     uint64_t chosen;     /* rounds for which that is known */
@@ -52,7 +52,10 @@ struct fst_shared {
     fst_status failure;  /* what reading a unit came to, and */
     fst_error why;
     fst_status heard; /* of a rank that failed */
-    fst_queue stream;
+    fst_queue stream,
+        copies; /* of rounds; of own units to the device. On the first, copies from memory that is not pinned would
+                               * have this thread wait for the other ranks, past any time limit */
+    fst_event copied; /* the last of them */
     uint64_t begun, bytes_read;
     pthread_mutex_t lock;
     pthread_cond_t came;
@@ -166,10 +169,7 @@ static fst_status make_ring(fst_shared *s, fst_error *error) {
     s->ring = memory;
     s->own = fst_os_calls.map(FST_SHARED_ROUNDS * s->size);
     if (!s->own) return no_memory(error);
-    /* Not pinned, a copy would have this thread wait for the other ranks, whose round is before it on the stream. */
-    code = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size);
-    if (code) return fst_gpu_fail(error, gpu, code, "pinning memory for what is read for other ranks");
-    s->own_is_pinned = 1;
+    s->own_is_pinned = gpu->calls->pin(gpu, s->own, FST_SHARED_ROUNDS * s->size) == 0;
     return FST_OK;
 }
 
@@ -180,6 +180,8 @@ static void release(void *arg) {
     else if (s->ring) gpu->calls->free_block(gpu, s->ring, ring_bytes(s));
     if (s->own_is_pinned) gpu->calls->unpin(gpu, s->own);
     if (s->own) fst_os_calls.unmap(s->own, FST_SHARED_ROUNDS * s->size);
+    if (s->copied) gpu->calls->event_free(gpu, s->copied);
+    if (s->copies) gpu->calls->stream_free(gpu, s->copies);
     if (s->stream) gpu->calls->stream_free(gpu, s->stream);
     free(s->map); /* the others' maps come into it */
     free(s);
@@ -237,6 +239,8 @@ fst_status fst_shared_new(fst_peers *peers, const fst_gpu *gpu, size_t chunk_byt
     if (!mine) mine = count_units(s, error);
     if (!mine && !gpu->host_access) {
         int code = gpu->calls->stream_new(gpu, &s->stream);
+        if (!code) code = gpu->calls->stream_new(gpu, &s->copies);
+        if (!code) code = gpu->calls->event_new(gpu, 0, &s->copied);
         if (code) mine = fst_gpu_fail(error, gpu, code, "making a stream for other ranks");
     }
     if (!mine) mine = make_ring(s, error);
@@ -298,7 +302,9 @@ static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
                         "the file ends here: it was cut short during the load");
     s->bytes_read += nbytes;
     if (gpu->host_access) return FST_OK;
-    int code = gpu->calls->to_device(gpu, s->stream, place, to, nbytes);
+    int code = gpu->calls->to_device(gpu, s->copies, place, to, nbytes);
+    if (!code) code = gpu->calls->event_record(gpu, s->copied, s->copies);
+    if (!code) code = gpu->calls->stream_follow(gpu, s->stream, s->copied);
     return code ? fst_gpu_fail(error, gpu, code, "a copy to the device") : FST_OK;
 }
 
@@ -361,6 +367,10 @@ fst_status fst_shared_step(fst_shared *s, fst_status mine, int *done, fst_error 
 }
 
 uint64_t fst_shared_read(const fst_shared *s) { return s ? s->bytes_read : 0; }
+
+unsigned fst_shared_unpinned(const fst_shared *s) {
+    return s && s->own && !s->own_is_pinned ? FST_SHARED_ROUNDS : 0;
+}
 
 /* ---- Chunks ---------------------------------------------------------------------------------------------- */
 

@@ -30,6 +30,8 @@ fst_status fst_shared_step(fst_shared *shared, fst_status mine, int *done, fst_e
 
 /* Bytes that this rank read, for all. */
 uint64_t fst_shared_read(const fst_shared *shared);
+/* Units that it could not pin. NULL is allowed, here and above. */
+unsigned fst_shared_unpinned(const fst_shared *shared);
 
 /* Whether a chunk is taken from units: companions are not, which may lie anywhere. */
 static inline int fst_shared_has(const fst_shared *shared, const fst_plan_chunk *chunk) {
