@@ -6,7 +6,7 @@
 
 #include "dtype.h"
 #include "engine.h"
-#include "launch.h"
+#include "pieces.h"
 #include "os.h"
 #include "ring.h"
 
@@ -501,7 +501,7 @@ static int finish_stripes(fst_worker *w, const fst_load_job *job, uint32_t index
                 code = gpu->calls->stream_follow(gpu, w->stream, other->converted);
         }
         if (!code)
-            code = fst_launch_quantize(w, job, stripe->tensor, fst_launch_parked(job, i), tensor->parked,
+            code = fst_piece_quantize(w, job, stripe->tensor, fst_piece_parked(job, i), tensor->parked,
                                        stripe->matrix, stripe->first_row, stripe->rows);
         w->stats.launches++;
         atomic_store(&job->parking->stripes[i].finisher, index + 1);
@@ -573,7 +573,7 @@ static uint32_t make_jobs(const fst_load_job *job, const fst_plan_chunk *chunk, 
         while ((piece = next_convert_piece(job->plan, chunk, &run, &i)) != UINT32_MAX) {
             const fst_plan_piece *p = &job->plan->pieces[piece];
             if (fst_plan_is_alone(job->plan, &job->plan->tensors[p->tensor])) continue; /* by themselves */
-            fst_cast_args args = fst_launch_cast_args(job, p, staged + p->chunk_offset);
+            fst_cast_args args = fst_piece_cast_args(job, p, staged + p->chunk_offset);
             uint32_t k = 0;
             while (k < lists_count &&
                    (lists[k].src_dtype != args.src_dtype || lists[k].dst_dtype != args.dst_dtype))
@@ -720,7 +720,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
         size_t nbytes = run->nbytes;
         void *to;
         if (run->kind == FST_RUN_PLACE) {
-            to = fst_launch_cast_args(job, &plan->pieces[run->first_piece], NULL).dst;
+            to = fst_piece_cast_args(job, &plan->pieces[run->first_piece], NULL).dst;
         } else {
             to = staged + run->chunk_offset;
             if (jobs_bytes && run->chunk_offset + run->nbytes == chunk->nbytes) {
@@ -748,7 +748,7 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     uint32_t run = 0, i = 0, piece;
     while (!code && (piece = next_convert_piece(plan, chunk, &run, &i)) != UINT32_MAX)
         if (!lists_count || fst_plan_is_alone(plan, &plan->tensors[plan->pieces[piece].tensor]))
-            code = fst_launch_piece(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
+            code = fst_piece_launch(w, job, &plan->pieces[piece], staged + plan->pieces[piece].chunk_offset);
     if (!code) code = gpu->calls->event_record(gpu, s->converted, w->stream);
     return code;
 }
@@ -760,7 +760,7 @@ static int convert_run_on_host(fst_worker *w, const fst_load_job *job, const fst
     const fst_plan_piece *pieces = &job->plan->pieces[run->first_piece];
     double start = fst_os_now();
     for (uint32_t i = 0; i < run->pieces; i++) {
-        int code = fst_launch_piece(w, job, &pieces[i], data + (pieces[i].chunk_offset - run->chunk_offset));
+        int code = fst_piece_launch(w, job, &pieces[i], data + (pieces[i].chunk_offset - run->chunk_offset));
         if (code) {
             fail_device(w, job, code, "a cast");
             return 0;
@@ -778,7 +778,7 @@ static int place_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst
         const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
         const unsigned char *from = data + run->chunk_offset;
         if (run->kind == FST_RUN_PLACE)
-            memcpy(fst_launch_cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst, from,
+            memcpy(fst_piece_cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst, from,
                    run->nbytes);
         else if (!convert_run_on_host(w, job, run, from)) return 0;
     }
@@ -792,7 +792,7 @@ static int load_chunk_on_host(fst_worker *w, const fst_load_job *job, const fst_
         const fst_plan_run *run = &job->plan->runs[chunk->first_run + r];
         unsigned char *to = s->bounce + (chunk->offset + run->chunk_offset) % PAGE;
         if (run->kind == FST_RUN_PLACE)
-            to = fst_launch_cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst;
+            to = fst_piece_cast_args(job, &job->plan->pieces[run->first_piece], NULL).dst;
         double start = fst_os_now();
         int right = read_chunk(w, job, chunk, run->chunk_offset, run->nbytes, to, &how);
         w->stats.read_seconds += fst_os_now() - start;

@@ -1,4 +1,4 @@
-#include "launch.h"
+#include "pieces.h"
 
 #include "dtype.h"
 
@@ -12,14 +12,14 @@ static unsigned char *data_of(const fst_load_job *job, const fst_plan_tensor *te
     return (unsigned char *)atomic_load(&job->blocks[tensor->block]) + tensor->block_offset;
 }
 
-unsigned char *fst_launch_parked(const fst_load_job *job, uint32_t stripe) {
+unsigned char *fst_piece_parked(const fst_load_job *job, uint32_t stripe) {
     return (unsigned char *)job->parking->memory + job->plan->stripes[stripe].offset;
 }
 
-fst_cast_args fst_launch_cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+fst_cast_args fst_piece_cast_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     int parked = piece->stripe != FST_NO_STRIPE;
-    unsigned char *to = parked ? fst_launch_parked(job, piece->stripe) : data_of(job, tensor);
+    unsigned char *to = parked ? fst_piece_parked(job, piece->stripe) : data_of(job, tensor);
     return (fst_cast_args){
         .src = src,
         .dst = to + piece->dst_offset,
@@ -78,7 +78,7 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     const fst_quantized *w = tensor->weight;
     const fst_plan_tensor *scale = &job->plan->tensors[w->companions[FST_COMPANION_SCALE]];
-    fst_cast_args plain = fst_launch_cast_args(job, piece, src);
+    fst_cast_args plain = fst_piece_cast_args(job, piece, src);
     int power = scale->dtype == FST_U8 || scale->dtype == FST_F8_E8M0;
     uint64_t groups = (w->cols - 1) / w->block_cols + 1, bands = (w->rows - 1) / w->block_rows + 1;
     fst_scaled_args args = {
@@ -116,7 +116,7 @@ static fst_scaled_args scaled_args(const fst_load_job *job, const fst_plan_piece
 }
 
 /* Makes codes and scales of whole rows, bands or matrices at `src`. */
-int fst_launch_quantize(fst_worker *w, const fst_load_job *job, uint32_t index, const void *src,
+int fst_piece_quantize(fst_worker *w, const fst_load_job *job, uint32_t index, const void *src,
                         fst_dtype dtype, uint32_t matrix, uint64_t first_row, uint64_t rows) {
     static const int kinds[] = {[FST_QUANTIZE_TENSOR] = FST_SCALE_TENSOR,
                                 [FST_QUANTIZE_ROW] = FST_SCALE_ROW,
@@ -146,7 +146,7 @@ static int launch_alone(fst_worker *w, const fst_load_job *job, const fst_plan_p
                         const fst_cast_args *plain) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     if (tensor->conversion == FST_CONVERT_QUANTIZE)
-        return fst_launch_quantize(w, job, piece->tensor, src, (fst_dtype)plain->src_dtype, piece->matrix,
+        return fst_piece_quantize(w, job, piece->tensor, src, (fst_dtype)plain->src_dtype, piece->matrix,
                                    piece->first / tensor->cols, piece->count / tensor->cols);
     fst_fnuz_args args = {plain->src, plain->dst, plain->count, plain->src_dtype,
                           job->parking->counters + tensor->counter};
@@ -158,7 +158,7 @@ static fst_bnb4_args bnb4_args(const fst_load_job *job, const fst_plan_piece *pi
     const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
     const int nested = w->companions[FST_COMPANION_NESTED] != FST_NO_TENSOR;
     const int mapped = w->companions[FST_COMPANION_MAP] != FST_NO_TENSOR;
-    fst_cast_args plain = fst_launch_cast_args(job, piece, src);
+    fst_cast_args plain = fst_piece_cast_args(job, piece, src);
     return (fst_bnb4_args){
         .src = src,
         .dst = plain.dst,
@@ -227,7 +227,7 @@ static const unsigned char *part_of(const fst_load_job *job, const fst_plan_piec
 static fst_packed_args packed_args(const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_quantized *w = job->plan->tensors[piece->tensor].weight;
     const fst_plan_tensor *scale = &job->plan->tensors[w->companions[FST_COMPANION_SCALE]];
-    fst_cast_args plain = fst_launch_cast_args(job, piece, src);
+    fst_cast_args plain = fst_piece_cast_args(job, piece, src);
     const fst_cut *cut = fst_plan_cut(job->plan, &job->plan->tensors[piece->tensor]);
     uint64_t scales =
         stored_bytes(job, w->companions[FST_COMPANION_SCALE]) / (fst_dtype_bits(scale->dtype) / 8);
@@ -306,7 +306,7 @@ static int launch_boxed(fst_worker *w, const fst_load_job *job, const fst_plan_p
                    .matrix_cols = cut->total_cols};
     unsigned count =
         fst_cut_areas(cut, bits, padded, piece->first, piece->nbytes, areas, &box.src_row, &box.src_byte);
-    fst_cast_args plain = fst_launch_cast_args(job, piece, src);
+    fst_cast_args plain = fst_piece_cast_args(job, piece, src);
     if (weight) {
         companion_box(job, weight, FST_COMPANION_SCALE, &box.scales_first, &box.scales_pitch);
         companion_box(job, weight, FST_COMPANION_ZERO, &box.zeros_first, &box.zeros_pitch);
@@ -375,7 +375,7 @@ static int launch_shaped(fst_worker *w, const fst_load_job *job, const fst_plan_
                          const void *src) {
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     const fst_cut *cut = fst_plan_cut(job->plan, tensor);
-    const fst_cast_args plain = fst_launch_cast_args(job, piece, src);
+    const fst_cast_args plain = fst_piece_cast_args(job, piece, src);
     const uint64_t src_size = fst_dtype_bits((fst_dtype)plain.src_dtype) / 8;
     const uint64_t dst_size = fst_dtype_bits((fst_dtype)plain.dst_dtype) / 8;
     const unsigned step = cut->dst_half ? 2 : 1;
@@ -399,7 +399,7 @@ static int launch_shaped(fst_worker *w, const fst_load_job *job, const fst_plan_
     return code;
 }
 
-int fst_launch_piece(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
+int fst_piece_launch(fst_worker *w, const fst_load_job *job, const fst_plan_piece *piece, const void *src) {
     const fst_kernels *kernels = w->engine->gpu->kernels;
     const fst_plan_tensor *tensor = &job->plan->tensors[piece->tensor];
     const fst_cut *cut = fst_plan_cut(job->plan, tensor);
@@ -416,7 +416,7 @@ int fst_launch_piece(fst_worker *w, const fst_load_job *job, const fst_plan_piec
         fst_scaled_args args = scaled_args(job, piece, src);
         return kernels->scaled(w->stream, &args);
     }
-    fst_cast_args args = fst_launch_cast_args(job, piece, src);
+    fst_cast_args args = fst_piece_cast_args(job, piece, src);
     if (fst_plan_is_alone(job->plan, tensor)) return launch_alone(w, job, piece, src, &args);
     return kernels->cast(w->stream, &args);
 }
