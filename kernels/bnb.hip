@@ -129,11 +129,10 @@ template <int Dst> struct Bnb4 {
 // In pieces whose elements are counted in 31 bits.
 template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
     using Body = Bnb4<Dst>;
-    constexpr uint64_t most = 1u << 29;
     const uint64_t nested_block = args->nested ? args->nested_block : 1;
-    const bool small = args->block < most && nested_block < most;
+    const bool small = args->block < limit31 && nested_block < limit31;
     int code = FST_K_OK;
-    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += fst_launch31) {
         const uint64_t first = args->first + done, cell = first / args->block, above = cell / nested_block;
         Body body = {reinterpret_cast<uint64_t>(args->src) + done / 2,
                      reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
@@ -143,7 +142,7 @@ template <int Dst> int run_bnb4(fst_queue stream, const fst_bnb4_args *args) {
                      reinterpret_cast<uint64_t>(args->nested_map),
                      first % args->block,
                      cell % nested_block,
-                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     static_cast<uint32_t>(args->count - done < fst_launch31 ? args->count - done : fst_launch31),
                      divisor(args->block),
                      divisor(nested_block),
                      divisor31(small ? args->block : 1),

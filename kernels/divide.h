@@ -60,5 +60,17 @@ inline Divisor31 divisor31(uint64_t value) {
             static_cast<uint32_t>(((static_cast<uint64_t>(1) << (31 + shift)) + value - 1) / value), shift};
 }
 
+// What indexes of 31 bits are for: rows, columns and groups below the limit, and elements of a launch. Where there are more
+// of these, there are more launches.
+constexpr uint64_t limit31 = 1u << 29;
+
 } // namespace
+
+#ifdef FST_DEVICE_SHAPE
+extern "C" uint64_t fst_launch31; // tests make it small
+#else
+namespace {
+constexpr uint64_t fst_launch31 = limit31;
+}
+#endif
 #endif

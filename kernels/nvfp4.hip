@@ -115,18 +115,17 @@ template <int Dst> struct Nvfp4 {
 // In pieces whose elements are counted in 31 bits.
 template <int Dst> int run_nvfp4(fst_queue stream, const fst_scaled_args *args) {
     using Body = Nvfp4<Dst>;
-    constexpr uint64_t most = 1u << 29;
     const uint64_t group = args->block_cols;
-    const bool small = group < most;
+    const bool small = group < limit31;
     int code = FST_K_OK;
-    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += fst_launch31) {
         const uint64_t first = args->first + done;
         Body body = {reinterpret_cast<uint64_t>(args->src) + done / 2,
                      reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
                      reinterpret_cast<uint64_t>(args->scales) + first / group,
                      reinterpret_cast<uint64_t>(args->global_scale),
                      first % group,
-                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     static_cast<uint32_t>(args->count - done < fst_launch31 ? args->count - done : fst_launch31),
                      divisor(group),
                      divisor31(small ? group : 1),
                      (args->flags & FST_K_DIVIDE) != 0,

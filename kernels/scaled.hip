@@ -194,18 +194,17 @@ template <int Src, int Dst>
 int scaled(fst_queue stream, const fst_scaled_args *args, const Divisor &block_rows,
            const Divisor &block_cols) {
     using Body = Scaled<Src, Dst>;
-    constexpr uint64_t most = 1u << 29;
     const uint64_t cols = args->cols, grid_cols = (cols - 1) / block_cols.value + 1;
     const uint64_t high = block_rows.value < args->rows ? block_rows.value : args->rows,
                    across = block_cols.value < cols ? block_cols.value : cols;
-    const bool small = cols < most && high < most;
+    const bool small = cols < limit31 && high < limit31;
     int code = FST_K_OK;
-    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += most) {
+    for (uint64_t done = 0; done < args->count && code == FST_K_OK; done += fst_launch31) {
         const uint64_t first = args->first + done, row = first / cols, down = row / block_rows.value;
         Body body = {reinterpret_cast<uint64_t>(args->src) + done * Body::src_bits / 8,
                      reinterpret_cast<uint64_t>(args->dst) + done * Body::dst_size,
                      reinterpret_cast<uint64_t>(args->scales),
-                     static_cast<uint32_t>(args->count - done < most ? args->count - done : most),
+                     static_cast<uint32_t>(args->count - done < fst_launch31 ? args->count - done : fst_launch31),
                      {row, first % cols, down, down * block_rows.value},
                      divisor(cols),
                      block_rows,

@@ -10,6 +10,11 @@
 const fst_kernels *fst_kernels_v1(void);
 const fst_kernels *fst_kernels_v0(void);
 
+#define LAUNCH_31 (1u << 29) /* kernels/divide.h */
+extern uint64_t fst_launch31;
+uint64_t fst_launch31 = LAUNCH_31;
+void rig_limit_launches(uint64_t elements) { fst_launch31 = elements ? elements : LAUNCH_31; }
+
 #define X(name, ...) FST_T_##name,
 const int rig_floats[RIG_SOURCES] = {FST_FLOAT_LIST(X) FST_NARROW_LIST(X)};
 #undef X
@@ -35,7 +40,8 @@ static const fst_gpu *find_gpu(void) {
 
 /* Where bodies are compiled once (FST_CPU_KERNELS), levels 3 and 4 have their own casts alone. */
 static int has_own(const fst_kernels *kernels, int only_casts) {
-    return only_casts || kernels == fst_kernels_cpu_level(2) || kernels->rows != fst_kernels_cpu_level(2)->rows;
+    return only_casts || kernels == fst_kernels_cpu_level(2) ||
+           kernels->rows != fst_kernels_cpu_level(2)->rows;
 }
 
 static int choose(fst_gpu *gpu, size_t i, int only_casts) {

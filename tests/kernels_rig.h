@@ -45,6 +45,10 @@ void rig_close(test_rig *rig);
 #define EACH_CAST_RIG(rig, capacity) \
     for (size_t rig_i = 0; rig_open(rig, rig_i, capacity, 1); rig_i++, rig_close(rig))
 
+/* Elements of a launch, where indexes have 31 bits and the device's shape runs on the CPU; 0: as on a GPU. What is more
+ * comes in several, which otherwise only results of gigabytes show. */
+void rig_limit_launches(uint64_t elements);
+
 void rig_upload(test_rig *rig, void *device, const void *host, size_t size);
 
 /* Casts `count` elements at src + src_skew to dst + RIG_GUARD + dst_skew, and checks that nothing around the
