@@ -9,14 +9,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define EXPORT __attribute__((visibility("default")))
+#include "nccl_calls.h"
+
 #define PIECE ((size_t)1 << 20) /* so much of each rank is in the file at a time */
 enum { MOST_RANKS = 8 };
 
-typedef enum { ncclSuccess, ncclSystemError = 2, ncclInvalidUsage = 5, ncclRemoteError } ncclResult_t;
-typedef enum { ncclInt8 } ncclDataType_t;
-typedef struct ncclComm *ncclComm_t;
-typedef struct stream *cudaStream_t;
 typedef struct {
     char internal[128];
 } ncclUniqueId;
@@ -38,15 +35,6 @@ EXPORT ncclResult_t ncclGetVersion(int *version);
 EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId *id);
 EXPORT ncclResult_t ncclCommInitRank(ncclComm_t *comm, int nranks, ncclUniqueId commId, int rank);
 EXPORT ncclResult_t ncclCommDestroy(ncclComm_t comm);
-EXPORT const char *ncclGetLastError(ncclComm_t comm);
-EXPORT ncclResult_t ncclAllGather(const void *sendbuff, void *recvbuff, size_t sendcount,
-                                  ncclDataType_t datatype, ncclComm_t comm, cudaStream_t stream);
-EXPORT ncclResult_t ncclCommCount(const ncclComm_t comm, int *count);
-EXPORT ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank);
-EXPORT ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int *device);
-EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *asyncError);
-EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm);
-EXPORT const char *ncclGetErrorString(ncclResult_t result);
 
 /* The N of "leave N"; 0: something else goes wrong, or nothing. */
 static unsigned wrong(const char *what) {

@@ -1,23 +1,7 @@
 /* Libraries that are called like NCCL and RCCL, with those of their functions that fst calls, as nccl.h declares
  * them: what happens in them is up to the case. */
 #include "fake_nccl.h"
-
-#define EXPORT __attribute__((visibility("default")))
-
-typedef enum { ncclSuccess } ncclResult_t;
-typedef enum { ncclInt8 } ncclDataType_t;
-typedef struct ncclComm *ncclComm_t;
-typedef struct stream *cudaStream_t;
-
-EXPORT ncclResult_t ncclAllGather(const void *sendbuff, void *recvbuff, size_t sendcount,
-                                  ncclDataType_t datatype, ncclComm_t comm, cudaStream_t stream);
-EXPORT ncclResult_t ncclCommCount(const ncclComm_t comm, int *count);
-EXPORT ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank);
-EXPORT ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int *device);
-EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *asyncError);
-EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm);
-EXPORT const char *ncclGetErrorString(ncclResult_t result);
-EXPORT const char *ncclGetLastError(ncclComm_t comm);
+#include "nccl_calls.h"
 
 static fake_nccl *of(ncclComm_t comm) { return (fake_nccl *)(void *)comm; }
 
