@@ -174,13 +174,14 @@ typedef struct load_bench {
 
 __attribute__((format(printf, 2, 3))) void load_doubt(load_bench *b, const char *format, ...);
 
-uint64_t load_available(const fst_gpu *gpu);
 /* Brings the files into the state that the case is about. */
 void load_prepare(load_bench *b, const load_case *c);
 void load_set_options(const load_bench *b, const load_case *c, fst_options *options);
 /* One load, as the case's next sample; `trace` may be NULL. */
 /* GB/s of reading files, as a load of them does. */
 #define LOAD_STRIP ((size_t)512 << 10)
+/* Of a copy to the device of as many bytes as a load has, within reason. */
+double load_copy_rate(const load_bench *b);
 double load_read_rate(const load_bench *b, const load_files *files, bench_read where);
 
 void load_measure(load_bench *b, load_case *c, fst_trace *trace);

@@ -144,9 +144,7 @@ static void measure_reading(load_bench *b, const load_files *files, load_ceiling
 
 static void measure_ceilings(load_bench *b, int is_cold) {
     int on_host = b->gpu->host_access;
-    uint64_t bytes =
-        on_host || b->given.bytes < 64 * MIB ? 64 * MIB : b->given.bytes; /* as many as a load's */
-    add_rate(b, LOAD_COPY, bench_copy_ceiling(b->gpu, bytes < 2048 * MIB ? bytes : 2048 * MIB));
+    add_rate(b, LOAD_COPY, load_copy_rate(b));
     if (is_cold) measure_reading(b, &b->given, LOAD_DIRECT, BENCH_PAST_CACHE);
     if (is_cold) return;
     measure_reading(b, &b->given, LOAD_CACHE, BENCH_INTO_RING);
@@ -313,7 +311,7 @@ static void find_device(load_bench *b) {
     if (must && *must && (b->gpu->host_access || b->gpu->index != atoi(must)))
         bench_die("the device is %s, but FST_TEST_DEVICE is %s", b->gpu->label, must);
     if (b->gpu->calls->enter(b->gpu, &saved)) bench_die("cannot use %s", b->gpu->label);
-    b->available = load_available(b->gpu);
+    b->available = fst_gpu_available(b->gpu);
 }
 
 static void measure_rest(load_bench *b) {

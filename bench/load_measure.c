@@ -32,9 +32,6 @@ static struct {
     double cpu_seconds; /* of the sampler itself */
 } sampler;
 
-/* What the library keeps for its next load is not in use. */
-uint64_t load_available(const fst_gpu *gpu) { return fst_gpu_available(gpu); }
-
 static void *sample_memory(void *unused) {
     struct timespec pause = {0, 5000000}, used;
     int saved;
@@ -54,7 +51,7 @@ static void start_sampling(const fst_gpu *gpu, int all_along, pthread_t *thread)
     sampler.cpu_seconds = 0;
     atomic_store(&sampler.quit, 0);
     if (gpu->host_access) return; /* there it is the resident memory */
-    atomic_store(&sampler.least, load_available(gpu));
+    atomic_store(&sampler.least, fst_gpu_available(gpu));
     if (all_along && pthread_create(thread, NULL, sample_memory, NULL)) bench_die("no thread");
 }
 
@@ -62,7 +59,7 @@ static void start_sampling(const fst_gpu *gpu, int all_along, pthread_t *thread)
 static void end_sampling(const fst_gpu *gpu, int all_along, pthread_t thread) {
     atomic_store(&sampler.quit, 1);
     if (gpu->host_access) return;
-    uint64_t available = load_available(gpu);
+    uint64_t available = fst_gpu_available(gpu);
     if (all_along) pthread_join(thread, NULL);
     if (available < sampler.least) atomic_store(&sampler.least, available);
 }
@@ -98,6 +95,11 @@ static uint64_t reset_most_resident(void) {
 /* ---- Loads ---- */
 
 /* By as many threads as the library has, as much at a time, and into as large a ring. */
+double load_copy_rate(const load_bench *b) {
+    uint64_t bytes = b->gpu->host_access || b->given.bytes < 64 * MIB ? 64 * MIB : b->given.bytes;
+    return bench_copy_ceiling(b->gpu, bytes < 2048 * MIB ? bytes : 2048 * MIB);
+}
+
 double load_read_rate(const load_bench *b, const load_files *files, bench_read where) {
     size_t piece = b->gpu->host_access || b->slot_bytes < LOAD_STRIP ? b->slot_bytes : LOAD_STRIP;
     size_t each = b->slots * b->slot_bytes / piece / b->threads;

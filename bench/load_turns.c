@@ -5,8 +5,6 @@
 #include "bench.h"
 #include "load.h"
 
-#define MIB ((uint64_t)1 << 20)
-
 static void put_text(const char *key, const char *text) {
     printf(", \"%s\": ", key);
     bench_json_string(stdout, text);
@@ -61,10 +59,7 @@ static void answer(const load_case *c, const load_sample *s) {
 /* Ceilings: of the link, and of reading as the last load did. */
 static int measure_ceiling(load_bench *b, const char *name) {
     double rate = 0;
-    if (strcmp(name, "h2d") == 0)
-        rate = bench_copy_ceiling(b->gpu, b->gpu->host_access || b->given.bytes < 64 * MIB ? 64 * MIB
-                                          : b->given.bytes < 2048 * MIB                    ? b->given.bytes
-                                                                                           : 2048 * MIB);
+    if (strcmp(name, "h2d") == 0) rate = load_copy_rate(b);
     else if (strcmp(name, "page cache") == 0 && b->threads)
         rate = load_read_rate(b, &b->given, BENCH_INTO_RING);
     else return 0;

@@ -19,15 +19,18 @@ import subprocess
 import sys
 import time
 
+import peers_convert
+
 HERE = pathlib.Path(__file__).resolve().parent
+ORACLE = HERE.parent / "tests" / "oracle"
 ASKED = {"fp8": 1.05, "mxfp4": 1.10, "gptq": 1.10}
-BLOCK, GROUP = 128, 128
+GROUP = 128
 
 
 def generate(name, args):
     folder = os.path.join(args.dir, name)
     if not os.path.exists(os.path.join(folder, "model.safetensors.index.json")):
-        subprocess.run([sys.executable, HERE.parent / "tests" / "oracle" / "checkpoint.py", name, folder, "--bytes",
+        subprocess.run([sys.executable, ORACLE / "checkpoint.py", name, folder, "--bytes",
                         str(args.bytes), "--files", str(args.files)], check=True)
     return folder
 
@@ -47,11 +50,9 @@ def measure(folder, args):
 
 # ---- What is usual ----
 
-def dequantize_fp8(torch, tensors, name):
-    scale = tensors.pop(name + "_scale_inv")
-    rows, cols = tensors[name].shape
-    scale = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
-    return (tensors[name].float() * scale).bfloat16()
+def dequantize_fp8(_, tensors, name):
+    from fp8_cast_bf16 import dequantize
+    return dequantize(tensors[name], tensors.pop(name + "_scale_inv"))
 
 
 def dequantize_mxfp4(torch, tensors, name):
@@ -72,10 +73,7 @@ def dequantize_gptq(torch, tensors, name):
     stem = name.removesuffix("qweight")
     zeros, scales = tensors.pop(stem + "qzeros"), tensors.pop(stem + "scales")
     tensors.pop(stem + "g_idx")
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scales.device)
-    codes = (tensors[name][:, None, :] >> shifts[None, :, None] & 15).view(scales.shape[0], GROUP, scales.shape[1])
-    zeros = (zeros[:, :, None] >> shifts & 15).view(scales.shape) + 1
-    return ((codes - zeros[:, None, :]) * scales.float()[:, None, :]).view(-1, scales.shape[1]).t().bfloat16().contiguous()
+    return peers_convert.gptq(torch, tensors[name], zeros, scales, GROUP).bfloat16().contiguous()
 
 
 def quantized_names(name, keys):
@@ -103,6 +101,7 @@ def measure_peer(name, folder, args):
         import torch
     except ImportError as error:
         return {"seconds": None, "why": str(error)}
+    sys.path.append(str(ORACLE))
     device, seconds = "cpu" if args.device == "cpu" else f"cuda:{args.device}", []
     for _ in range(1 + min(args.runs, 3)):
         start = time.perf_counter()
