@@ -16,6 +16,7 @@
 /* So large that there are few, so small that the first is there soon. */
 uint64_t fst_block_bytes = (uint64_t)256 << 20;
 uint64_t fst_window_bytes;
+uint64_t fst_batch_bytes;
 
 /* ---- Options ----------------------------------------------------------------------------------- */
 
@@ -380,6 +381,7 @@ static fst_status prepare(fst_loading *l, uint64_t block_bytes) {
                                      .block_bytes = block_bytes,
                                      .scheme = model->scheme,
                                      .window_bytes = fst_window_bytes,
+                                     .batch_bytes = fst_batch_bytes,
                                      .rank = l->options.rank,
                                      .ranks = l->options.ranks};
     if (l->peers) plan_options.span_bytes = fst_shared_span(l->options.ranks, l->facts.slot_bytes);

@@ -23,6 +23,8 @@ typedef struct fst_block {
 extern uint64_t fst_block_bytes;
 /* Of windows of weights that wait for their scales; 0: as suits the slots. Likewise. */
 extern uint64_t fst_window_bytes;
+/* Of the companions that are read together, before weights that need them; 0: 16 MiB. Likewise. */
+extern uint64_t fst_batch_bytes;
 
 /* `budget` and `allocator` may be NULL. May wait for the budget. `wanted`: bytes in all that the load wants. */
 fst_status fst_block_new(const fst_gpu *gpu, const fst_allocator *allocator, fst_budget *budget, uint64_t nbytes,

@@ -1301,6 +1301,7 @@ static fst_status plan_tensors(planner *p) {
         uint32_t next_batch = p->batch;
         p->batch = batch;
         if (!status) status = plan_results(p, first, end);
+        close_chunk(p); /* it belongs to this batch alone */
         p->batch = next_batch;
         first = end;
         end = next_end;

@@ -442,14 +442,19 @@ static void check_many(const fst_tensor *tensor) {
     for (int k = 0; k < 96; k++) CHECK(((const float *)tensor->data)[k] == (float)(i + 1));
 }
 
+/* Of companions: one weight's in a batch, some, or all. */
+static const uint64_t batches[] = {1, 12, 0};
+
 TEST(quantized, many_weights_with_companions_in_another_file) {
     const char *const *files = many_weights(64);
-    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
-        fst_options options = options_for(device, FST_F32);
+    for (uint64_t seed = 0; seed < 24; seed++) {
+        fst_options options = options_for(seed % 4 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU, FST_F32);
         fst_model *model;
         fst_error error;
-        fake_gpu_begin(&(fake_gpu_options){.seed = 5});
+        fst_batch_bytes = batches[seed % 3];
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
         CHECK_INT(FST_OK, fst_load(files, &options, &model, &error));
+        fst_batch_bytes = 0;
         CHECK_INT(64, fst_model_count(model));
         for (size_t i = 0; i < 64; i++) {
             fst_tensor tensor;
@@ -461,17 +466,40 @@ TEST(quantized, many_weights_with_companions_in_another_file) {
     }
 }
 
+/* The scales of a weight come before the weight before it: nothing waits for them. */
+TEST(quantized, companions_come_a_batch_ahead) {
+    enum { WEIGHTS = 6, CODES = 96, SCALE = 4 };
+    const char *const *files = many_weights(WEIGHTS);
+    fst_options options = options_for(FST_DEVICE_CPU, FST_F32);
+    fst_trace_record records[4 * WEIGHTS];
+    fst_trace trace = {.records = records, .room = 4 * WEIGHTS};
+    fst_model *model;
+    options.threads = 1; /* reads in the order of the plan */
+    fst_batch_bytes = 1;
+    fst_pipeline_trace = &trace;
+    CHECK_INT(FST_OK, fst_load(files, &options, &model, NULL));
+    fst_pipeline_trace = NULL;
+    fst_batch_bytes = 0;
+    fst_model_free(model);
+    CHECK_INT(2 * WEIGHTS, trace.count);
+    CHECK_INT(SCALE, records[0].nbytes);
+    for (size_t i = 1; i < 2 * WEIGHTS; i++)
+        CHECK_INT(i % 2 && i < 2 * WEIGHTS - 1 ? SCALE : CODES, records[i].nbytes);
+}
+
 TEST(quantized, one_by_one) {
     const char *const *files = many_weights(40);
-    for (unsigned flags = 0; flags <= FST_AS_READY; flags += FST_AS_READY) {
+    for (uint64_t seed = 0; seed < 12; seed++) {
         fst_options options = options_for(FST_DEVICE_GPU(0), FST_F32);
         fst_stream *stream;
         fst_error error;
         fst_tensor tensor;
         unsigned seen = 0;
-        options.flags = flags;
-        fake_gpu_begin(&(fake_gpu_options){.seed = 3});
+        options.flags = seed % 2 ? FST_AS_READY : 0;
+        fst_batch_bytes = batches[seed % 3];
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
         CHECK_INT(FST_OK, fst_stream_open(files, &options, &stream, &error));
+        fst_batch_bytes = 0;
         for (;; seen++) {
             CHECK_INT(FST_OK, fst_stream_next(stream, &tensor, NULL, &error));
             if (!tensor.name) break;
