@@ -144,6 +144,36 @@ TEST(device, a_full_device_is_an_error_that_leaves_nothing) {
     fst_model_free(load(path, device, FST_BF16, 0)); /* and the next load works */
 }
 
+/* While something holds it, freed memory stays at hand, in whatever pieces, for a block of any size; then it goes back. */
+TEST(device, freed_memory_is_there_for_larger_blocks) {
+    enum { PIECES = 8 };
+    int device = real_device();
+    fst_model *model = load(write_mixed(), device, FST_NATIVE, 0);
+    const fst_gpu *gpu = model->gpu;
+    uint64_t available, total, piece;
+    void *blocks[PIECES], *whole = NULL;
+    int saved;
+    fst_model_free(model);
+    fst_release_cached();
+    CHECK_INT(0, gpu->calls->enter(gpu, &saved));
+    CHECK_INT(0, gpu->calls->stream_wait(gpu, NULL));
+    CHECK_INT(0, gpu->calls->kept(gpu));
+    CHECK_INT(0, gpu->calls->memory(gpu, &available, &total));
+    piece = available / 10;
+    gpu->calls->hold(gpu);
+    for (int i = 0; i < PIECES; i++) CHECK_INT(0, gpu->calls->alloc_block(gpu, piece, &blocks[i]));
+    for (int i = 0; i < PIECES; i++) gpu->calls->free_block(gpu, blocks[i], piece);
+    CHECK_INT(0, gpu->calls->stream_wait(gpu, NULL));
+    CHECK_INT(strncmp(gpu->label, "cuda", 4) == 0, gpu->calls->kept(gpu) >= PIECES * piece);
+    CHECK(fst_gpu_available(gpu) / 10 >= piece - piece / 100);
+    CHECK_INT(0, gpu->calls->alloc_block(gpu, PIECES * piece, &whole));
+    gpu->calls->free_block(gpu, whole, PIECES * piece);
+    gpu->calls->let_go(gpu);
+    CHECK_INT(0, gpu->calls->stream_wait(gpu, NULL));
+    CHECK_INT(0, gpu->calls->kept(gpu));
+    gpu->calls->leave(gpu, saved);
+}
+
 /* ---- The search ---- */
 
 TEST(device, cpu_is_always_there) {
