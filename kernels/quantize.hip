@@ -304,7 +304,6 @@ template <int Src> struct Strip {
     uint32_t count;               // of vectors
     unsigned unit;                // the codes of a vector are stored in pieces of so many bytes
     bool straight;                // all vectors are whole, and aligned in the source
-    bool halves;                  // they are, to half a vector: those of a tile's whole rows, its other half 64 elements on
 
     // Those of the first vectors that are whole; zeros for the others. Bit k of the result: in[k] is the k-th. No branch:
     // all loads are under way before the first is used.
@@ -319,14 +318,6 @@ template <int Src> struct Strip {
             return count < n ? (1u << count) - 1 : (1u << n) - 1;
         }
 #if FST_PACKED
-        if (size == 2 && halves) {
-            FST_UNROLLED
-            for (unsigned k = 0; k < n; k++) {
-                in[k] = {};
-                if (k < count) in[k] = load_halves(k);
-            }
-            return count < n ? (1u << count) - 1 : (1u << n) - 1;
-        }
         // Only the first and the last can be ragged or lie at an end of the source: a step is 32 bytes at least.
         const uint32_t last = count - 1;
         loaded = count < n ? (1u << count) - 1 : (1u << n) - 1;
@@ -367,9 +358,6 @@ template <int Src> struct Strip {
 
     // Any vector, with zeros for the elements that do not exist.
     FST_INLINE Vector<16> load_any(uint32_t k) const {
-#if FST_PACKED
-        if (size == 2 && halves) return load_halves(k);
-#endif
         const uint8_t *from = global<const uint8_t>(src + k * step);
         Vector<16> in = {};
         if (is_whole(k) && load_near(k, &in)) return in;
@@ -382,7 +370,7 @@ template <int Src> struct Strip {
     // The vectors that all threads of a warp have: those of a tile's whole rows, side by side.
     FST_INLINE uint32_t shared_of(uint32_t loaded) const {
 #if defined(__CUDA_ARCH__) && FST_PACKED >= 89
-        return unit != width && !halves ? __reduce_and_sync(~0u, loaded) : 0;
+        return unit != width ? __reduce_and_sync(~0u, loaded) : 0;
 #else
         (void)loaded;
         return 0;
@@ -393,9 +381,6 @@ template <int Src> struct Strip {
     // of a row takes the bytes before the row's first aligned address and those behind its last.
     FST_INLINE void store(uint32_t k, const Codes<Src> &codes, uint32_t shared = 0) const {
         uint8_t *to = global<uint8_t>(dst + k * (step / size));
-#if FST_PACKED
-        if (size == 2 && halves) return store_halves(to, codes);
-#endif
         if (unit == width) return store_aligned(to, codes);
 #ifdef __CUDA_ARCH__
         if (shared >> k & 1) return store_shared(to, codes);
@@ -410,27 +395,12 @@ template <int Src> struct Strip {
     FST_INLINE bool is_cut() const { return (col_step == 0) & (count != 0) & (cols - col < width); }
 
     FST_INLINE void store_any(uint32_t k, const Codes<Src> &codes) const {
-#if FST_PACKED
-        if (size == 2 && halves) return store_halves(global<uint8_t>(dst + k * (step / size)), codes);
-#endif
         FST_UNROLLED
         for (unsigned i = 0; i < width; i++)
             if (exists(k, i)) store_piece<1>(global<uint8_t>(dst + k * (step / size)), codes, i);
     }
 
   private:
-#if FST_PACKED
-    static constexpr unsigned apart = 64; // elements between halves: 16 threads have a row's first 64, and its last
-    FST_INLINE Vector<16> load_halves(uint32_t k) const {
-        const uint8_t *from = global<const uint8_t>(src + k * step);
-        const Vector<8> a = load_aligned<8>(from), b = load_aligned<8>(from + apart * size);
-        return {{a.word[0], a.word[1], b.word[0], b.word[1]}};
-    }
-    static FST_INLINE void store_halves(uint8_t *to, const Codes<Src> &codes) {
-        store_piece<4>(to, codes, 0);
-        store_aligned<4>(to + apart, piece_at<4>(codes, Codes<Src>::words * 4 - 4));
-    }
-#endif
     // Whole or a tile's, and what must be read for it inside the source.
     FST_INLINE bool is_near(uint32_t k) const {
         const uint64_t low = src / 16 * 16 + k * step, high = low + (src % 16 ? 32 : 16);
@@ -630,10 +600,10 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
     // Vectors of a row start where the destination is aligned; those of a tile with each of its rows.
     FST_INLINE Strip<Src> strip(const Place &place, unsigned thread) const {
         constexpr unsigned lanes = 128 / width; // a row of a tile
-        const bool row = tile_rows == 1, halves = in_halves(place);
+        const bool row = tile_rows == 1;
         const unsigned skew = row ? static_cast<unsigned>((dst + place.first) % width) : 0;
         const uint64_t down = row ? 0 : thread / lanes,
-                       col = static_cast<uint64_t>(row ? thread : thread % lanes) * (halves ? width / 2 : width) - skew;
+                       col = static_cast<uint64_t>(row ? thread : thread % lanes) * width - skew;
         const uint64_t at = place.first + down * cols + col;
         const uint64_t slots = row ? (place.cols + skew + width - 1) / width : place.rows;
         const uint64_t slot = row ? thread : down;
@@ -650,13 +620,7 @@ template <int Src, int Dst, unsigned Threads> struct Tile {
                 src + rows * cols * src_size,
                 some ? static_cast<uint32_t>((slots - slot - 1) / step + 1) : 0,
                 row ? width : unit,
-                straight,
-                halves};
-    }
-    // On NVIDIA: neighbouring threads then have neighbouring halves, aligned on both sides.
-    FST_INLINE bool in_halves(const Place &place) const {
-        if (!FST_PACKED || src_size != 2 || straight || tile_rows == 1) return false;
-        return (unit == 4) & (src % 8 == 0) & (place.cols == 128);
+                straight};
     }
 #endif
 };
@@ -696,8 +660,7 @@ FST_FN Strip<Src> strip_of(uint64_t src, uint64_t dst, uint64_t count, uint64_t 
             src + count * size,
             static_cast<uint32_t>(left < n ? left : n),
             width,
-            skew == 0 && src % 16 == 0 && count % width == 0,
-            false};
+            skew == 0 && src % 16 == 0 && count % width == 0};
 }
 #endif
 
