@@ -142,6 +142,7 @@ static void engine_free(fst_engine *engine) {
     for (unsigned i = 0; i < engine->threads_count; i++) pthread_join(engine->workers[i].thread, NULL);
     for (unsigned i = 0; i < engine->threads_count; i++) fst_ring_free(engine->workers[i].ring);
     for (unsigned i = 0; engine->slots && i < engine->slots_count; i++) free_slot(gpu, &engine->slots[i]);
+    if (engine->copies) gpu->calls->stream_free(gpu, engine->copies);
     if (engine->staging) gpu->calls->free_block(gpu, engine->staging, engine->facts.staging_bytes);
     if (engine->ring) fst_os_calls.unmap(engine->ring, engine->ring_bytes);
     if (entered) gpu->calls->leave(gpu, saved);
@@ -149,6 +150,7 @@ static void engine_free(fst_engine *engine) {
     free(engine->workers);
     free(engine->slots);
     pthread_mutex_destroy(&engine->lock);
+    pthread_mutex_destroy(&engine->sending);
     pthread_cond_destroy(&engine->wake);
     pthread_cond_destroy(&engine->done);
     pthread_cond_destroy(&engine->allocated);
@@ -195,6 +197,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     *out = NULL;
     if (!engine) return fst_fail(error, FST_E_MEMORY, 0, NULL, "out of memory");
     pthread_mutex_init(&engine->lock, NULL);
+    pthread_mutex_init(&engine->sending, NULL);
     init_clocked(&engine->done);
     pthread_cond_init(&engine->allocated, NULL);
     init_clocked(&engine->moved);
@@ -225,6 +228,10 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     for (unsigned i = 0; !status && i < wanted->slots; i++) {
         engine->slots[i].bounce = engine->ring + engine->slot_room * i;
         if (gpu->host_access) atomic_init(&engine->slots[i].state, FST_SLOT_FREE);
+    }
+    if (!status && !gpu->host_access) {
+        int code = gpu->calls->stream_new(gpu, &engine->copies);
+        if (code) status = fst_gpu_fail(error, gpu, code, "making a stream for copies");
     }
     if (!status) status = start_threads(engine, error);
     if (status) {

@@ -25,7 +25,7 @@ typedef enum fst_slot_state {
 typedef struct fst_slot {
     unsigned char *bounce;  /* host memory, pinned when the device wants that */
     unsigned char *staging; /* its counterpart on the device */
-    fst_queue stream;
+    fst_queue stream; /* its kernels', behind its copies */
     fst_event started, copied, converted;
     _Atomic(int) state;  /* an fst_slot_state */
     atomic_uint left;    /* FILLING: strips that are not read yet */
@@ -83,6 +83,8 @@ struct fst_engine {
     void *staging;
     fst_worker *workers;
     fst_slot *slots;
+    fst_queue copies;        /* of all slots, one after the other: two at a time are slower together, and either is done later */
+    pthread_mutex_t sending; /* who queues there */
 
     pthread_mutex_t lock;
     pthread_cond_t wake;      /* workers: a job, or the end */

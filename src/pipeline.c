@@ -648,15 +648,14 @@ static void track_chunk(fst_engine *engine, const fst_load_job *job, uint32_t in
 
 /* ---- One chunk on a GPU ------------------------------------------------------------------------- */
 
-/* How long the kernels of the chunk before took, that need not have been done when its copy was. What is queued next
- * comes behind them on the same stream: waiting for them here holds up nothing. */
-static int time_kernels(fst_worker *w, fst_slot *s) {
+/* The kernels of the chunk before in this slot are done with its staging memory, where the next copy goes, which is queued on
+ * another stream. Long ago, as a rule: since then the slot was filled. How long they took is known now. */
+static int finish_kernels(fst_worker *w, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
-    if (!s->kernels_untimed) return 0;
-    s->kernels_untimed = 0;
     int code = gpu->calls->event_wait(gpu, s->converted);
-    float convert = code ? -1 : gpu->calls->event_elapsed(gpu, s->copied, s->converted);
+    float convert = code || !s->kernels_untimed ? -1 : gpu->calls->event_elapsed(gpu, s->copied, s->converted);
     if (convert > 0) w->stats.launch_ms += (double)convert;
+    s->kernels_untimed = 0;
     return code;
 }
 
@@ -697,7 +696,44 @@ static int copy_run_from_units(fst_worker *w, const fst_load_job *job, const fst
     return code;
 }
 
-/* Queues the copies and kernels of a chunk that was read into the slot. 0 or a code; *what says of what. */
+/* Queues the copies of a chunk that was read into the slot, and, where there are any, of the jobs for its kernels. What others
+ * read is on the device already: its copies are the slot's own. */
+static int queue_copies(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, fst_slot *s,
+                        size_t jobs_at, size_t jobs_bytes) {
+    fst_engine *engine = w->engine;
+    const fst_gpu *gpu = engine->gpu;
+    const fst_plan *plan = job->plan;
+    int shared = fst_shared_has(job->shared, chunk);
+    fst_queue queue = shared ? w->stream : engine->copies;
+    size_t shift = chunk->offset % PAGE;
+    unsigned char *bounce = s->bounce + shift, *staged = s->staging ? s->staging + shift : NULL;
+    pthread_mutex_lock(&engine->sending);
+    int code = gpu->calls->event_record(gpu, s->started, queue);
+    for (uint32_t r = 0; r < chunk->runs && !code; r++) {
+        const fst_plan_run *run = &plan->runs[chunk->first_run + r];
+        size_t nbytes = run->nbytes;
+        void *to;
+        if (run->kind == FST_RUN_PLACE) {
+            to = fst_piece_cast_args(job, &plan->pieces[run->first_piece], NULL).dst;
+        } else {
+            to = staged + run->chunk_offset;
+            if (jobs_bytes && !shared && run->chunk_offset + run->nbytes == chunk->nbytes) {
+                nbytes = jobs_at + jobs_bytes - run->chunk_offset; /* the list goes along with the last run */
+                jobs_bytes = 0;
+            }
+        }
+        code = shared ? copy_run_from_units(w, job, chunk, run, to)
+                      : gpu->calls->to_device(gpu, queue, to, bounce + run->chunk_offset, nbytes);
+    }
+    if (jobs_bytes && !code)
+        code = gpu->calls->to_device(gpu, queue, staged + jobs_at, bounce + jobs_at, jobs_bytes);
+    if (!code) code = gpu->calls->event_record(gpu, s->copied, queue);
+    pthread_mutex_unlock(&engine->sending);
+    if (!code && !shared) code = gpu->calls->stream_follow(gpu, w->stream, s->copied);
+    return code;
+}
+
+/* Queues the copies and kernels of a chunk. 0 or a code; *what says of what. */
 static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_chunk *chunk, fst_slot *s,
                        const char **what) {
     const fst_gpu *gpu = w->engine->gpu;
@@ -707,39 +743,13 @@ static int queue_chunk(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     size_t jobs_at = ((shift + chunk->nbytes + 63) & ~(size_t)63) - shift; /* behind the data */
     uint32_t convert_pieces = chunk->jobs_bytes / sizeof(fst_batch_job), lists_count = 0;
     job_list lists[MAX_PAIRS];
-    size_t jobs_bytes = 0;
-    int code = time_kernels(w, s);
-    if (!code) code = gpu->calls->event_record(gpu, s->started, w->stream);
+    *what = "kernels before a copy to the device";
+    int code = finish_kernels(w, s);
+    if (code) return code;
     *what = "a copy to the device";
-    if (convert_pieces > DIRECT_LAUNCHES) {
+    if (convert_pieces > DIRECT_LAUNCHES)
         lists_count = make_jobs(job, chunk, staged, (fst_batch_job *)(void *)(bounce + jobs_at), lists);
-        jobs_bytes = lists_count ? chunk->jobs_bytes : 0;
-    }
-    for (uint32_t r = 0; r < chunk->runs && !code; r++) {
-        const fst_plan_run *run = &plan->runs[chunk->first_run + r];
-        size_t nbytes = run->nbytes;
-        void *to;
-        if (run->kind == FST_RUN_PLACE) {
-            to = fst_piece_cast_args(job, &plan->pieces[run->first_piece], NULL).dst;
-        } else {
-            to = staged + run->chunk_offset;
-            if (jobs_bytes && run->chunk_offset + run->nbytes == chunk->nbytes) {
-                nbytes = jobs_at + jobs_bytes - run->chunk_offset; /* the list goes along with the last run */
-                jobs_bytes = 0;
-            }
-        }
-        if (fst_shared_has(job->shared, chunk)) {
-            code = copy_run_from_units(w, job, chunk, run, to);
-            if (!code && nbytes > run->nbytes)
-                code = gpu->calls->to_device(gpu, w->stream, staged + jobs_at, bounce + jobs_at,
-                                             nbytes - (jobs_at - run->chunk_offset));
-        } else {
-            code = gpu->calls->to_device(gpu, w->stream, to, bounce + run->chunk_offset, nbytes);
-        }
-    }
-    if (jobs_bytes && !code)
-        code = gpu->calls->to_device(gpu, w->stream, staged + jobs_at, bounce + jobs_at, jobs_bytes);
-    if (!code) code = gpu->calls->event_record(gpu, s->copied, w->stream);
+    code = queue_copies(w, job, chunk, s, jobs_at, lists_count ? chunk->jobs_bytes : 0);
     if (code) return code;
     *what = "a kernel's launch";
     if (lists_count)
@@ -1333,13 +1343,15 @@ static void settle(fst_worker *w, const fst_load_job *job) {
         fst_slot *s = &engine->slots[i];
         if (atomic_load(&s->state) == FST_SLOT_FILLING)
             atomic_store(&s->state, FST_SLOT_FREE); /* of a job that failed */
-        if (gpu->host_access || !s->stream) continue;
+        if (gpu->host_access || !s->converted) continue; /* not made whole */
         w->stream = s->stream;
         int code = gpu->calls->stream_wait(gpu, s->stream);
-        if (!code) code = time_kernels(w, s);
+        if (!code) code = finish_kernels(w, s);
         s->kernels_untimed = 0;
         if (code) fail_device(w, job, code, "waiting for the device");
     }
+    int code = engine->copies ? gpu->calls->stream_wait(gpu, engine->copies) : 0;
+    if (code) fail_device(w, job, code, "waiting for copies");
     w->stats.wait_seconds += fst_os_now() - start;
 }
 

@@ -1,6 +1,6 @@
-/* Runs a plan: reader threads together fill one bounce slot after the other, each with its own stream on which the copy and
- * the kernels of a chunk follow one another, so that reads, copies and kernels overlap. engine.c has the threads and what they need, pipeline.c
- * what they do. */
+/* Runs a plan: reader threads together fill one bounce slot after the other; copies follow one another on one stream, and
+ * each slot has a stream for its kernels behind them, so that reads, copies and kernels overlap. engine.c has the threads and
+ * what they need, pipeline.c what they do. */
 #ifndef FST_PIPELINE_H
 #define FST_PIPELINE_H
 
