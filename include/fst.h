@@ -471,8 +471,8 @@ typedef struct fst_stats {
     uint64_t    bytes_buffered;    /* read from storage into the page cache, or not known to be there */
     uint64_t    bytes_direct;      /* read past the page cache (O_DIRECT) */
     const char *reader;            /* how they were read, and how it was known what is cached */
-    double      copy_seconds;      /* summed over streams: copies to the device, as it measured them */
-    double      convert_seconds;   /* the same for kernels */
+    double      copy_seconds;      /* copies to the device, by a sample that it timed */
+    double      convert_seconds;   /* the same for kernels, summed over streams */
     double      consumer_seconds;  /* summed over threads: waited for memory, that a stream's consumer held */
     double      slots_busy;        /* mean share of the bounce slots whose copies were under way */
     unsigned    slots_unpinned;    /* bounce slots that could not be pinned: left out, if there are others; and

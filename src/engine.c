@@ -47,7 +47,8 @@ static void touch(const fst_engine *engine, unsigned char *memory, size_t size) 
 static int make_stream(const fst_gpu *gpu, fst_slot *s) {
     int code = gpu->calls->stream_new(gpu, &s->stream);
     if (!code) code = gpu->calls->event_new(gpu, 1, &s->started);
-    if (!code) code = gpu->calls->event_new(gpu, 1, &s->copied);
+    if (!code) code = gpu->calls->event_new(gpu, 1, &s->stopped);
+    if (!code) code = gpu->calls->event_new(gpu, 0, &s->copied);
     if (!code) code = gpu->calls->event_new(gpu, 1, &s->converted);
     return code;
 }
@@ -126,6 +127,7 @@ static void *worker_main(void *arg) {
 
 static void free_slot(const fst_gpu *gpu, fst_slot *s) {
     if (s->started) gpu->calls->event_free(gpu, s->started);
+    if (s->stopped) gpu->calls->event_free(gpu, s->stopped);
     if (s->copied) gpu->calls->event_free(gpu, s->copied);
     if (s->converted) gpu->calls->event_free(gpu, s->converted);
     if (s->stream) gpu->calls->stream_free(gpu, s->stream);

@@ -26,14 +26,16 @@ typedef struct fst_slot {
     unsigned char *bounce;  /* host memory, pinned when the device wants that */
     unsigned char *staging; /* its counterpart on the device */
     fst_queue stream; /* its kernels', behind its copies */
-    fst_event started, copied, converted;
+    fst_event copied, converted;
+    fst_event started, stopped; /* copies that are timed */
     _Atomic(int) state;  /* an fst_slot_state */
     atomic_uint left;    /* FILLING: strips that are not read yet */
     uint32_t chunk;      /* that is in it */
     double full;         /* since when its chunk is */
     double queued;       /* COPYING: since when */
     unsigned sender;     /* the worker that sent the chunk on */
-    int kernels_untimed; /* `converted` was not looked at yet */
+    int timed;           /* its copies are */
+    int kernels_untimed; /* of such: `converted` was not looked at yet */
     int pinned;
 } fst_slot;
 
@@ -85,6 +87,7 @@ struct fst_engine {
     fst_slot *slots;
     fst_queue copies;        /* of all slots, one after the other: two at a time are slower together, and either is done later */
     pthread_mutex_t sending; /* who queues there */
+    unsigned sent;           /* counts chunks whose copies were queued; under `sending` */
 
     pthread_mutex_t lock;
     pthread_cond_t wake;      /* workers: a job, or the end */

@@ -104,7 +104,8 @@ typedef struct fst_pipeline_stats {
     uint64_t nans;                 /* that were quantized */
     double   held_seconds;         /* for blocks, most of it for a consumer that holds memory */
     double   slot_seconds;         /* of slots whose copies were queued and not known to be done */
-    double   copy_ms, launch_ms;   /* on the device */
+    double   copy_ms, launch_ms;   /* on the device, by a sample that it timed */
+    uint64_t sent_bytes, timed_bytes; /* that were copied to it */
 } fst_pipeline_stats;
 
 /* Returns when all is in place, or after the first failure, with every thread idle and every stream empty. The blocks
