@@ -22,6 +22,7 @@
 #define GPU_SLOT ((size_t)8 << 20)
 #define GPU_SLOTS 5u
 #define GPU_STRIP ((size_t)512 << 10)
+#define LEAST_SLOT ((size_t)2 << 20)
 #define MAX_SLOTS 256u
 #define CPU_SLOT ((size_t)512 << 10) /* what is read is still in the core's cache when it is converted */
 #define CPU_SLOTS_EACH 2u
@@ -252,11 +253,19 @@ static size_t gpu_slot_bytes(unsigned sharers) {
     return size;
 }
 
+/* No chunk is larger than a file: where all of them are small, a ring of as many bytes has more slots, of which more are under
+ * way. */
+static void suit_files(shape *s, uint64_t largest_file) {
+    size_t ring = s->slot_bytes * GPU_SLOTS;
+    while (largest_file && s->slot_bytes > LEAST_SLOT && s->slot_bytes / 2 >= largest_file) s->slot_bytes /= 2;
+    s->slots = (unsigned)(ring / s->slot_bytes);
+}
+
 /* Room for all threads to read while others' strips are copied, in not too large a ring. */
 static unsigned gpu_slots(const shape *s) {
     size_t reading = s->threads * (s->strip_bytes < s->slot_bytes ? s->strip_bytes : s->slot_bytes);
     size_t slots = reading * 5 / 2 / s->slot_bytes + 1, most = MAX_RING / s->slot_bytes;
-    if (slots < GPU_SLOTS) slots = GPU_SLOTS;
+    if (slots < s->slots) slots = s->slots;
     if (slots > most) slots = most;
     if (fst_pipeline_tuning.slots) slots = fst_pipeline_tuning.slots;
     return (unsigned)(slots < 2 ? 2 : slots > MAX_SLOTS ? MAX_SLOTS : slots);
@@ -264,10 +273,14 @@ static unsigned gpu_slots(const shape *s) {
 
 static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {
     unsigned cpus = fst_os_cpus();
-    shape s = {config->threads, 0, config->slot_bytes, fst_pipeline_tuning.strip_bytes};
+    shape s = {config->threads, GPU_SLOTS, config->slot_bytes, fst_pipeline_tuning.strip_bytes};
     if (s.threads == 0) s.threads = gpu->host_access || cpus < GPU_THREADS ? cpus : GPU_THREADS;
     if (s.threads > MAX_THREADS) s.threads = MAX_THREADS;
-    if (s.slot_bytes == 0) s.slot_bytes = gpu->host_access ? CPU_SLOT : gpu_slot_bytes(config->sharers);
+    if (s.slot_bytes == 0 && gpu->host_access) s.slot_bytes = CPU_SLOT;
+    if (s.slot_bytes == 0) {
+        s.slot_bytes = gpu_slot_bytes(config->sharers);
+        suit_files(&s, config->largest_file);
+    }
     s.slot_bytes = round_up(s.slot_bytes, PAGE);
     if (s.strip_bytes == 0) s.strip_bytes = GPU_STRIP;
     if (gpu->host_access) s.strip_bytes = s.slot_bytes + PAGE; /* a chunk is one, wherever it begins */

@@ -515,6 +515,43 @@ TEST(pipeline, a_context_keeps_two_shapes) {
     fake_gpu_end();
 }
 
+static size_t large_cache(void) { return (size_t)64 << 20; }
+
+/* A chunk is no larger than its file. */
+TEST(pipeline, small_files_have_more_slots_that_are_smaller) {
+    static const struct {
+        size_t nbytes, slot_bytes;
+        unsigned slots;
+    } cases[] = {{1, 2 << 20, 20},
+                 {(2 << 20) - 4096, 2 << 20, 20},
+                 {2 << 20, 4 << 20, 10},
+                 {(4 << 20) - 4096, 4 << 20, 10},
+                 {4 << 20, 8 << 20, 5}};
+    size_t (*usual)(void) = fst_os_calls.cache_bytes;
+    const char *path = test_path("size.safetensors");
+    unsigned char *zeros = calloc(4, 1 << 20);
+    CHECK(zeros);
+    fake_gpu_begin(&(fake_gpu_options){.seed = 1});
+    fst_os_calls.cache_bytes = large_cache;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fst_options options = support_options(FST_DEVICE_GPU(0));
+        fst_stats stats = {.size = sizeof stats};
+        fst_model *model;
+        char shape[32];
+        snprintf(shape, sizeof shape, "[%zu]", cases[i].nbytes);
+        support_checkpoint(path, NULL, &(support_tensor){"t", "U8", shape, zeros, cases[i].nbytes}, 1, 0);
+        options.slot_bytes = 0;
+        CHECK_INT(FST_OK, fst_load(support_list(path), &options, &model, NULL));
+        CHECK_INT(FST_OK, fst_model_stats(model, &stats));
+        CHECK_INT(cases[i].slot_bytes, stats.slot_bytes);
+        CHECK_INT(cases[i].slots, stats.slots);
+        fst_model_free(model);
+    }
+    fst_os_calls.cache_bytes = usual;
+    fake_gpu_end();
+    free(zeros);
+}
+
 typedef struct loader {
     const char *const *files;
     fst_options options;

@@ -487,6 +487,45 @@ TEST(quantized, companions_come_a_batch_ahead) {
         CHECK_INT(i % 2 && i < 2 * WEIGHTS - 1 ? SCALE : CODES, records[i].nbytes);
 }
 
+/* Each companion lies behind its weight; a batch's are one chunk, whatever is between them. */
+TEST(quantized, companions_beside_their_weights_share_chunks) {
+    enum { WEIGHTS = 6, HIGH = 256, CODES = HIGH * 1024 };
+    static unsigned char codes[CODES];
+    static float scales[WEIGHTS][HIGH];
+    char names[WEIGHTS][2][32];
+    const char *path = test_path("beside.safetensors"), *files[] = {path, NULL};
+    support_tensor tensors[2 * WEIGHTS];
+    memset(codes, 0x38, sizeof codes); /* 1 */
+    for (unsigned i = 0; i < WEIGHTS; i++) {
+        sprintf(names[i][0], "m%u.weight", i);
+        sprintf(names[i][1], "m%u.weight_scale", i);
+        for (unsigned row = 0; row < HIGH; row++) scales[i][row] = (float)(HIGH * i + row);
+        tensors[2 * i] = (support_tensor){names[i][0], "F8_E4M3", "[256,1024]", codes, CODES};
+        tensors[2 * i + 1] = (support_tensor){names[i][1], "F32", "[256,1]", scales[i], sizeof scales[i]};
+    }
+    support_checkpoint(path, NULL, tensors, 2 * WEIGHTS, 0);
+    for (uint64_t seed = 0; seed < 6; seed++) {
+        fst_options options = options_for(seed % 3 ? FST_DEVICE_GPU(0) : FST_DEVICE_CPU, FST_F32);
+        fst_stats stats = {.size = sizeof stats};
+        fst_model *model;
+        options.slot_bytes = CODES;
+        fst_batch_bytes = seed % 2 ? 2 * sizeof scales[0] : 0;
+        fake_gpu_begin(&(fake_gpu_options){.seed = seed});
+        CHECK_INT(FST_OK, fst_load(files, &options, &model, NULL));
+        CHECK_INT(FST_OK, fst_model_stats(model, &stats));
+        CHECK_INT(WEIGHTS + (fst_batch_bytes ? WEIGHTS / 2 : 1), stats.chunks);
+        fst_batch_bytes = 0;
+        for (size_t i = 0; i < WEIGHTS; i++) {
+            fst_tensor tensor;
+            CHECK_INT(FST_OK, fst_model_at(model, i, &tensor));
+            for (unsigned row = 0; row < HIGH; row++)
+                CHECK(((const float *)tensor.data)[row * 1024 + row] == (float)(HIGH * i + row));
+        }
+        fst_model_free(model);
+        fake_gpu_end();
+    }
+}
+
 TEST(quantized, one_by_one) {
     const char *const *files = many_weights(40);
     for (uint64_t seed = 0; seed < 12; seed++) {
