@@ -208,6 +208,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
     engine->gpu = gpu;
     gpu->calls->hold(gpu);
     atomic_flag_clear(&engine->giving);
+    atomic_flag_clear(&engine->looking);
     engine->process = getpid();
     engine->node = gpu->pci[0] ? fst_os_calls.pci_node(gpu->pci) : -1;
     engine->slots_count = wanted->slots;

@@ -106,6 +106,9 @@ struct fst_engine {
     int allocating;                           /* somebody does */
     uint64_t companion_bytes, companion_peak; /* memory of batches */
     atomic_uint_fast64_t next_strip; /* its chunk x 2^32 + which of that one's it is */
+    uint64_t ahead;                  /* likewise: the next that nobody looked at; who holds `looking` */
+    atomic_flag looking;             /* somebody looks at what comes later */
+    _Atomic int64_t advised;         /* bytes that the kernel reads, and nobody has begun to read */
     atomic_uint next_slot;           /* the chunk that gets the next slot */
     atomic_flag giving;              /* somebody gives it one */
     atomic_uint inside;              /* workers that may still queue something */

@@ -21,7 +21,10 @@
 #define NEXT_SECONDS 0.002    /* a consumer looks so often whether all the others wait for it */
 #define TIMED_EACH 7u         /* the copies of so many chunks are timed once: a timed event costs the link 2 us */
 #define DIRECT_LAUNCHES 2u    /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
-#define AHEAD_BYTES ((uint64_t)64 << 20) /* of files, that the kernel is asked to read before they are read */
+#define AHEAD_BYTES ((int64_t)64 << 20) /* of files, that the kernel is asked to read before they are read, */
+#define ADVICE_BYTES (4u << 20)         /* as many at a time; */
+#define LOOK_BYTES ((size_t)512 << 20)  /* looked for not further ahead than this, */
+#define LOOKS 16u                       /* and so many strips in a row */
 
 fst_trace *fst_pipeline_trace;
 
@@ -1111,43 +1114,97 @@ static int take_strip(fst_engine *engine, const fst_load_job *job, fst_strip *ou
     return 1;
 }
 
-/* How a strip will be read: 1 + its fst_how once somebody decided, be it for later; DECIDING in between. */
+/* How a strip will be read: 1 + its fst_how once somebody decided, be it ahead of time; ADVISED: the kernel reads it already;
+ * DECIDING: who looks ahead is about to know. */
+#define ADVISED 128u
 #define DECIDING 255u
 
 static atomic_uchar *how_of(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
     return &job->hows[strip->chunk * fst_engine_strips(engine) + strip->index];
 }
 
-static fst_how choose(const fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
-    atomic_uchar *known = how_of(engine, job, strip);
+static fst_how look_at(const fst_load_job *job, const fst_strip *strip) {
     const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
-    unsigned char decided = atomic_load(known);
     uint64_t offset, nbytes;
-    if (decided && decided != DECIDING) return (fst_how)(decided - 1);
     span_of(job, chunk, strip->offset - chunk->offset, strip->nbytes, &offset, &nbytes);
     fst_how how = fst_reader_choose(job->reader, chunk->file, offset, nbytes);
-    if (chunk->gathered && how == FST_HOW_DIRECT) how = FST_HOW_BUFFERED; /* sectors have other things, too */
-    atomic_store(known, (unsigned char)(1 + how));
-    return how;
+    return chunk->gathered && how == FST_HOW_DIRECT ? FST_HOW_BUFFERED : how; /* sectors have other things, too */
 }
 
-/* Decides about the strip that comes so many bytes later, and has it read in the background. */
-static void read_ahead(const fst_engine *engine, const fst_load_job *job, const fst_strip *from) {
+/* How to read the strip, which is begun now. */
+static fst_how choose(fst_engine *engine, const fst_load_job *job, const fst_strip *strip) {
+    atomic_uchar *known = how_of(engine, job, strip);
+    unsigned char decided = atomic_load(known);
+    if (decided == 0 || decided == DECIDING) {
+        unsigned char mine = (unsigned char)(1 + look_at(job, strip));
+        decided = atomic_exchange(known, mine);
+        if (decided == 0 || decided == DECIDING) decided = mine;
+    }
+    if (decided & ADVISED) atomic_fetch_sub(&engine->advised, strip->nbytes);
+    return (fst_how)((decided & ~ADVISED) - 1);
+}
+
+/* Has the kernel read parts of a file in the background. */
+static void advise(const fst_load_job *job, const fst_strip *strip, uint32_t nbytes) {
+    const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
+    uint64_t at = strip->offset - chunk->offset, end = at + nbytes;
+    if (!chunk->gathered) fst_reader_advise(job->reader, chunk->file, strip->offset, nbytes);
+    while (chunk->gathered && at < end) {
+        fst_segments segments;
+        at += some_segments(job, chunk, at, end, &segments);
+        fst_reader_advise(job->reader, chunk->file, segments.offset,
+                          (segments.count - 1) * segments.pitch + segments.nbytes);
+    }
+}
+
+/* The strip that nobody looked at yet and that comes next, not too far ahead. 0: there is none. */
+static int next_ahead(fst_engine *engine, const fst_load_job *job, fst_strip *out) {
     const fst_plan *plan = job->plan;
-    uint32_t chunk = from->chunk;
-    uint64_t left = AHEAD_BYTES + (from->offset - plan->chunks[chunk].offset);
-    unsigned char undecided = 0;
-    uint64_t offset, nbytes;
-    while (chunk < plan->chunks_count && left >= plan->chunks[chunk].nbytes)
-        left -= plan->chunks[chunk++].nbytes;
-    if (chunk == plan->chunks_count) return;
-    fst_strip ahead = strip_at(engine, job, chunk, (unsigned)(left / engine->strip_bytes));
-    if (!atomic_compare_exchange_strong(how_of(engine, job, &ahead), &undecided, DECIDING)) return;
-    span_of(job, &plan->chunks[chunk], ahead.offset - plan->chunks[chunk].offset, ahead.nbytes, &offset,
-            &nbytes);
-    fst_how how = fst_reader_ahead(job->reader, plan->chunks[chunk].file, offset, nbytes);
-    if (plan->chunks[chunk].gathered && how == FST_HOW_DIRECT) how = FST_HOW_BUFFERED;
-    atomic_store(how_of(engine, job, &ahead), (unsigned char)(1 + how));
+    uint64_t reading = atomic_load(&engine->next_strip);
+    if (engine->ahead < reading) engine->ahead = reading;
+    uint32_t chunk = (uint32_t)(engine->ahead >> 32), k = (uint32_t)engine->ahead;
+    while (chunk < plan->chunks_count && fst_shared_has(job->shared, &plan->chunks[chunk])) chunk++, k = 0;
+    if (chunk >= plan->chunks_count || chunk - (uint32_t)(reading >> 32) > LOOK_BYTES / engine->facts.slot_bytes)
+        return 0;
+    *out = strip_at(engine, job, chunk, k);
+    int last = k + 1 == strips_of(engine, job, &plan->chunks[chunk]);
+    engine->ahead = last ? (uint64_t)(chunk + 1) << 32 : (uint64_t)chunk << 32 | (k + 1);
+    return 1;
+}
+
+/* Decides about strips that come later, and has those read that are not in memory, so that storage is busy, also while what
+ * is in memory is copied. One worker at a time: several at once only wait for the locks of the same file. */
+static void look_ahead(fst_engine *engine, const fst_load_job *job) {
+    fst_strip strip, run = {.nbytes = 0};
+    if (atomic_flag_test_and_set(&engine->looking)) return;
+    for (unsigned looks = 0; looks < LOOKS && atomic_load(&engine->advised) < AHEAD_BYTES; looks++) {
+        unsigned char expected = 0;
+        if (!next_ahead(engine, job, &strip)) break;
+        atomic_uchar *known = how_of(engine, job, &strip);
+        if (!atomic_compare_exchange_strong(known, &expected, DECIDING)) continue;
+        fst_how how = look_at(job, &strip);
+        unsigned char decided = (unsigned char)(1 + how);
+        expected = DECIDING;
+        if (how != FST_HOW_BUFFERED) {
+            atomic_compare_exchange_strong(known, &expected, decided);
+            continue;
+        }
+        const fst_plan_chunk *chunks = job->plan->chunks;
+        int follows = run.nbytes && !chunks[run.chunk].gathered && !chunks[strip.chunk].gathered &&
+                      chunks[run.chunk].file == chunks[strip.chunk].file &&
+                      run.offset + run.nbytes == strip.offset && run.nbytes < ADVICE_BYTES;
+        if (follows) {
+            run.nbytes += strip.nbytes;
+        } else {
+            if (run.nbytes) advise(job, &run, run.nbytes);
+            run = strip;
+        }
+        atomic_fetch_add(&engine->advised, strip.nbytes);
+        if (!atomic_compare_exchange_strong(known, &expected, (unsigned char)(decided | ADVISED)))
+            atomic_fetch_sub(&engine->advised, strip.nbytes); /* somebody reads it already */
+    }
+    if (run.nbytes) advise(job, &run, run.nbytes);
+    atomic_flag_clear(&engine->looking);
 }
 
 /* Sends on what is full: first what need not wait for memory, which others may wait for; and before this worker waits,
@@ -1271,6 +1328,7 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
     fst_engine *engine = w->engine;
     const fst_plan_chunk *chunk = &job->plan->chunks[strip->chunk];
     const int shared = fst_shared_has(job->shared, chunk);
+    if (!shared) look_ahead(engine, job);
     fst_how how = shared ? FST_HOW_CACHED : choose(engine, job, strip);
     double start = fst_os_now();
     if (shared) {
@@ -1281,7 +1339,6 @@ static int begin_strip(fst_worker *w, const fst_load_job *job, fst_slot *s, cons
         if (there && !engine->gpu->host_access) strip_is_there(w, s);
         if (!there || !engine->gpu->host_access) return there;
     }
-    if (how == FST_HOW_BUFFERED) read_ahead(engine, job, strip);
     if (how != FST_HOW_CACHED && !chunk->gathered && prepare_ring(w, job) &&
         submit_strip(w, job, s, strip, how))
         return 1;
@@ -1474,6 +1531,8 @@ fst_status fst_pipeline_begin(fst_engine *engine, const fst_load_job *job, fst_e
         return status;
     }
     atomic_store(&engine->next_strip, 0);
+    atomic_store(&engine->advised, 0);
+    engine->ahead = 0;
     atomic_store(&engine->next_slot, 0);
     atomic_store(&engine->inside, engine->threads_count);
     atomic_store(&engine->stop, 0);

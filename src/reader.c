@@ -7,12 +7,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "status.h"
 
 #define SECTOR 4096u                         /* for O_DIRECT: a multiple of what any disk wants */
-#define READAHEAD_STEP ((uint64_t)128 << 10) /* the kernel cuts longer advice to the device's readahead */
+#define LEAST_STEP ((uint64_t)128 << 10)     /* of advice to read: Linux' usual readahead */
+#define MOST_STEP ((uint64_t)4 << 20)
 #define MINCORE_PAGES 1024u
 
 /* How it is found out whether something is in memory, from the best to none. */
@@ -30,6 +32,7 @@ typedef struct file {
     atomic_int method;
     _Atomic(const char *) why; /* not a better method; NULL: this is the best */
     atomic_int direct, probe;  /* descriptors of our own, NOT_OPENED or REFUSED */
+    _Atomic uint64_t step;     /* of advice; 0: not known yet */
     atomic_int advised;        /* the kernel reads nothing ahead but what it is told to */
     atomic_int no_direct;      /* O_DIRECT was refused; `direct` may be in use in other threads still */
     _Atomic(void *) map;       /* for mincore */
@@ -324,13 +327,34 @@ fst_how fst_reader_choose(fst_reader *reader, size_t which, uint64_t offset, siz
     return direct_of(reader, f) >= 0 ? FST_HOW_DIRECT : FST_HOW_BUFFERED;
 }
 
+/* Bytes that the kernel begins to read at one word: it cuts longer advice to the device's readahead. */
+static uint64_t advice_step(file *f) {
+    static const char *const places[] = {"/sys/class/bdi/%u:%u/read_ahead_kb",
+                                         "/sys/dev/block/%u:%u/../queue/read_ahead_kb"}; /* of a partition */
+    uint64_t step = atomic_load(&f->step);
+    for (size_t i = 0; !step && i < sizeof places / sizeof *places; i++) {
+        char path[96], text[32];
+        snprintf(path, sizeof path, places[i], major(f->id->device), minor(f->id->device));
+        if (fst_os_calls.read_text(path, text, sizeof text) > 0) step = strtoull(text, NULL, 10) << 10;
+    }
+    if (step < LEAST_STEP) step = LEAST_STEP;
+    if (step > MOST_STEP) step = MOST_STEP;
+    atomic_store(&f->step, step);
+    return step;
+}
+
 static void read_ahead(file *f, uint64_t offset, uint64_t nbytes) {
+    uint64_t step = advice_step(f);
     if (!atomic_load(&f->advised) && !atomic_exchange(&f->advised, 1))
         fst_os_calls.advise(f->fd, 0, 0, FST_ADVICE_RANDOM);
-    for (uint64_t end = offset + nbytes; offset < end; offset += READAHEAD_STEP) {
-        uint64_t size = end - offset < READAHEAD_STEP ? end - offset : READAHEAD_STEP;
+    for (uint64_t end = offset + nbytes; offset < end; offset += step) {
+        uint64_t size = end - offset < step ? end - offset : step;
         if (fst_os_calls.advise(f->fd, offset, size, FST_ADVICE_WILLNEED)) break;
     }
+}
+
+void fst_reader_advise(fst_reader *reader, size_t which, uint64_t offset, uint64_t nbytes) {
+    if (reader->options.cache != FST_CACHE_AVOID) read_ahead(&reader->files[which], offset, nbytes);
 }
 
 /* A file system that refused O_DIRECT: what is read buffered then is not to stay, unless it was there before. */
@@ -343,8 +367,7 @@ static int is_to_be_dropped(fst_reader *reader, file *f, fst_how how, uint64_t o
 
 fst_how fst_reader_ahead(fst_reader *reader, size_t which, uint64_t offset, size_t nbytes) {
     fst_how how = fst_reader_choose(reader, which, offset, nbytes);
-    if (how == FST_HOW_BUFFERED && reader->options.cache != FST_CACHE_AVOID)
-        read_ahead(&reader->files[which], offset, nbytes);
+    if (how == FST_HOW_BUFFERED) fst_reader_advise(reader, which, offset, nbytes);
     return how;
 }
 

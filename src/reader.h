@@ -42,6 +42,9 @@ fst_how fst_reader_choose(fst_reader *reader, size_t file, uint64_t offset, size
  * again then: it would look as if it had been in memory all along. */
 fst_how fst_reader_ahead(fst_reader *reader, size_t file, uint64_t offset, size_t nbytes);
 
+/* The kernel begins to read what was to be read buffered. */
+void fst_reader_advise(fst_reader *reader, size_t file, uint64_t offset, uint64_t nbytes);
+
 /* Reads [offset, offset + nbytes). Byte `offset` lands at slot + offset % 4096; `slot` is aligned to 4096 and has room
  * for nbytes + 2 * 4096. A file system that refuses O_DIRECT is read buffered from then on, and *how says so. The bytes
  * read, fewer than nbytes only at the end of the file, or a negative errno. */
