@@ -258,7 +258,8 @@ static size_t gpu_slot_bytes(unsigned sharers) {
  * way. */
 static void suit_files(shape *s, uint64_t largest_file) {
     size_t ring = s->slot_bytes * GPU_SLOTS;
-    while (largest_file && s->slot_bytes > LEAST_SLOT && s->slot_bytes / 2 >= largest_file) s->slot_bytes /= 2;
+    while (largest_file && s->slot_bytes > LEAST_SLOT && s->slot_bytes / 2 >= largest_file)
+        s->slot_bytes /= 2;
     s->slots = (unsigned)(ring / s->slot_bytes);
 }
 

@@ -19,8 +19,8 @@
 #define SLOT_NAPS 100u        /* and so many in all */
 #define RING_SLOTS 64u        /* that are registered with an io_uring */
 #define NEXT_SECONDS 0.002    /* a consumer looks so often whether all the others wait for it */
-#define TIMED_EACH 7u         /* the copies of so many chunks are timed once: a timed event costs the link 2 us */
-#define DIRECT_LAUNCHES 2u    /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
+#define TIMED_EACH 7u /* the copies of so many chunks are timed once: a timed event costs the link 2 us */
+#define DIRECT_LAUNCHES 2u /* so many CONVERT pieces in a chunk are launched one by one, more as a batch */
 #define AHEAD_BYTES ((int64_t)64 << 20) /* of files, that the kernel is asked to read before they are read, */
 #define ADVICE_BYTES (4u << 20)         /* as many at a time; */
 #define LOOK_BYTES ((size_t)512 << 20)  /* looked for not further ahead than this, */
@@ -267,21 +267,48 @@ static uint32_t last_number(fst_dtype dtype, unsigned *size) {
     }
 }
 
+/* How many of some codes are above the last number, their sign (what the mask lacks) aside; or whether any is, which takes the
+ * compiler's vectors, and nearly always none is. */
+#define NAN_COUNTERS(bits)                                                                            \
+    static int any_above_##bits(const unsigned char *codes, size_t count, uint##bits##_t mask,        \
+                                uint##bits##_t last) {                                                \
+        uint##bits##_t any = 0, code;                                                                 \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            memcpy(&code, codes + i * sizeof code, sizeof code);                                      \
+            any |= (uint##bits##_t) - ((uint##bits##_t)(code & mask) > last);                         \
+        }                                                                                             \
+        return any != 0;                                                                              \
+    }                                                                                                 \
+    static uint64_t count_above_##bits(const unsigned char *codes, size_t count, uint##bits##_t mask, \
+                                       uint##bits##_t last) {                                         \
+        uint64_t found = 0;                                                                           \
+        uint##bits##_t code;                                                                          \
+        for (size_t i = 0; i < count; i++) {                                                          \
+            memcpy(&code, codes + i * sizeof code, sizeof code);                                      \
+            found += (uint##bits##_t)(code & mask) > last;                                            \
+        }                                                                                             \
+        return found;                                                                                 \
+    }
+NAN_COUNTERS(8)
+NAN_COUNTERS(16)
+NAN_COUNTERS(32)
+
+#define NAN_BLOCK 4096u /* bytes that are looked at at once */
+
 static uint64_t count_nans(const unsigned char *codes, uint64_t nbytes, fst_dtype dtype) {
     unsigned size;
-    const uint32_t last = last_number(dtype, &size), mask = dtype == FST_F8_E8M0 ? 0xFF : 0;
+    const uint32_t last = last_number(dtype, &size);
+    const uint8_t mask = dtype == FST_F8_E8M0 ? 0xFF : 0x7F;
     uint64_t found = 0;
-    if (size == 1)
-        for (uint64_t i = 0; i < nbytes; i++) found += (codes[i] & (mask | 0x7F)) > last;
-    for (uint64_t i = 0; size == 2 && i + 2 <= nbytes; i += 2) {
-        uint16_t code;
-        memcpy(&code, codes + i, sizeof code);
-        found += (code & 0x7FFFu) > last;
-    }
-    for (uint64_t i = 0; size == 4 && i + 4 <= nbytes; i += 4) {
-        uint32_t code;
-        memcpy(&code, codes + i, sizeof code);
-        found += (code & 0x7FFFFFFF) > last;
+    for (uint64_t at = 0, left; last && at < nbytes; at += NAN_BLOCK) {
+        const unsigned char *block = codes + at;
+        left = nbytes - at < NAN_BLOCK ? nbytes - at : NAN_BLOCK;
+        if (size == 1 && any_above_8(block, left, mask, (uint8_t)last))
+            found += count_above_8(block, left, mask, (uint8_t)last);
+        else if (size == 2 && any_above_16(block, left / 2, 0x7FFF, (uint16_t)last))
+            found += count_above_16(block, left / 2, 0x7FFF, (uint16_t)last);
+        else if (size == 4 && any_above_32(block, left / 4, 0x7FFFFFFF, last))
+            found += count_above_32(block, left / 4, 0x7FFFFFFF, last);
     }
     return found;
 }
@@ -506,7 +533,7 @@ static int finish_stripes(fst_worker *w, const fst_load_job *job, uint32_t index
         }
         if (!code)
             code = fst_piece_quantize(w, job, stripe->tensor, fst_piece_parked(job, i), tensor->parked,
-                                       stripe->matrix, stripe->first_row, stripe->rows);
+                                      stripe->matrix, stripe->first_row, stripe->rows);
         w->stats.launches++;
         atomic_store(&job->parking->stripes[i].finisher, index + 1);
         *finished = 1;
@@ -657,7 +684,8 @@ static void track_chunk(fst_engine *engine, const fst_load_job *job, uint32_t in
 static int finish_kernels(fst_worker *w, fst_slot *s) {
     const fst_gpu *gpu = w->engine->gpu;
     int code = gpu->calls->event_wait(gpu, s->converted);
-    float convert = code || !s->kernels_untimed ? -1 : gpu->calls->event_elapsed(gpu, s->stopped, s->converted);
+    float convert =
+        code || !s->kernels_untimed ? -1 : gpu->calls->event_elapsed(gpu, s->stopped, s->converted);
     if (convert > 0) w->stats.launch_ms += (double)convert;
     s->kernels_untimed = 0;
     return code;
@@ -1128,7 +1156,8 @@ static fst_how look_at(const fst_load_job *job, const fst_strip *strip) {
     uint64_t offset, nbytes;
     span_of(job, chunk, strip->offset - chunk->offset, strip->nbytes, &offset, &nbytes);
     fst_how how = fst_reader_choose(job->reader, chunk->file, offset, nbytes);
-    return chunk->gathered && how == FST_HOW_DIRECT ? FST_HOW_BUFFERED : how; /* sectors have other things, too */
+    return chunk->gathered && how == FST_HOW_DIRECT ? FST_HOW_BUFFERED
+                                                    : how; /* sectors have other things, too */
 }
 
 /* How to read the strip, which is begun now. */
@@ -1164,7 +1193,8 @@ static int next_ahead(fst_engine *engine, const fst_load_job *job, fst_strip *ou
     if (engine->ahead < reading) engine->ahead = reading;
     uint32_t chunk = (uint32_t)(engine->ahead >> 32), k = (uint32_t)engine->ahead;
     while (chunk < plan->chunks_count && fst_shared_has(job->shared, &plan->chunks[chunk])) chunk++, k = 0;
-    if (chunk >= plan->chunks_count || chunk - (uint32_t)(reading >> 32) > LOOK_BYTES / engine->facts.slot_bytes)
+    if (chunk >= plan->chunks_count ||
+        chunk - (uint32_t)(reading >> 32) > LOOK_BYTES / engine->facts.slot_bytes)
         return 0;
     *out = strip_at(engine, job, chunk, k);
     int last = k + 1 == strips_of(engine, job, &plan->chunks[chunk]);
@@ -1406,7 +1436,7 @@ static void settle(fst_worker *w, const fst_load_job *job) {
     for (unsigned i = 0; i < engine->slots_count; i++) {
         fst_slot *s = &engine->slots[i];
         if (atomic_load(&s->state) == FST_SLOT_FILLING)
-            atomic_store(&s->state, FST_SLOT_FREE); /* of a job that failed */
+            atomic_store(&s->state, FST_SLOT_FREE);      /* of a job that failed */
         if (gpu->host_access || !s->converted) continue; /* not made whole */
         w->stream = s->stream;
         int code = gpu->calls->stream_wait(gpu, s->stream);

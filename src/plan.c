@@ -343,7 +343,8 @@ static int continues(const planner *p, const fst_plan_tensor *tensor, uint64_t o
     if (!open || open->file != tensor->file || offset < end_of_open(p)) return 0;
     uint64_t between = offset - end_of_open(p), small = p->options->chunk_bytes / SMALL_SHARE;
     int segments = cut_of(p, tensor) && cut_of(p, tensor)->segment < cut_of(p, tensor)->nbytes;
-    int gathers = p->gathers || p->companions; /* the latter lie beside their weights: each would take a slot */
+    int gathers =
+        p->gathers || p->companions; /* the latter lie beside their weights: each would take a slot */
     if (gathers && (between || segments || open->gathered)) {
         /* Many small parts; large ones are better alone, since only what is not gathered is read past the cache. */
         if (left > small && open->nbytes > small && !(segments && open->gathered)) return 0;

@@ -12,8 +12,8 @@
 
 #include "status.h"
 
-#define SECTOR 4096u                         /* for O_DIRECT: a multiple of what any disk wants */
-#define LEAST_STEP ((uint64_t)128 << 10)     /* of advice to read: Linux' usual readahead */
+#define SECTOR 4096u                     /* for O_DIRECT: a multiple of what any disk wants */
+#define LEAST_STEP ((uint64_t)128 << 10) /* of advice to read: Linux' usual readahead */
 #define MOST_STEP ((uint64_t)4 << 20)
 #define MINCORE_PAGES 1024u
 

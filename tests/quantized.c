@@ -320,6 +320,31 @@ TEST(quantized, scales_that_are_nan_are_counted) {
     }
 }
 
+/* More than are looked at in one go. */
+TEST(quantized, scales_that_are_nan_are_counted_among_many) {
+    enum { MANY = 9001 };
+    static const unsigned nans[] = {0, 1023, 1024, 2047, 2048, 4095, 4096, 8191, 8192, MANY - 1};
+    enum { NANS = sizeof nans / sizeof *nans };
+    static unsigned char codes[MANY * 32], powers[MANY];
+    static uint32_t f32[MANY];
+    static uint16_t bf16[MANY];
+    for (unsigned i = 0; i < MANY; i++) f32[i] = 0xFF800000, bf16[i] = 0x7F80, powers[i] = 0xFE;
+    for (unsigned i = 0; i < NANS; i++) f32[nans[i]]++, bf16[nans[i]]++, powers[nans[i]]++;
+    const support_tensor tensors[] = {{"a.weight", "F8_E4M3", "[9001,1]", codes, MANY},
+                                      {"a.weight_scale", "F32", "[9001,1]", f32, sizeof f32},
+                                      {"b.weight", "F8_E4M3", "[9001,1]", codes, MANY},
+                                      {"b.weight_scale", "BF16", "[9001,1]", bf16, sizeof bf16},
+                                      {"d.weight", "F8_E4M3", "[9001,32]", codes, sizeof codes},
+                                      {"d.weight_scale", "U8", "[9001,1]", powers, MANY}};
+    const char *path = test_path("model.safetensors");
+    support_checkpoint(path, NULL, tensors, sizeof tensors / sizeof *tensors, 1);
+    for (int device = FST_DEVICE_CPU; device <= FST_DEVICE_GPU(0); device++) {
+        fake_gpu_begin(&(fake_gpu_options){.seed = 4});
+        CHECK_INT(3 * NANS, stats_of(path, device).nan_scales);
+        fake_gpu_end();
+    }
+}
+
 TEST(quantized, weights_without_a_scale_are_counted) {
     static const unsigned char codes[16];
     const support_tensor tensors[] = {{"a.weight", "F8_E4M3", "[4,4]", codes, 16},
