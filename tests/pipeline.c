@@ -515,21 +515,21 @@ TEST(pipeline, a_context_keeps_two_shapes) {
     fake_gpu_end();
 }
 
-static size_t large_cache(void) { return (size_t)64 << 20; }
+static size_t large_cache(void) { return (size_t)128 << 20; }
 
 /* A chunk is no larger than its file. */
 TEST(pipeline, small_files_have_more_slots_that_are_smaller) {
     static const struct {
         size_t nbytes, slot_bytes;
         unsigned slots;
-    } cases[] = {{1, 2 << 20, 20},
-                 {(2 << 20) - 4096, 2 << 20, 20},
-                 {2 << 20, 4 << 20, 10},
-                 {(4 << 20) - 4096, 4 << 20, 10},
-                 {4 << 20, 8 << 20, 5}};
+    } cases[] = {{1, 2 << 20, 32},
+                 {(2 << 20) - 4096, 2 << 20, 32},
+                 {2 << 20, 4 << 20, 16},
+                 {(8 << 20) - 4096, 8 << 20, 8},
+                 {8 << 20, 16 << 20, 4}};
     size_t (*usual)(void) = fst_os_calls.cache_bytes;
     const char *path = test_path("size.safetensors");
-    unsigned char *zeros = calloc(4, 1 << 20);
+    unsigned char *zeros = calloc(8, 1 << 20);
     CHECK(zeros);
     fake_gpu_begin(&(fake_gpu_options){.seed = 1});
     fst_os_calls.cache_bytes = large_cache;
