@@ -281,6 +281,7 @@ static shape choose_shape(const fst_gpu *gpu, const fst_engine_config *config) {
     if (s.slot_bytes == 0 && gpu->host_access) s.slot_bytes = CPU_SLOT;
     if (s.slot_bytes == 0) {
         s.slot_bytes = gpu_slot_bytes(config->sharers);
+        if (config->shares && s.slot_bytes > GPU_SLOT / 2) s.slot_bytes = GPU_SLOT / 2;
         suit_files(&s, config->largest_file);
     }
     s.slot_bytes = round_up(s.slot_bytes, PAGE);

@@ -366,10 +366,11 @@ static fst_status share_reading(fst_loading *l, fst_status mine) {
 
 static fst_status prepare(fst_loading *l, uint64_t block_bytes) {
     fst_model *model = l->model;
-    fst_engine_config config = {l->options.threads, l->options.slot_bytes, 0, 0};
+    fst_engine_config config = {.threads = l->options.threads, .slot_bytes = l->options.slot_bytes};
     fst_status status = find_device(l);
     for (size_t i = 0; i < model->paths.count; i++)
         if (l->ids[i].size > config.largest_file) config.largest_file = l->ids[i].size;
+    config.shares = l->peers != NULL;
     config.sharers = l->options.ranks < HOST_RANKS ? l->options.ranks : HOST_RANKS;
     double before = fst_os_now();
     if (!status)

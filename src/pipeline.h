@@ -16,10 +16,11 @@
 typedef struct fst_engine fst_engine;
 
 typedef struct fst_engine_config {
-    unsigned threads;     /* 0: as suits the device */
-    size_t   slot_bytes;  /* 0: likewise */
-    unsigned sharers;     /* ranks on this host, whose rings share its caches; 0: 1 */
+    unsigned threads;      /* 0: as suits the device */
+    size_t   slot_bytes;   /* 0: likewise */
+    unsigned sharers;      /* ranks on this host, whose rings share its caches; 0: 1 */
     uint64_t largest_file; /* its bytes: a GPU's slots need not be larger; 0: not known */
+    int      shares;       /* ranks read for one another, in device memory for as many units as there are slots */
 } fst_engine_config;
 
 typedef struct fst_engine_facts {
