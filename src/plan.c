@@ -261,7 +261,7 @@ static uint64_t stripe_bytes(const fst_plan_tensor *tensor) {
 
 /* The size of windows: of the largest stripe, or larger, so that some chunks are under way at a time. */
 static void size_windows(planner *p) {
-    uint64_t wanted = p->options->window_bytes ? p->options->window_bytes : 8 * p->options->chunk_bytes;
+    uint64_t wanted = p->options->window_bytes ? p->options->window_bytes : 4 * p->options->chunk_bytes;
     uint64_t largest = 0, all = 0;
     for (size_t i = 0; i < p->plan->stored_count; i++) {
         const fst_plan_tensor *tensor = &p->plan->tensors[i];
