@@ -125,26 +125,36 @@ static int compare_listed(const void *a, const void *b) {
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
+/* Most loads ask for nothing that a choice would have to say of each tensor: there are none then. */
+static fst_status make_choices(fst_loading *l) {
+    if (!l->choices) l->choices = calloc(l->total + 1, sizeof *l->choices);
+    return l->choices ? FST_OK : fst_no_memory(l->error);
+}
+
 static fst_status apply_index(fst_loading *l) {
     fst_model *model = l->model;
     const fst_paths *paths = &model->paths;
-    fst_choice *choice = l->choices;
+    fst_status status = FST_OK;
+    size_t at = 0;
     unsigned char *found;
     if (paths->listed_count == 0) return FST_OK;
     found = calloc(paths->listed_count, 1);
     if (!found) return fst_no_memory(l->error);
-    for (size_t file = 0; file < paths->count; file++) {
+    for (size_t file = 0; file < paths->count && !status; file++) {
         const fst_header *header = &model->headers[file];
-        for (size_t i = 0; i < header->count; i++, choice++) {
+        for (size_t i = 0; i < header->count && !status; i++, at++) {
             if (!paths->indexed[file]) continue;
             struct fst_listed key = {header->tensors[i].name, header->tensors[i].name_length, 0};
             const struct fst_listed *listed =
                 bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
-            choice->skip = !listed || listed->file != file;
-            if (!choice->skip) found[listed - paths->listed] = 1;
+            if (listed && listed->file == file) {
+                found[listed - paths->listed] = 1;
+                continue;
+            }
+            status = make_choices(l);
+            if (!status) l->choices[at].skip = 1;
         }
     }
-    fst_status status = FST_OK;
     for (size_t i = 0; i < paths->listed_count && !status; i++) {
         const struct fst_listed *listed = &paths->listed[i];
         if (found[i]) continue;
@@ -187,15 +197,15 @@ fst_status fst_loading_fill_names(fst_loading *l) {
 /* The tensors that count, in the order of files and offsets; without data yet. */
 static fst_status list_tensors(fst_loading *l) {
     fst_model *model = l->model;
-    const fst_choice *choice = l->choices;
+    size_t at = 0;
     if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
     model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
     if (!model->tensors) return fst_no_memory(l->error);
     for (size_t file = 0; file < model->paths.count; file++) {
         const fst_header *header = &model->headers[file];
-        for (size_t i = 0; i < header->count; i++, choice++) {
+        for (size_t i = 0; i < header->count; i++, at++) {
             const fst_entry *entry = &header->tensors[i];
-            if (choice->skip) continue;
+            if (l->choices && l->choices[at].skip) continue;
             model->tensors[model->count++] = (fst_model_tensor){.entry = entry,
                                                                 .file = (uint32_t)file,
                                                                 .dtype = entry->dtype,
@@ -318,9 +328,10 @@ fst_status fst_loading_open(fst_loading *l, const char *const *files) {
         l->total += model->headers[i].count;
         l->header_bytes += model->headers[i].data_start;
     }
-    l->choices = calloc(l->total + 1, sizeof *l->choices);
-    if (!l->choices) return fst_no_memory(l->error);
-    status = apply_index(l);
+    const fst_options *options = &l->options;
+    if (options->cast != FST_NATIVE || options->rule || options->shards || l->unwanted)
+        status = make_choices(l);
+    if (!status) status = apply_index(l);
     if (!status) status = list_tensors(l);
     return status ? status : understand(l);
 }
@@ -351,7 +362,7 @@ void fst_loading_close(fst_loading *l) {
     free(l->hashes);
     free(l->fds);
     free(l->ids);
-    for (size_t i = 0; l->choices && i < l->total; i++) free((void *)l->choices[i].into);
+    for (size_t i = 0; l->choices && l->options.rule && i < l->total; i++) free((void *)l->choices[i].into);
     free(l->choices);
     l->fds = NULL;
     l->hashes = NULL;
