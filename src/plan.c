@@ -54,6 +54,9 @@ static int room(void *array, size_t count, size_t *capacity, size_t size) {
     return 1;
 }
 
+/* Whether anything is quantized. */
+static int has_weights(const planner *p) { return p->options->scheme && p->options->scheme->count; }
+
 static const fst_cut *cut_of(const planner *p, const fst_plan_tensor *tensor) {
     return fst_plan_cut(p->plan, tensor);
 }
@@ -263,7 +266,7 @@ static uint64_t stripe_bytes(const fst_plan_tensor *tensor) {
 static void size_windows(planner *p) {
     uint64_t wanted = p->options->window_bytes ? p->options->window_bytes : 8 * p->options->chunk_bytes;
     uint64_t largest = 0, all = 0;
-    for (size_t i = 0; i < p->plan->stored_count; i++) {
+    for (size_t i = 0; p->plan->counters_count && i < p->plan->stored_count; i++) {
         const fst_plan_tensor *tensor = &p->plan->tensors[i];
         if (!tensor->parked) continue;
         uint64_t size = stripe_bytes(tensor);
@@ -644,8 +647,10 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
     } else if (tensor->conversion == FST_CONVERT_QUANTIZE || tensor->conversion == FST_CONVERT_FNUZ) {
         tensor->dtype = cast;
     } else {
-        fst_status status = choose_dtype(p, entry, tensor->file, cast, &tensor->dtype);
+        fst_dtype dtype;
+        fst_status status = choose_dtype(p, entry, tensor->file, cast, &dtype);
         if (status) return status;
+        tensor->dtype = dtype;
     }
     if (count > UINT64_MAX / 64) return no_memory(p->error);
     tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
@@ -761,6 +766,7 @@ static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_e
 static fst_status add_scales(planner *p) {
     fst_plan *plan = p->plan;
     size_t count = plan->stored_count;
+    if (plan->counters_count == 0) return FST_OK; /* each of those below has one */
     for (size_t i = 0; i < plan->stored_count; i++)
         count += plan->tensors[i].conversion == FST_CONVERT_QUANTIZE;
     if (count == plan->stored_count) return FST_OK;
@@ -956,6 +962,7 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
         fst_scale scale = choices ? choices[i].scale : p->options->scale;
         *tensor = (fst_plan_tensor){.file = file,
                                     .entry = (uint32_t)i,
+                                    .result = (uint32_t)index, /* as long as all become one */
                                     .block = FST_NO_BLOCK,
                                     .batch = FST_NO_BATCH,
                                     .scales = FST_NO_TENSOR,
@@ -963,6 +970,7 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
                                     .cut = FST_NO_CUT,
                                     .fused = FST_NO_TENSOR};
         tensor->memory = choices ? choices[i].memory : NULL;
+        p->plan->bytes_needed += entry->end - entry->begin;
         if (choices) p->chosen[index] = &choices[i], p->kept[index] = FST_NO_CUT;
         fst_status status = choose_conversion(p, index, entry, &cast, scale);
         if (!status && tensor->conversion != FST_CONVERT_FNUZ) tensor->weight = weight_of(p, index, cast);
@@ -1142,7 +1150,7 @@ static fst_status add_companions(planner *p, size_t first, size_t end) {
     size_t count = 0, capacity = 0;
     uint32_t *list = NULL;
     fst_status status = FST_OK;
-    for (size_t i = first; i < end; i++) {
+    for (size_t i = first; has_weights(p) && i < end; i++) {
         const fst_quantized *w = plan->tensors[i].weight;
         for (size_t k = 0; w && k < w->companions_count; k++) {
             if (!room(&list, count, &capacity, sizeof *list)) {
@@ -1180,7 +1188,7 @@ static size_t batch_end(const planner *p, size_t first) {
     const fst_plan *plan = p->plan;
     uint64_t most = p->options->batch_bytes ? p->options->batch_bytes : USUAL_BATCH, companions = 0,
              codes = 0;
-    for (size_t i = first; i < plan->stored_count; i++) {
+    for (size_t i = first; has_weights(p) && i < plan->stored_count; i++) {
         const fst_quantized *w = plan->tensors[i].weight;
         if (!w) continue;
         uint64_t more = 0;
@@ -1237,7 +1245,8 @@ static fst_status cut_companion(planner *p, size_t index) {
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
 static fst_status keep_companions(planner *p) {
     uint32_t results = 0;
-    for (size_t i = 0; i < p->plan->stored_count; i++) {
+    int all_plain = !has_weights(p) && p->plan->tensors_count == p->plan->stored_count;
+    for (size_t i = 0; i < p->plan->stored_count && !all_plain; i++) {
         fst_status status = role_of(p, i) == FST_ROLE_COMPANION ? cut_companion(p, i) : FST_OK;
         if (status) return status;
         fst_plan_tensor *tensor = &p->plan->tensors[i];
@@ -1348,10 +1357,11 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
     if (!status) choose_doubled(&p);
     if (!status) status = plan_tensors(&p);
     close_chunk(&p);
-    for (size_t i = 0; i < out->stored_count; i++) {
-        const fst_cut *cut = fst_plan_cut(out, &out->tensors[i]);
-        const fst_entry *entry = entry_of(&p, &out->tensors[i]);
-        out->bytes_needed += cut ? cut->needed : entry->end - entry->begin;
+    for (size_t i = 0; out->cuts_count && i < out->stored_count; i++) {
+        const fst_plan_tensor *tensor = &out->tensors[i];
+        const fst_entry *entry = &headers[tensor->file].tensors[tensor->entry];
+        const fst_cut *cut = fst_plan_cut(out, tensor);
+        if (cut) out->bytes_needed += cut->needed - (entry->end - entry->begin);
     }
     free(p.chosen);
     free(p.kept);
