@@ -213,7 +213,10 @@ static void drop_skipped(fst_loading *l, fst_choice **choices) {
     size_t kept = 0;
     for (size_t i = 0; i < model->count; i++) {
         if (!choices[i]->skip && unwanted) choices[i]->skip = *unwanted++;
-        if (!choices[i]->skip) model->tensors[kept++] = model->tensors[i];
+        if (choices[i]->skip) continue;
+        model->tensors[kept] = model->tensors[i];
+        model->tensors[kept].planned = (uint32_t)kept;
+        kept++;
     }
     model->count = kept;
 }

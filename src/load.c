@@ -284,13 +284,11 @@ static uint32_t result_at(const fst_plan *plan, uint32_t i) {
     return plan->tensors[planned->fused].last_part == i ? planned->fused : FST_NO_TENSOR;
 }
 
-/* Where nothing is made, every tensor becomes one: itself. */
+/* Where nothing is made, every tensor stays the one that it is, but for its type. */
 static fst_status keep_tensors(fst_loading *l) {
-    for (size_t i = 0; i < l->model->count; i++) {
-        fst_model_tensor *tensor = &l->model->tensors[i];
-        tensor->dtype = l->plan.tensors[i].dtype;
-        tensor->nbytes = l->plan.tensors[i].nbytes;
-        tensor->planned = (uint32_t)i;
+    for (size_t i = 0; l->choices && i < l->model->count; i++) {
+        l->model->tensors[i].dtype = l->plan.tensors[i].dtype;
+        l->model->tensors[i].nbytes = l->plan.tensors[i].nbytes;
     }
     return FST_OK;
 }

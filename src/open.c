@@ -13,6 +13,7 @@
 
 #define FILES_EACH 4u /* so many are opened sooner than a thread is started */
 #define MOST_OPENERS 16u
+#define AHEAD 16u /* names */
 
 static fst_status file_fail(fst_loading *l, size_t file, int code, const char *what, fst_error *error) {
     fst_where where = {fst_file_path(l->model, file), (int)file, -1};
@@ -171,14 +172,19 @@ fst_status fst_loading_empty_names(fst_loading *l) {
     free(model->names);
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
-    model->names = calloc(model->names_size, sizeof *model->names);
-    return model->names ? FST_OK : fst_no_memory(l->error);
+    model->names = fst_os_array(model->names_size * sizeof *model->names);
+    if (!model->names) return fst_no_memory(l->error);
+    memset(model->names, 0, model->names_size * sizeof *model->names);
+    return FST_OK;
 }
 
 fst_status fst_loading_fill_names(fst_loading *l) {
     fst_model *model = l->model;
     if (fst_loading_empty_names(l)) return l->error->status;
     for (size_t i = 0; i < model->count; i++) {
+        /* Slots are anywhere: they are fetched before they are wanted. */
+        if (model->count - i > AHEAD)
+            __builtin_prefetch(&model->names[model->tensors[i + AHEAD].hash & (model->names_size - 1)], 1);
         const fst_model_tensor *tensor = &model->tensors[i];
         size_t at = fst_model_slot(model, tensor->hash, tensor->entry->name, tensor->entry->name_length);
         if (model->names[at].index) {
@@ -199,18 +205,20 @@ static fst_status list_tensors(fst_loading *l) {
     fst_model *model = l->model;
     size_t at = 0;
     if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
-    model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
+    model->tensors = fst_os_array((l->total + 1) * sizeof *model->tensors);
     if (!model->tensors) return fst_no_memory(l->error);
     for (size_t file = 0; file < model->paths.count; file++) {
         const fst_header *header = &model->headers[file];
         for (size_t i = 0; i < header->count; i++, at++) {
             const fst_entry *entry = &header->tensors[i];
             if (l->choices && l->choices[at].skip) continue;
-            model->tensors[model->count++] = (fst_model_tensor){.entry = entry,
-                                                                .file = (uint32_t)file,
-                                                                .dtype = entry->dtype,
-                                                                .nbytes = entry->end - entry->begin,
-                                                                .hash = l->hashes[file][i]};
+            model->tensors[model->count] = (fst_model_tensor){.entry = entry,
+                                                              .file = (uint32_t)file,
+                                                              .dtype = entry->dtype,
+                                                              .nbytes = entry->end - entry->begin,
+                                                              .planned = (uint32_t)model->count,
+                                                              .hash = l->hashes[file][i]};
+            model->count++;
         }
     }
     fst_status status = fst_loading_choose(l);
