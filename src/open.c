@@ -128,8 +128,11 @@ static int compare_listed(const void *a, const void *b) {
 
 /* Most loads ask for nothing that a choice would have to say of each tensor: there are none then. */
 static fst_status make_choices(fst_loading *l) {
-    if (!l->choices) l->choices = calloc(l->total + 1, sizeof *l->choices);
-    return l->choices ? FST_OK : fst_no_memory(l->error);
+    size_t size = (l->total + 1) * sizeof *l->choices;
+    if (l->choices) return FST_OK;
+    if (!(l->choices = fst_os_array(size))) return fst_no_memory(l->error);
+    memset(l->choices, 0, size);
+    return FST_OK;
 }
 
 static fst_status apply_index(fst_loading *l) {
