@@ -139,6 +139,7 @@ static fst_status apply_index(fst_loading *l) {
     fst_model *model = l->model;
     const fst_paths *paths = &model->paths;
     fst_status status = FST_OK;
+    const struct fst_listed *next = paths->listed, *end = next + paths->listed_count;
     size_t at = 0;
     unsigned char *found;
     if (paths->listed_count == 0) return FST_OK;
@@ -149,8 +150,11 @@ static fst_status apply_index(fst_loading *l) {
         for (size_t i = 0; i < header->count && !status; i++, at++) {
             if (!paths->indexed[file]) continue;
             struct fst_listed key = {header->tensors[i].name, header->tensors[i].name_length, 0};
-            const struct fst_listed *listed =
-                bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
+            /* Most headers have names in the order of the index. */
+            const struct fst_listed *listed = next;
+            if (next == end || compare_listed(&key, next))
+                listed = bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
+            if (listed) next = listed + 1;
             if (listed && listed->file == file) {
                 found[listed - paths->listed] = 1;
                 continue;
