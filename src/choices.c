@@ -213,7 +213,10 @@ static void drop_skipped(fst_loading *l, fst_choice **choices) {
     size_t kept = 0;
     for (size_t i = 0; i < model->count; i++) {
         if (!choices[i]->skip && unwanted) choices[i]->skip = *unwanted++;
-        if (!choices[i]->skip) model->tensors[kept++] = model->tensors[i];
+        if (choices[i]->skip) continue;
+        model->tensors[kept] = model->tensors[i];
+        model->tensors[kept].planned = (uint32_t)kept;
+        kept++;
     }
     model->count = kept;
 }
@@ -221,6 +224,7 @@ static void drop_skipped(fst_loading *l, fst_choice **choices) {
 fst_status fst_loading_choose(fst_loading *l) {
     const fst_model *model = l->model;
     size_t longest = 0;
+    if (!l->choices) return FST_OK;
     for (size_t i = 0; i < model->count; i++)
         if (model->tensors[i].entry->name_length > longest) longest = model->tensors[i].entry->name_length;
     size_t room = longest + 16; /* a suffix is made longer by a few bytes */
@@ -237,7 +241,7 @@ fst_status fst_loading_choose(fst_loading *l) {
 }
 
 int fst_loading_is_cut(const fst_loading *l) {
-    for (size_t i = 0; i < l->total; i++) {
+    for (size_t i = 0; l->choices && i < l->total; i++) {
         const fst_choice *choice = &l->choices[i];
         if (!choice->skip && choice->shard_dim != FST_REPLICATE && (l->options.ranks > 1 || choice->end))
             return 1;

@@ -153,11 +153,26 @@ static fst_status read_shape(const fst_loading *l, fst_error *error, fst_quantiz
 
 /* ---- g_idx ----------------------------------------------------------------------------------------- */
 
+/* Whether columns are in groups as they follow one another. */
+static int are_plain(const int32_t *index, uint64_t cols, uint64_t group_cols, uint64_t groups) {
+    uint64_t first = 0, group = 0;
+    for (; first < cols && group < groups && group <= INT32_MAX; first += group_cols, group++) {
+        uint64_t count = cols - first < group_cols ? cols - first : group_cols;
+        uint32_t differ = 0;
+        for (uint64_t i = 0; i < count; i++) differ |= (uint32_t)index[first + i] ^ (uint32_t)group;
+        if (differ) return 0;
+    }
+    return first >= cols;
+}
+
 static fst_status check_index(const fst_loading *l, fst_error *error, fst_quantized *w,
                               const int32_t *index) {
     const fst_entry *s = tensor_of(l, w->companions[FST_COMPANION_SCALE])->entry;
     uint64_t groups = s->shape[w->format == FST_FORMAT_GPTQ ? 0 : s->ndim - 1];
-    int plain = 1;
+    if (are_plain(index, w->cols, w->block_cols, groups)) {
+        w->flags |= FST_Q_PLAIN_GROUPS;
+        return FST_OK;
+    }
     for (uint64_t i = 0; w->format == FST_FORMAT_PACKED && i < w->cols; i++)
         if (index[i] == -1) { /* compressed-tensors' word for one that is not filled in */
             w->flags |= FST_Q_PLAIN_GROUPS;
@@ -168,41 +183,51 @@ static fst_status check_index(const fst_loading *l, fst_error *error, fst_quanti
             return wrong(l, error, w->companions[FST_COMPANION_GROUPS], 4 * i,
                          "column %llu is in group %d, of %llu that there are", (unsigned long long)i,
                          (int)index[i], (unsigned long long)groups);
-        plain &= (uint64_t)index[i] == i / w->block_cols;
     }
-    if (plain) w->flags |= FST_Q_PLAIN_GROUPS;
     return FST_OK;
 }
 
-static fst_status read_index(const fst_loading *l, fst_error *error, fst_quantized *w) {
+/* Memory for one index after the other: each would take new pages, which are slower to come than what is read. */
+typedef struct scratch {
+    int32_t *index;
+    uint64_t nbytes;
+} scratch;
+
+static fst_status read_index(const fst_loading *l, fst_error *error, fst_quantized *w, scratch *memory) {
     uint32_t tensor = w->companions[FST_COMPANION_GROUPS];
-    int32_t *index = malloc(tensor_of(l, tensor)->nbytes + 1);
-    if (!index) return fst_no_memory(error);
-    fst_status status = read_bytes(l, error, tensor, index);
-    if (!status) status = check_index(l, error, w, index);
-    free(index);
-    return status;
+    uint64_t nbytes = tensor_of(l, tensor)->nbytes;
+    if (!memory->index || memory->nbytes < nbytes) {
+        free(memory->index);
+        *memory = (scratch){malloc(nbytes + 1), nbytes};
+        if (!memory->index) return fst_no_memory(error);
+    }
+    fst_status status = read_bytes(l, error, tensor, memory->index);
+    return status ? status : check_index(l, error, w, memory->index);
 }
 
 /* A weight that a load keeps as stored needs neither. */
-static fst_status read_weight(const fst_loading *l, fst_error *error, fst_quantized *w, fst_dtype cast) {
+static fst_status read_weight(const fst_loading *l, fst_error *error, fst_quantized *w, fst_dtype cast,
+                              scratch *memory) {
     fst_status status = FST_OK;
     if (cast == FST_NATIVE) return FST_OK;
     if (w->format == FST_FORMAT_PACKED) status = read_shape(l, error, w);
     if (status || w->companions[FST_COMPANION_GROUPS] == FST_NO_TENSOR) return status;
-    return read_index(l, error, w);
+    return read_index(l, error, w, memory);
 }
 
 fst_status fst_loading_read_companions(fst_loading *l, fst_error *error) {
     const fst_scheme *scheme = l->model->scheme;
     fst_status status = FST_OK;
+    scratch memory = {NULL, 0};
     uint32_t tensor = 0;
     if (l->opens_only) return FST_OK; /* headers are all that it reads */
     for (size_t i = 0; i < l->total && !status && scheme->count; i++) {
         if (l->choices[i].skip) continue;
         if (scheme->roles[tensor] == FST_ROLE_CODES)
-            status = read_weight(l, error, &scheme->weights[scheme->owner[tensor]], l->choices[i].cast);
+            status =
+                read_weight(l, error, &scheme->weights[scheme->owner[tensor]], l->choices[i].cast, &memory);
         tensor++;
     }
+    free(memory.index);
     return status;
 }

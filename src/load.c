@@ -251,7 +251,9 @@ static fst_status make_scales(fst_loading *l, const fst_plan_tensor *planned, co
 static fst_status make_room(fst_loading *l, size_t *count) {
     fst_model *model = l->model;
     size_t names = 0, made = 0, dims = 0;
+    const fst_scheme *scheme = model->scheme;
     *count = 0;
+    if (!l->plan.cuts_count && !l->plan.counters_count && !(scheme && scheme->count)) return FST_OK;
     for (size_t i = 0; i < l->plan.tensors_count; i++) {
         const fst_plan_tensor *planned = &l->plan.tensors[i];
         const fst_cut *cut = fst_plan_cut(&l->plan, planned);
@@ -282,6 +284,15 @@ static uint32_t result_at(const fst_plan *plan, uint32_t i) {
     return plan->tensors[planned->fused].last_part == i ? planned->fused : FST_NO_TENSOR;
 }
 
+/* Where nothing is made, every tensor stays the one that it is, but for its type. */
+static fst_status keep_tensors(fst_loading *l) {
+    for (size_t i = 0; l->choices && i < l->model->count; i++) {
+        l->model->tensors[i].dtype = l->plan.tensors[i].dtype;
+        l->model->tensors[i].nbytes = l->plan.tensors[i].nbytes;
+    }
+    return FST_OK;
+}
+
 /* What each tensor will be: its place is known once its block is there. Companions of dequantized weights are gone,
  * computed scales follow their weights, what is fused comes where its last part is. */
 static fst_status describe_results(fst_loading *l) {
@@ -289,7 +300,8 @@ static fst_status describe_results(fst_loading *l) {
     size_t count = 0;
     fst_status status = make_room(l, &count);
     if (status) return status;
-    fst_model_tensor *results = calloc(count + 1, sizeof *results), *tensor = results;
+    if (!model->made) return keep_tensors(l);
+    fst_model_tensor *results = malloc((count + 1) * sizeof *results), *tensor = results;
     if (!results) return fst_no_memory(l->error);
     fst_model_made *made = model->made;
     char *names = model->made_names;
@@ -315,7 +327,7 @@ static fst_status describe_results(fst_loading *l) {
     free(model->tensors);
     model->tensors = results;
     model->count = count;
-    return model->made ? fst_loading_fill_names(l) : FST_OK;
+    return fst_loading_fill_names(l);
 }
 
 static fst_status find_device(fst_loading *l) {

@@ -19,7 +19,7 @@ typedef struct fst_loading {
 
     int *fds; /* -1: not open */
     fst_file_id *ids;
-    fst_choice *choices; /* of each tensor of each file */
+    fst_choice *choices; /* of each tensor of each file; NULL: all of them come, as stored */
     uint64_t **hashes;   /* of each file's names */
     size_t total;        /* tensors in all headers */
     const unsigned char *unwanted; /* of each tensor that counts and that the rule does not skip: it is skipped; or NULL */

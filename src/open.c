@@ -13,6 +13,7 @@
 
 #define FILES_EACH 4u /* so many are opened sooner than a thread is started */
 #define MOST_OPENERS 16u
+#define AHEAD 16u /* names */
 
 static fst_status file_fail(fst_loading *l, size_t file, int code, const char *what, fst_error *error) {
     fst_where where = {fst_file_path(l->model, file), (int)file, -1};
@@ -125,26 +126,43 @@ static int compare_listed(const void *a, const void *b) {
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
+/* Most loads ask for nothing that a choice would have to say of each tensor: there are none then. */
+static fst_status make_choices(fst_loading *l) {
+    size_t size = (l->total + 1) * sizeof *l->choices;
+    if (l->choices) return FST_OK;
+    if (!(l->choices = fst_os_array(size))) return fst_no_memory(l->error);
+    memset(l->choices, 0, size);
+    return FST_OK;
+}
+
 static fst_status apply_index(fst_loading *l) {
     fst_model *model = l->model;
     const fst_paths *paths = &model->paths;
-    fst_choice *choice = l->choices;
+    fst_status status = FST_OK;
+    const struct fst_listed *next = paths->listed, *end = next + paths->listed_count;
+    size_t at = 0;
     unsigned char *found;
     if (paths->listed_count == 0) return FST_OK;
     found = calloc(paths->listed_count, 1);
     if (!found) return fst_no_memory(l->error);
-    for (size_t file = 0; file < paths->count; file++) {
+    for (size_t file = 0; file < paths->count && !status; file++) {
         const fst_header *header = &model->headers[file];
-        for (size_t i = 0; i < header->count; i++, choice++) {
+        for (size_t i = 0; i < header->count && !status; i++, at++) {
             if (!paths->indexed[file]) continue;
             struct fst_listed key = {header->tensors[i].name, header->tensors[i].name_length, 0};
-            const struct fst_listed *listed =
-                bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
-            choice->skip = !listed || listed->file != file;
-            if (!choice->skip) found[listed - paths->listed] = 1;
+            /* Most headers have names in the order of the index. */
+            const struct fst_listed *listed = next;
+            if (next == end || compare_listed(&key, next))
+                listed = bsearch(&key, paths->listed, paths->listed_count, sizeof key, compare_listed);
+            if (listed) next = listed + 1;
+            if (listed && listed->file == file) {
+                found[listed - paths->listed] = 1;
+                continue;
+            }
+            status = make_choices(l);
+            if (!status) l->choices[at].skip = 1;
         }
     }
-    fst_status status = FST_OK;
     for (size_t i = 0; i < paths->listed_count && !status; i++) {
         const struct fst_listed *listed = &paths->listed[i];
         if (found[i]) continue;
@@ -161,14 +179,19 @@ fst_status fst_loading_empty_names(fst_loading *l) {
     free(model->names);
     model->names_size = 16;
     while (model->names_size < model->count * 2) model->names_size *= 2;
-    model->names = calloc(model->names_size, sizeof *model->names);
-    return model->names ? FST_OK : fst_no_memory(l->error);
+    model->names = fst_os_array(model->names_size * sizeof *model->names);
+    if (!model->names) return fst_no_memory(l->error);
+    memset(model->names, 0, model->names_size * sizeof *model->names);
+    return FST_OK;
 }
 
 fst_status fst_loading_fill_names(fst_loading *l) {
     fst_model *model = l->model;
     if (fst_loading_empty_names(l)) return l->error->status;
     for (size_t i = 0; i < model->count; i++) {
+        /* Slots are anywhere: they are fetched before they are wanted. */
+        if (model->count - i > AHEAD)
+            __builtin_prefetch(&model->names[model->tensors[i + AHEAD].hash & (model->names_size - 1)], 1);
         const fst_model_tensor *tensor = &model->tensors[i];
         size_t at = fst_model_slot(model, tensor->hash, tensor->entry->name, tensor->entry->name_length);
         if (model->names[at].index) {
@@ -187,20 +210,22 @@ fst_status fst_loading_fill_names(fst_loading *l) {
 /* The tensors that count, in the order of files and offsets; without data yet. */
 static fst_status list_tensors(fst_loading *l) {
     fst_model *model = l->model;
-    const fst_choice *choice = l->choices;
+    size_t at = 0;
     if (l->total >= UINT32_MAX) return fst_no_memory(l->error);
-    model->tensors = calloc(l->total ? l->total : 1, sizeof *model->tensors);
+    model->tensors = fst_os_array((l->total + 1) * sizeof *model->tensors);
     if (!model->tensors) return fst_no_memory(l->error);
     for (size_t file = 0; file < model->paths.count; file++) {
         const fst_header *header = &model->headers[file];
-        for (size_t i = 0; i < header->count; i++, choice++) {
+        for (size_t i = 0; i < header->count; i++, at++) {
             const fst_entry *entry = &header->tensors[i];
-            if (choice->skip) continue;
-            model->tensors[model->count++] = (fst_model_tensor){.entry = entry,
-                                                                .file = (uint32_t)file,
-                                                                .dtype = entry->dtype,
-                                                                .nbytes = entry->end - entry->begin,
-                                                                .hash = l->hashes[file][i]};
+            if (l->choices && l->choices[at].skip) continue;
+            model->tensors[model->count] = (fst_model_tensor){.entry = entry,
+                                                              .file = (uint32_t)file,
+                                                              .dtype = entry->dtype,
+                                                              .nbytes = entry->end - entry->begin,
+                                                              .planned = (uint32_t)model->count,
+                                                              .hash = l->hashes[file][i]};
+            model->count++;
         }
     }
     fst_status status = fst_loading_choose(l);
@@ -318,9 +343,10 @@ fst_status fst_loading_open(fst_loading *l, const char *const *files) {
         l->total += model->headers[i].count;
         l->header_bytes += model->headers[i].data_start;
     }
-    l->choices = calloc(l->total + 1, sizeof *l->choices);
-    if (!l->choices) return fst_no_memory(l->error);
-    status = apply_index(l);
+    const fst_options *options = &l->options;
+    if (options->cast != FST_NATIVE || options->rule || options->shards || l->unwanted)
+        status = make_choices(l);
+    if (!status) status = apply_index(l);
     if (!status) status = list_tensors(l);
     return status ? status : understand(l);
 }
@@ -351,7 +377,7 @@ void fst_loading_close(fst_loading *l) {
     free(l->hashes);
     free(l->fds);
     free(l->ids);
-    for (size_t i = 0; l->choices && i < l->total; i++) free((void *)l->choices[i].into);
+    for (size_t i = 0; l->choices && l->options.rule && i < l->total; i++) free((void *)l->choices[i].into);
     free(l->choices);
     l->fds = NULL;
     l->hashes = NULL;

@@ -251,6 +251,16 @@ static void *os_map(size_t size) {
     return rounded < HUGE_PAGE ? map_pages(rounded) : map_aligned(rounded);
 }
 
+/* malloc maps what is large, with 16 bytes of its own before it; the kernel puts a mapping of whole huge pages at one. */
+void *fst_os_array(size_t size) {
+    if (size < HUGE_PAGE || size > SIZE_MAX - 2 * HUGE_PAGE) return malloc(size);
+    size_t rounded = (size + 32 + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE - 32;
+    char *memory = malloc(rounded);
+    size_t before = (uintptr_t)memory % (size_t)sysconf(_SC_PAGESIZE);
+    if (memory) madvise(memory - before, rounded + before, MADV_HUGEPAGE); /* advice only */
+    return memory;
+}
+
 static void os_keep_from_children(void *memory, size_t size) {
     (void)madvise(memory, whole_pages(size), MADV_DONTFORK);
 }

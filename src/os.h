@@ -132,6 +132,10 @@ ssize_t fst_os_read_all(int fd, void *buffer, size_t size, uint64_t offset);
 /* Writes all; 0 or a negative errno. */
 int fst_os_write_all(int fd, const void *buffer, size_t size, uint64_t offset);
 
+/* malloc for arrays that may be large: those ask for huge pages, as each page costs a fault when it is first touched. What
+ * free() takes. */
+void *fst_os_array(size_t size);
+
 /* Seconds of a clock that only goes forward. */
 double fst_os_now(void);
 

@@ -185,16 +185,26 @@ static fst_status read_items(index_file *index, yyjson_val *map, fst_error *erro
     return FST_OK;
 }
 
+/* Most indexes are sorted already. */
+static void sort(void *items, size_t count, size_t size, int (*compare)(const void *, const void *)) {
+    const char *item = items;
+    for (size_t i = 1; i < count; i++, item += size) {
+        if (compare(item, item + size) <= 0) continue;
+        qsort(items, count, size, compare);
+        return;
+    }
+}
+
 static int compare_item_names(const void *a, const void *b) {
     return strcmp(((const struct index_item *)a)->name, ((const struct index_item *)b)->name);
 }
 
-static int compare_item_files(const void *a, const void *b) {
-    return strcmp(((const struct index_item *)a)->file, ((const struct index_item *)b)->file);
+static int compare_files(const void *a, const void *b) {
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
 static fst_status refuse_repeated(index_file *index, fst_error *error) {
-    qsort(index->items, index->count, sizeof *index->items, compare_item_names);
+    sort(index->items, index->count, sizeof *index->items, compare_item_names);
     fst_where where = about(index->path);
     for (size_t i = 1; i < index->count; i++)
         if (!compare_item_names(&index->items[i - 1], &index->items[i]))
@@ -203,25 +213,39 @@ static fst_status refuse_repeated(index_file *index, fst_error *error) {
     return FST_OK;
 }
 
-static fst_status add_listed(fst_paths *paths, const struct index_item *item, fst_error *error) {
+static fst_status add_listed(fst_paths *paths, const struct index_item *item, size_t file, fst_error *error) {
     char *name = take(paths, item->length + 1);
     if (!name || !grow((void **)&paths->listed, paths->listed_count, sizeof *paths->listed))
         return no_memory(NULL, error);
     memcpy(name, item->name, item->length + 1);
-    paths->listed[paths->listed_count++] =
-        (struct fst_listed){name, (uint32_t)item->length, (uint32_t)(paths->count - 1)};
+    paths->listed[paths->listed_count++] = (struct fst_listed){name, (uint32_t)item->length, (uint32_t)file};
     return FST_OK;
 }
 
-/* Adds each file once, in the order of names, and what the index says is in it. */
+/* Whether an item is in another file than the one before it. */
+static int turns_to_file(const index_file *index, size_t i) {
+    return i == 0 || strcmp(index->items[i - 1].file, index->items[i].file) != 0;
+}
+
+/* Adds each file once, in the order of names, and what the index says is in it. Items stay in the order of theirs. */
 static fst_status add_items(fst_paths *paths, index_file *index, fst_error *error) {
-    qsort(index->items, index->count, sizeof *index->items, compare_item_files);
-    fst_status status = FST_OK;
-    for (size_t i = 0; i < index->count && !status; i++) {
-        if (!i || compare_item_files(&index->items[i - 1], &index->items[i]))
-            status = add_file(paths, index->path, index->directory, index->items[i].file, 1, error);
-        if (!status) status = add_listed(paths, &index->items[i], error);
+    size_t count = 0, kept = 0, before = paths->count;
+    const char **files = malloc(index->count * sizeof *files), *const *found = files;
+    fst_status status = files ? FST_OK : no_memory(index->path, error);
+    for (size_t i = 0; i < index->count && !status; i++)
+        if (turns_to_file(index, i)) files[count++] = index->items[i].file;
+    sort(files, count, sizeof *files, compare_files);
+    for (size_t i = 0; i < count && !status; i++) {
+        if (kept && strcmp(files[kept - 1], files[i]) == 0) continue;
+        files[kept++] = files[i];
+        status = add_file(paths, index->path, index->directory, files[i], 1, error);
     }
+    for (size_t i = 0; i < index->count && !status; i++) {
+        if (turns_to_file(index, i))
+            found = bsearch(&index->items[i].file, files, kept, sizeof *files, compare_files);
+        status = add_listed(paths, &index->items[i], before + (size_t)(found - files), error);
+    }
+    free((void *)files);
     return status;
 }
 
@@ -307,7 +331,7 @@ static int compare_listed(const void *a, const void *b) {
 
 /* A name that two indexes list is in two files: a duplicate, whatever is in the headers. */
 static fst_status sort_listed(fst_paths *paths, fst_error *error) {
-    if (paths->listed_count) qsort(paths->listed, paths->listed_count, sizeof *paths->listed, compare_listed);
+    sort(paths->listed, paths->listed_count, sizeof *paths->listed, compare_listed);
     for (size_t i = 1; i < paths->listed_count; i++) {
         const struct fst_listed *first = &paths->listed[i - 1], *second = first + 1;
         if (strcmp(first->name, second->name)) continue;

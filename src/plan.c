@@ -5,6 +5,7 @@
 
 #include "dtype.h"
 #include "kernels.h"
+#include "os.h"
 #include "shard.h"
 
 /* A tensor is cut only at multiples of so many elements: whole bytes for every dtype, and results of
@@ -54,6 +55,9 @@ static int room(void *array, size_t count, size_t *capacity, size_t size) {
     return 1;
 }
 
+/* Whether anything is quantized. */
+static int has_weights(const planner *p) { return p->options->scheme && p->options->scheme->count; }
+
 static const fst_cut *cut_of(const planner *p, const fst_plan_tensor *tensor) {
     return fst_plan_cut(p->plan, tensor);
 }
@@ -95,7 +99,17 @@ static fst_status choose_dtype(planner *p, const fst_entry *entry, uint32_t file
     return FST_OK;
 }
 
+/* Divisions take most of the time that a small tensor does, and few are needed: most sizes are powers of two, most
+ * tensors are one piece. */
+static uint64_t count_of(uint64_t nbytes, unsigned bits) {
+    return bits & (bits - 1) ? nbytes * 8 / bits : nbytes * 8 >> __builtin_ctz(bits);
+}
+
+static uint64_t remainder_of(uint64_t at, uint64_t size) { return at < size ? at : at % size; }
+
 static uint64_t elements(const fst_entry *entry) {
+    unsigned bits = fst_dtype_bits(entry->dtype);
+    if (bits >= 8) return (entry->end - entry->begin) >> __builtin_ctz(bits / 8);
     return (entry->end - entry->begin) / fst_dtype_bits(entry->dtype) * 8 +
            (entry->end - entry->begin) % fst_dtype_bits(entry->dtype) * 8 / fst_dtype_bits(entry->dtype);
 }
@@ -263,7 +277,7 @@ static uint64_t stripe_bytes(const fst_plan_tensor *tensor) {
 static void size_windows(planner *p) {
     uint64_t wanted = p->options->window_bytes ? p->options->window_bytes : 4 * p->options->chunk_bytes;
     uint64_t largest = 0, all = 0;
-    for (size_t i = 0; i < p->plan->stored_count; i++) {
+    for (size_t i = 0; p->plan->counters_count && i < p->plan->stored_count; i++) {
         const fst_plan_tensor *tensor = &p->plan->tensors[i];
         if (!tensor->parked) continue;
         uint64_t size = stripe_bytes(tensor);
@@ -537,7 +551,7 @@ static fst_status find_cutting(planner *p, const fst_plan_tensor *tensor, unsign
 static uint64_t bytes_left(const planner *p, const fst_plan_tensor *tensor, const cutting *c, uint64_t done,
                            uint64_t *step) {
     const fst_cut *cut = cut_of(p, tensor);
-    uint64_t in_matrix = done % c->matrix, left = c->stripe - in_matrix % c->stripe;
+    uint64_t in_matrix = remainder_of(done, c->matrix), left = c->stripe - remainder_of(in_matrix, c->stripe);
     if (left > c->matrix - in_matrix) left = c->matrix - in_matrix; /* the last stripe of a matrix */
     *step = c->step;
     if (!cut || tensor->weight || cut->segment >= cut->nbytes) return left;
@@ -585,20 +599,20 @@ static fst_status add_tensor(planner *p, uint32_t index) {
     fst_status status = find_cutting(p, tensor, bits, &c);
     int matrices = weight || quantized || c.shaped;
     for (uint64_t done = 0, take, step; done < c.total && !status; done += take) {
-        uint64_t in_matrix = done % c.matrix, left = bytes_left(p, tensor, &c, done, &step);
+        uint64_t in_matrix = remainder_of(done, c.matrix), left = bytes_left(p, tensor, &c, done, &step);
         if (tensor->parked && in_matrix % c.stripe == 0)
             status = add_stripe(p, index, (uint32_t)(done / c.matrix), in_matrix * 8 / bits / tensor->cols);
         if (!status) status = make_space(p, tensor, done, left, step, &take);
         if (status) break;
         note_chunk(p, tensor);
-        uint64_t before = done * 8 / bits; /* elements; done is a multiple of cut, or of a matrix */
+        uint64_t before = count_of(done, bits); /* elements; done is a multiple of cut, or of a matrix */
         fst_plan_piece piece = {
             .tensor = index,
             .chunk_offset = p->open->nbytes,
             .nbytes = (uint32_t)take,
             .dst_offset = c.shaped ? 0 : before * result_bits / 8,
-            .count = take * 8 / bits,
-            .first = matrices ? in_matrix * 8 / bits : 0,
+            .count = count_of(take, bits),
+            .first = matrices ? count_of(in_matrix, bits) : 0,
             .matrix = matrices ? (uint32_t)(done / c.matrix) : 0,
             .stripe = FST_NO_STRIPE,
         };
@@ -645,8 +659,10 @@ static fst_status set_result(planner *p, fst_plan_tensor *tensor, const fst_entr
     } else if (tensor->conversion == FST_CONVERT_QUANTIZE || tensor->conversion == FST_CONVERT_FNUZ) {
         tensor->dtype = cast;
     } else {
-        fst_status status = choose_dtype(p, entry, tensor->file, cast, &tensor->dtype);
+        fst_dtype dtype;
+        fst_status status = choose_dtype(p, entry, tensor->file, cast, &dtype);
         if (status) return status;
+        tensor->dtype = dtype;
     }
     if (count > UINT64_MAX / 64) return no_memory(p->error);
     tensor->nbytes = fst_dtype_bytes(tensor->dtype, count);
@@ -762,6 +778,7 @@ static fst_status set_quantized(planner *p, fst_plan_tensor *tensor, const fst_e
 static fst_status add_scales(planner *p) {
     fst_plan *plan = p->plan;
     size_t count = plan->stored_count;
+    if (plan->counters_count == 0) return FST_OK; /* each of those below has one */
     for (size_t i = 0; i < plan->stored_count; i++)
         count += plan->tensors[i].conversion == FST_CONVERT_QUANTIZE;
     if (count == plan->stored_count) return FST_OK;
@@ -945,6 +962,13 @@ static fst_status cut_tensor(planner *p, size_t index, const fst_entry *entry, c
 
 static fst_status choose_results(planner *p, uint32_t file, const fst_choice *choices) {
     const fst_header *header = &p->headers[file];
+    const fst_plan_tensor none = {.file = file,
+                                  .block = FST_NO_BLOCK,
+                                  .batch = FST_NO_BATCH,
+                                  .scales = FST_NO_TENSOR,
+                                  .counter = FST_NO_COUNTER,
+                                  .cut = FST_NO_CUT,
+                                  .fused = FST_NO_TENSOR};
     for (size_t i = 0; i < header->count; i++) {
         const fst_entry *entry = &header->tensors[i];
         if (choices && choices[i].skip) {
@@ -955,15 +979,11 @@ static fst_status choose_results(planner *p, uint32_t file, const fst_choice *ch
         fst_plan_tensor *tensor = &p->plan->tensors[index];
         fst_dtype cast = choices ? choices[i].cast : p->options->cast;
         fst_scale scale = choices ? choices[i].scale : p->options->scale;
-        *tensor = (fst_plan_tensor){.file = file,
-                                    .entry = (uint32_t)i,
-                                    .block = FST_NO_BLOCK,
-                                    .batch = FST_NO_BATCH,
-                                    .scales = FST_NO_TENSOR,
-                                    .counter = FST_NO_COUNTER,
-                                    .cut = FST_NO_CUT,
-                                    .fused = FST_NO_TENSOR};
+        *tensor = none;
+        tensor->entry = (uint32_t)i;
+        tensor->result = (uint32_t)index; /* as long as all become one */
         tensor->memory = choices ? choices[i].memory : NULL;
+        p->plan->bytes_needed += entry->end - entry->begin;
         if (choices) p->chosen[index] = &choices[i], p->kept[index] = FST_NO_CUT;
         fst_status status = choose_conversion(p, index, entry, &cast, scale);
         if (!status && tensor->conversion != FST_CONVERT_FNUZ) tensor->weight = weight_of(p, index, cast);
@@ -1143,7 +1163,7 @@ static fst_status add_companions(planner *p, size_t first, size_t end) {
     size_t count = 0, capacity = 0;
     uint32_t *list = NULL;
     fst_status status = FST_OK;
-    for (size_t i = first; i < end; i++) {
+    for (size_t i = first; has_weights(p) && i < end; i++) {
         const fst_quantized *w = plan->tensors[i].weight;
         for (size_t k = 0; w && k < w->companions_count; k++) {
             if (!room(&list, count, &capacity, sizeof *list)) {
@@ -1181,7 +1201,7 @@ static size_t batch_end(const planner *p, size_t first) {
     const fst_plan *plan = p->plan;
     uint64_t most = p->options->batch_bytes ? p->options->batch_bytes : USUAL_BATCH, companions = 0,
              codes = 0;
-    for (size_t i = first; i < plan->stored_count; i++) {
+    for (size_t i = first; has_weights(p) && i < plan->stored_count; i++) {
         const fst_quantized *w = plan->tensors[i].weight;
         if (!w) continue;
         uint64_t more = 0;
@@ -1238,7 +1258,8 @@ static fst_status cut_companion(planner *p, size_t index) {
 /* A companion is stored as it is, whatever floats become, and other tensors move up. */
 static fst_status keep_companions(planner *p) {
     uint32_t results = 0;
-    for (size_t i = 0; i < p->plan->stored_count; i++) {
+    int all_plain = !has_weights(p) && p->plan->tensors_count == p->plan->stored_count;
+    for (size_t i = 0; i < p->plan->stored_count && !all_plain; i++) {
         fst_status status = role_of(p, i) == FST_ROLE_COMPANION ? cut_companion(p, i) : FST_OK;
         if (status) return status;
         fst_plan_tensor *tensor = &p->plan->tensors[i];
@@ -1327,9 +1348,9 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
         return fst_fail(error, FST_E_ARG, 0, NULL, "chunks of %llu bytes: want 8 KiB to 2 GiB",
                         (unsigned long long)options->chunk_bytes);
     for (size_t i = 0; i < files; i++) count += headers[i].count;
-    out->tensors = count <= UINT32_MAX ? calloc(count ? count : 1, sizeof *out->tensors) : NULL;
+    out->tensors = count <= UINT32_MAX ? fst_os_array((count + 1) * sizeof *out->tensors) : NULL;
     p.pieces_room = count + count / 8 + 64; /* most often enough: growing would move them */
-    out->pieces = malloc(p.pieces_room * sizeof *out->pieces);
+    out->pieces = fst_os_array(p.pieces_room * sizeof *out->pieces);
     if (!out->tensors || !out->pieces) {
         fst_plan_free(out);
         return no_memory(error);
@@ -1349,10 +1370,11 @@ fst_status fst_plan_make(const fst_header *headers, const char *const *paths, si
     if (!status) choose_doubled(&p);
     if (!status) status = plan_tensors(&p);
     close_chunk(&p);
-    for (size_t i = 0; i < out->stored_count; i++) {
-        const fst_cut *cut = fst_plan_cut(out, &out->tensors[i]);
-        const fst_entry *entry = entry_of(&p, &out->tensors[i]);
-        out->bytes_needed += cut ? cut->needed : entry->end - entry->begin;
+    for (size_t i = 0; out->cuts_count && i < out->stored_count; i++) {
+        const fst_plan_tensor *tensor = &out->tensors[i];
+        const fst_entry *entry = &headers[tensor->file].tensors[tensor->entry];
+        const fst_cut *cut = fst_plan_cut(out, tensor);
+        if (cut) out->bytes_needed += cut->needed - (entry->end - entry->begin);
     }
     free(p.chosen);
     free(p.kept);

@@ -72,31 +72,30 @@ typedef enum fst_conversion {
 
 typedef struct fst_plan_tensor {
     uint32_t  file, entry;  /* in headers[file].tensors */
-    fst_dtype dtype;        /* of the result */
     uint64_t  nbytes;       /* of the result */
+    fst_dtype dtype : 8;    /* of the result */
+    fst_conversion conversion : 8;
+    fst_scale scale : 8;    /* QUANTIZE: how scales are counted */
+    fst_dtype parked : 8;   /* QUANTIZE: what it is parked as; FST_NATIVE: it is not */
+    fst_dtype scale_codes : 8;   /* of a companion that holds scales: what their codes mean; otherwise FST_NATIVE */
     uint32_t  block;        /* FST_NO_BLOCK when it has memory of its own */
+    uint32_t  batch;        /* of a companion, whose memory is there at block_offset; otherwise FST_NO_BATCH */
     uint64_t  block_offset; /* a multiple of FST_TENSOR_ALIGN */
     void     *memory;
-    uint32_t  first_chunk, chunks; /* that its bytes come in: neighbours */
+    const fst_quantized *weight;   /* that it holds the codes of and that is dequantized; or NULL */
     uint32_t  pieces;
     uint32_t  result;       /* the model's tensor that it becomes; FST_NO_TENSOR: a companion, which becomes none */
-    const fst_quantized *weight;   /* that it holds the codes of and that is dequantized; or NULL */
-    uint32_t  batch;        /* of a companion, whose memory is there at block_offset; otherwise FST_NO_BATCH */
-    fst_conversion conversion;
-    fst_scale scale;        /* QUANTIZE: how scales are counted */
-    uint64_t  rows, cols;   /* QUANTIZE: of a matrix */
-    fst_dtype parked;       /* QUANTIZE: what it is parked as; FST_NATIVE: it is not */
-    uint64_t  stripe_rows;  /* of a parked one: so many at a time */
+    uint32_t  first_chunk, chunks; /* that its bytes come in: neighbours */
     uint32_t  scales;       /* QUANTIZE: the tensor of its scales, one of those behind the given ones */
     uint32_t  counter;      /* QUANTIZE, FNUZ: of what is not a number; otherwise FST_NO_COUNTER */
-    fst_dtype scale_codes;       /* of a companion that holds scales: what their codes mean; otherwise FST_NATIVE */
     uint32_t  cut;          /* in `cuts`; FST_NO_CUT: all of it comes, as it is */
     uint32_t  fused;        /* the tensor that it is a part of, or FST_NO_TENSOR */
     uint32_t  next_part;    /* of the same; of one that is fused: the first */
     uint32_t  last_part;    /* of one that is fused: which comes last */
     const char *into;       /* likewise: its name; the choices' */
-} fst_plan_tensor;
-
+    uint64_t  rows, cols;   /* QUANTIZE: of a matrix */
+    uint64_t  stripe_rows;  /* of a parked one: so many at a time */
+} fst_plan_tensor;          /* two lines of a cache: a checkpoint may have a hundred thousand */
 
 typedef struct fst_plan_piece {
     uint32_t tensor;

@@ -805,8 +805,13 @@ static int name_ends_in(const char *name, size_t length, const char *suffix) {
     return length >= size && !memcmp(name + length - size, suffix, size);
 }
 
+/* No companion's name does, and most others do. */
+static int is_weight_or_bias(const char *name, size_t length) {
+    return name_ends_in(name, length, ".weight") || name_ends_in(name, length, ".bias");
+}
+
 int fst_scheme_owner_name(const char *name, size_t length, size_t k, fst_scheme_name *out, int *takes_any) {
-    if (name_ends_in(name, length, ".weight") || name_ends_in(name, length, ".bias")) return 0; /* most */
+    if (is_weight_or_bias(name, length)) return 0;
     for (size_t i = 0; i < sizeof owner_names / sizeof *owner_names; i++) {
         if (!name_ends_in(name, length, owner_names[i].companion) || k--) continue;
         out->length = length - strlen(owner_names[i].companion);
@@ -862,7 +867,8 @@ static fst_status look_at_rest(finder *f, uint32_t i) {
                                        NULL};
     const fst_entry *entry = entry_of(f, i);
     int quantized = f->out->count || *f->config.method; /* otherwise a name alone means little */
-    if (f->out->roles[i] != FST_ROLE_PLAIN) return FST_OK;
+    if (f->out->roles[i] != FST_ROLE_PLAIN || is_weight_or_bias(entry->name, entry->name_length))
+        return FST_OK;
     if (ends_in_one_of(entry, kept)) f->out->roles[i] = FST_ROLE_KEPT;
     else if (quantized && ends_in_one_of(entry, lost))
         return wrong(f, FST_E_QUANTIZED, i, "the weight that it belongs to is missing, or does not take it");

@@ -285,6 +285,18 @@ static int is_mapped(const char *page) {
     return !mincore((void *)(uintptr_t)page, 1, &resident);
 }
 
+TEST(os, arrays_of_any_size) {
+    static const size_t sizes[] = {1, ((size_t)2 << 20) - 1, (size_t)2 << 20, ((size_t)4 << 20) - 8,
+                                   ((size_t)5 << 20) + 3};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        unsigned char *array = fst_os_array(sizes[i]);
+        CHECK(array);
+        memset(array, (int)i + 1, sizes[i]);
+        CHECK_INT((int)i + 1, array[sizes[i] - 1]);
+        free(array);
+    }
+}
+
 TEST(os, map_gives_zeroed_memory_and_takes_it_back) {
     static const size_t sizes[] = {1, 4096, 4097, (2 << 20) - 1, 2 << 20, (6 << 20) + 5};
     size_t page = (size_t)sysconf(_SC_PAGESIZE);

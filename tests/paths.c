@@ -329,6 +329,23 @@ TEST(paths, two_indexes_with_one_name) {
     CHECK(strstr(error.text, test_path("a.safetensors")));
 }
 
+TEST(paths, two_indexes_each_with_files) {
+    const char *text = "{\"weight_map\":{\"s\":\"d.safetensors\",\"u\":\"c.safetensors\"}}";
+    const char *want[][2] = {
+        {"s", "d.safetensors"}, {"t", "b.safetensors"}, {"u", "c.safetensors"}, {"v", "a.safetensors"}};
+    write_index("{\"weight_map\":{\"v\":\"a.safetensors\",\"t\":\"b.safetensors\"}}");
+    support_write(test_path("other.json"), text, strlen(text));
+    fst_paths paths;
+    CHECK_INT(FST_OK, resolve(&paths, test_path(INDEX), test_path("other.json")));
+    CHECK_INT(4, paths.count);
+    CHECK_INT(4, paths.listed_count);
+    for (size_t i = 0; i < 4; i++) {
+        CHECK_STR(want[i][0], paths.listed[i].name);
+        CHECK_STR(test_path(want[i][1]), paths.files[paths.listed[i].file]);
+    }
+    fst_paths_free(&paths);
+}
+
 TEST(paths, index_that_is_empty) { CHECK_INDEX(FST_E_INDEX, ""); }
 TEST(paths, index_that_is_not_json) {
     CHECK_INDEX(FST_E_INDEX, "{\"weight_map\":{\"t\":\"a\"}");
