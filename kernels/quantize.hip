@@ -324,7 +324,7 @@ template <int Src> struct Strip {
         if (!is_near(0)) loaded &= ~1u;
         if (last < n && !is_near(last)) loaded &= ~(1u << last);
         const unsigned skew = src % 16;
-        const uint32_t pairs = skew ? loaded : 0; // vectors that lie in two
+        const uint64_t behind = skew ? 16 : 0;
         uint64_t low = src - skew;
         FST_UNROLLED
         for (unsigned k = 0; k < n; k++) {
@@ -333,8 +333,7 @@ template <int Src> struct Strip {
 #endif
             const uint8_t *from = global<const uint8_t>(low + k * step);
             Vector<16> a = {}, b = {};
-            if (loaded >> k & 1) a = load_aligned<16>(from);
-            if (pairs >> k & 1) b = load_aligned<16>(from + 16);
+            if (loaded >> k & 1) a = load_aligned<16>(from), b = load_aligned<16>(from + behind);
             in[k] = shift_pair(a, b, skew);
         }
         if (is_cut()) { // not above: loads would wait for one another

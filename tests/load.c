@@ -358,10 +358,11 @@ TEST(load, an_index_in_another_order_than_the_header) {
                                 {"a", "U8", "[1]", "a", 1}};
     const char *index =
         "{\"weight_map\":{\"b\":\"1.safetensors\",\"z\":\"1.safetensors\",\"a\":\"1.safetensors\"}}";
+    fst_options options = support_options(FST_DEVICE_CPU);
     fst_model *model;
     support_checkpoint(test_path("1.safetensors"), NULL, tensors, 4, 0);
     support_write(test_path("model.safetensors.index.json"), index, strlen(index));
-    CHECK_INT(FST_OK, fst_load(support_list(test_directory()), NULL, &model, NULL));
+    CHECK_INT(FST_OK, fst_load(support_list(test_directory()), &options, &model, NULL));
     CHECK_INT(3, fst_model_count(model));
     CHECK_INT((size_t)-1, fst_model_index(model, "stray"));
     CHECK_BYTES("z", bytes_of(model, "z", 1), 1);
