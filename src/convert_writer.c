@@ -102,7 +102,7 @@ static int next_item(fst_shard_writer *w, fst_written *item, int *write) {
 static void *run(void *arg) {
     fst_convert_job *c = arg;
     fst_shard_writer *w = &c->writer;
-    fst_written item;
+    fst_written item = {0};
     int write;
     fst_status status = fst_sink_open(&w->sink);
     while (next_item(w, &item, &write)) {
