@@ -1348,7 +1348,7 @@ static int await_units(fst_worker *w, const fst_load_job *job, const fst_plan_ch
     int there = 0;
     while (!there && !atomic_load(&w->engine->stop)) {
         if (!w->engine->gpu->host_access && !drain_copies(w, job)) return 0;
-        there = fst_shared_await(job->shared, chunk);
+        there = !fst_shared_help(job->shared) && fst_shared_await(job->shared, chunk);
     }
     return there && !atomic_load(&w->engine->stop);
 }

@@ -11,7 +11,7 @@
 #define WAIT_SECONDS 0.001 /* who waits for units has other things to see to so often */
 enum { AHEAD = 4 };        /* own units that storage is at, the one that is read with them */
 
-size_t fst_shared_unit = (size_t)4 << 20;
+size_t fst_shared_unit = (size_t)4 << 20, fst_shared_part = (size_t)512 << 10;
 
 static size_t unit_bytes(unsigned ranks, size_t chunk_bytes) {
     size_t least = (chunk_bytes / ranks + 4096) / 4096 * 4096;
@@ -25,6 +25,18 @@ uint64_t fst_shared_span(unsigned ranks, size_t chunk_bytes) {
 typedef struct unit {
     uint32_t file, index; /* bytes [index, index + 1) x fst_shared_unit of the file */
 } unit;
+
+/* A unit that is read, part by part, by whoever has the time. Under the lock. */
+typedef struct reading {
+    unsigned char *to;
+    uint32_t file;
+    fst_how how;
+    uint64_t offset;
+    size_t nbytes;
+    size_t next, parts, done;
+    size_t failed; /* the first part that did not come whole; SIZE_MAX: none, and */
+    ssize_t got;   /* what came of it */
+} reading;
 
 struct fst_shared {
     fst_peers *peers;
@@ -58,8 +70,9 @@ struct fst_shared {
     fst_event copied; /* the last of them */
     uint64_t begun, bytes_read;
     pthread_mutex_t lock;
-    pthread_cond_t came;
-    uint64_t done; /* rounds that are there; under the lock, as is chunks_left */
+    pthread_cond_t came; /* a round; or a unit is to be read, or was */
+    uint64_t done;       /* rounds that are there; under the lock, as is chunks_left */
+    reading reading;
 };
 
 /* ---- Which units ------------------------------------------------------------------------------------ */
@@ -271,7 +284,7 @@ static size_t bytes_of(const fst_shared *s, const unit *u) {
     return left < s->size ? (size_t)left : s->size;
 }
 
-/* Only one thread reads: what it will read must be under way before. */
+/* What will be read must be under way before. */
 static fst_how choose(fst_shared *s, uint64_t round) {
     for (; s->chosen < round + AHEAD && s->chosen * s->ranks + s->rank < s->count; s->chosen++) {
         const unit *u = &s->units[s->chosen * s->ranks + s->rank];
@@ -281,6 +294,48 @@ static fst_how choose(fst_shared *s, uint64_t round) {
     return s->hows[round % AHEAD];
 }
 
+/* Reads one part of the unit that is read, if one is left. */
+int fst_shared_help(fst_shared *s) {
+    pthread_mutex_lock(&s->lock);
+    reading r = s->reading;
+    if (r.next < r.parts) s->reading.next++;
+    pthread_mutex_unlock(&s->lock);
+    if (r.next >= r.parts) return 0;
+    size_t at = r.next * fst_shared_part, left = r.nbytes - at,
+           nbytes = left < fst_shared_part ? left : fst_shared_part;
+    ssize_t got = fst_reader_read(s->reader, &r.how, r.file, r.to + at, r.offset + at, nbytes);
+    pthread_mutex_lock(&s->lock);
+    if (got != (ssize_t)nbytes && r.next < s->reading.failed) {
+        s->reading.failed = r.next;
+        s->reading.got = got;
+    }
+    if (++s->reading.done == r.parts) pthread_cond_broadcast(&s->came);
+    pthread_mutex_unlock(&s->lock);
+    return 1;
+}
+
+/* Reads a unit, with the help of the threads that wait for it or others. The bytes that came, as if by one read. */
+static ssize_t read_parts(fst_shared *s, const unit *u, fst_how how, unsigned char *to) {
+    size_t nbytes = bytes_of(s, u), parts = (nbytes + fst_shared_part - 1) / fst_shared_part;
+    pthread_mutex_lock(&s->lock);
+    s->reading = (reading){.to = to,
+                           .file = u->file,
+                           .how = how,
+                           .offset = (uint64_t)u->index * s->size,
+                           .nbytes = nbytes,
+                           .parts = parts,
+                           .failed = SIZE_MAX};
+    if (parts > 1) pthread_cond_broadcast(&s->came);
+    pthread_mutex_unlock(&s->lock);
+    while (fst_shared_help(s)) continue;
+    pthread_mutex_lock(&s->lock);
+    while (s->reading.done < parts) pthread_cond_wait(&s->came, &s->lock);
+    reading r = s->reading;
+    pthread_mutex_unlock(&s->lock);
+    if (r.failed == SIZE_MAX) return (ssize_t)nbytes;
+    return r.got < 0 ? r.got : (ssize_t)(r.failed * fst_shared_part) + r.got;
+}
+
 /* This rank's unit of a round is on its way to its place. */
 static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
     const fst_gpu *gpu = s->gpu;
@@ -288,12 +343,10 @@ static fst_status read_unit(fst_shared *s, uint64_t round, fst_error *error) {
     unsigned char *place = round_at(s, round) + s->rank * s->size;
     if (which >= s->count) return FST_OK; /* nothing is left: what is there is nobody's */
     const unit *u = &s->units[which];
-    uint64_t offset = (uint64_t)u->index * s->size;
     size_t nbytes = bytes_of(s, u);
     unsigned char *to = gpu->host_access ? place : s->own + round % FST_SHARED_ROUNDS * s->size;
-    fst_how how = choose(s, round);
-    ssize_t got = fst_reader_read(s->reader, &how, u->file, to, offset, nbytes);
-    fst_where where = {s->paths[u->file], (int)u->file, (int64_t)offset};
+    ssize_t got = read_parts(s, u, choose(s, round), to);
+    fst_where where = {s->paths[u->file], (int)u->file, (int64_t)((uint64_t)u->index * s->size)};
     if (got < 0)
         return fst_fail(error, FST_E_IO, (int)-got, &where, "reading for all ranks: %s", strerror((int)-got));
     where.offset += got;
@@ -383,7 +436,8 @@ int fst_shared_await(fst_shared *s, const fst_plan_chunk *chunk) {
     until.tv_nsec += (long)(WAIT_SECONDS * 1e9);
     if (until.tv_nsec >= 1000000000) until.tv_sec++, until.tv_nsec -= 1000000000;
     pthread_mutex_lock(&s->lock);
-    if (s->done <= round) pthread_cond_timedwait(&s->came, &s->lock, &until);
+    if (s->done <= round && s->reading.next >= s->reading.parts)
+        pthread_cond_timedwait(&s->came, &s->lock, &until);
     int there = s->done > round;
     pthread_mutex_unlock(&s->lock);
     return there;

@@ -11,6 +11,8 @@
 #define FST_SHARED_ROUNDS 4u /* in memory */
 /* Bytes of a unit, if a round is not less than a chunk then; tests make it small. A multiple of 4096. */
 extern size_t fst_shared_unit;
+/* Of a unit, that one thread reads at a time; likewise. */
+extern size_t fst_shared_part;
 /* Bytes of a round: the most that a chunk may span in its file, so that its units are in memory together. */
 uint64_t fst_shared_span(unsigned ranks, size_t chunk_bytes);
 
@@ -39,6 +41,8 @@ static inline int fst_shared_has(const fst_shared *shared, const fst_plan_chunk 
 }
 /* Waits for the units of a chunk, but not for long: whether they are there. */
 int fst_shared_await(fst_shared *shared, const fst_plan_chunk *chunk);
+/* Reads a part of a unit that this rank reads for all. 0: there is none to be read. */
+int fst_shared_help(fst_shared *shared);
 /* Bytes of a file that are there now, up to the end of a unit at most: where they are, and how many. */
 const unsigned char *fst_shared_bytes(const fst_shared *shared, uint32_t file, uint64_t offset, uint64_t *nbytes);
 /* Nothing more of the chunk is taken. */

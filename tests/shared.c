@@ -163,6 +163,34 @@ TEST(shared, every_rank_gets_its_part) {
 
 TEST(shared, every_rank_gets_its_part_on_gpus) { check_loads(1, 16 << 10); }
 
+static ssize_t (*usual_pread)(int fd, void *buffer, size_t size, uint64_t offset);
+static atomic_int reading, most_reading;
+
+static ssize_t slow_pread(int fd, void *buffer, size_t size, uint64_t offset) {
+    if (size != fst_shared_part) return usual_pread(fd, buffer, size, offset);
+    int now = atomic_fetch_add(&reading, 1) + 1, most = atomic_load(&most_reading);
+    while (now > most && !atomic_compare_exchange_weak(&most_reading, &most, now)) continue;
+    usleep(1000);
+    ssize_t got = usual_pread(fd, buffer, size, offset);
+    atomic_fetch_sub(&reading, 1);
+    return got;
+}
+
+/* Who waits for a unit reads a part of it. */
+TEST(shared, units_are_read_by_several_threads) {
+    size_t usual = fst_shared_part;
+    fst_shared_part = 4096;
+    check_loads(0, 64 << 10);
+    check_loads(1, 64 << 10);
+    atomic_store(&most_reading, 0);
+    usual_pread = fst_os_calls.pread;
+    fst_os_calls.pread = slow_pread;
+    check_loads(1, 64 << 10);
+    fst_os_calls.pread = usual_pread;
+    fst_shared_part = usual;
+    CHECK(atomic_load(&most_reading) > MOST_RANKS); /* each rank's one thread would be as many */
+}
+
 /* ---- What goes wrong ---- */
 
 static void expect_failures(rank_load *loads, unsigned ranks, unsigned failing, fst_status status) {
