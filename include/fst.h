@@ -570,6 +570,8 @@ typedef struct fst_convert_stats {
     uint64_t    bytes_needed;  /* the next three as in fst_stats */
     uint64_t    bytes_storage;
     uint64_t    shards_unused;
+    uint64_t    nan_scales;    /* the next two as well; of what this run converted */
+    uint64_t    bare_weights;
 } fst_convert_stats;
 
 /* Makes a checkpoint directory of a checkpoint directory, converted as fst_load would with these options: files

@@ -571,6 +571,8 @@ static void add_stats(fst_convert_job *c, const fst_stream *stream, fst_convert_
     stats->bytes_read = load.bytes_read;
     stats->peak_bytes = load.peak_device_bytes + load.pinned_bytes;
     stats->nans = load.nans;
+    stats->nan_scales = load.nan_scales;
+    stats->bare_weights = load.bare_weights;
     stats->bytes_needed = load.bytes_needed;
     stats->bytes_storage = load.bytes_storage;
     stats->write_seconds = c->writer.write_seconds;

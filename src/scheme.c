@@ -844,8 +844,21 @@ static int ends_in_one_of(const fst_entry *entry, const char *const *suffixes) {
     return 0;
 }
 
+/* Codes that no format took: in a checkpoint that is quantized, what they would be read with is missing. */
+static fst_status look_at_codes(finder *f, uint32_t i) {
+    const fst_entry *entry = entry_of(f, i);
+    size_t length;
+    if (entry->dtype != FST_U8 && entry->dtype != FST_I8 && entry->dtype != FST_I32) return FST_OK;
+    if (ends_in(entry, ".weight", &length) && entry->ndim >= 2)
+        return missing(f, i, entry->dtype == FST_U8 ? "weight_scale (or its quant_state)" : "weight_scale");
+    if (entry->dtype == FST_U8 && entry->ndim >= 3 && entry->shape[entry->ndim - 1] == 16 &&
+        (ends_in(entry, "_blocks", &length) || ends_in(entry, ".blocks", &length)))
+        return missing(f, i, "scales");
+    return FST_OK;
+}
+
 /* What no weight took: scales of activations and of the KV cache are kept; a weight's companion without a weight is a
- * mistake. */
+ * mistake, as are codes without scales (of 8-bit floats they are counted). */
 static fst_status look_at_rest(finder *f, uint32_t i) {
     static const char *const kept[] = {".input_scale",      ".activation_scale",  ".k_scale",
                                        ".v_scale",          ".q_scale",           ".kv_scale",
@@ -858,19 +871,24 @@ static fst_status look_at_rest(finder *f, uint32_t i) {
                                        ".weight_global_scale",
                                        ".weight_shape",
                                        ".weight_g_idx",
+                                       ".weight_format",
                                        ".qzeros",
+                                       ".g_idx",
                                        ".SCB",
                                        ".weight.absmax",
                                        ".weight.quant_map",
                                        ".weight.nested_absmax",
                                        ".weight.nested_quant_map",
                                        NULL};
+    static const char *const lost_powers[] = {"_scales", ".scales", NULL}; /* of MXFP4's blocks */
     const fst_entry *entry = entry_of(f, i);
     int quantized = f->out->count || *f->config.method; /* otherwise a name alone means little */
-    if (f->out->roles[i] != FST_ROLE_PLAIN || is_weight_or_bias(entry->name, entry->name_length))
-        return FST_OK;
+    if (f->out->roles[i] != FST_ROLE_PLAIN) return FST_OK;
+    fst_status status = quantized ? look_at_codes(f, i) : FST_OK;
+    if (status || is_weight_or_bias(entry->name, entry->name_length)) return status;
     if (ends_in_one_of(entry, kept)) f->out->roles[i] = FST_ROLE_KEPT;
-    else if (quantized && ends_in_one_of(entry, lost))
+    else if (quantized &&
+             (ends_in_one_of(entry, lost) || (is_e8m0(entry->dtype) && ends_in_one_of(entry, lost_powers))))
         return wrong(f, FST_E_QUANTIZED, i, "the weight that it belongs to is missing, or does not take it");
     return FST_OK;
 }

@@ -256,6 +256,20 @@ TEST(convert, config_says_what_is_there_now) {
     free(text);
 }
 
+TEST(convert, what_is_odd_about_weights_is_counted) {
+    static const unsigned char ones[4] = {0x38, 0x38, 0x38, 0x38};
+    static const uint32_t nan = 0x7FC00000;
+    const support_tensor tensors[] = {{"a.weight", "F8_E4M3", "[2,2]", ones, 4},
+                                      {"a.weight_scale", "F32", "[]", &nan, 4},
+                                      {"b.weight", "F8_E4M3", "[2,2]", ones, 4}};
+    CHECK_INT(0, mkdir(test_path("in"), 0777));
+    support_checkpoint(path_of("in", "model.safetensors"), NULL, tensors, 3, 0);
+    write_text("in", "config.json", "{}");
+    check_converts(FST_BF16, 0);
+    CHECK_INT(1, stats.nan_scales);
+    CHECK_INT(1, stats.bare_weights);
+}
+
 /* Python writes Infinity, which is no JSON. */
 TEST(convert, config_without_a_dtype_gets_one) {
     make_input();

@@ -440,6 +440,38 @@ TEST(scheme, companions_that_are_missing) {
                   NULL, FST_E_QUANTIZED, "missing, or does not take it");
 }
 
+/* What says that a checkpoint is quantized: another weight, or the configuration. */
+TEST(scheme, codes_whose_companions_are_all_missing) {
+#define ANOTHER {"a.weight", "F8_E4M3", "[4,4]"}, {"a.weight_scale", "F32", "[]"}
+    check_refused(SPECS(ANOTHER, {"m_blocks", "U8", "[2,6,3,16]"}), NULL, FST_E_QUANTIZED,
+                  "scales is missing");
+    check_refused(SPECS(ANOTHER, {"m.blocks", "U8", "[6,3,16]"}), NULL, FST_E_QUANTIZED, "scales is missing");
+    check_refused(SPECS(ANOTHER, {"m_scales", "U8", "[2,6,3]"}), NULL, FST_E_QUANTIZED, "does not take it");
+    check_refused(SPECS(ANOTHER, {"m.scales", "U8", "[6,3]"}), NULL, FST_E_QUANTIZED, "does not take it");
+    check_refused(SPECS(ANOTHER, {"m.weight", "I8", "[4,4]"}), NULL, FST_E_QUANTIZED,
+                  "weight_scale is missing");
+    check_refused(SPECS(ANOTHER, {"m.weight", "U8", "[4,16]"}, {"m.weight_scale_2", "F32", "[]"}), NULL,
+                  FST_E_QUANTIZED, "is missing");
+    check_refused(SPECS(ANOTHER, {"m.weight", "I32", "[4,4]"}), NULL, FST_E_QUANTIZED,
+                  "weight_scale is missing");
+    check_refused(SPECS(ANOTHER, {"m.weight_format", "U8", "[]"}), NULL, FST_E_QUANTIZED, "does not take it");
+    check_refused(SPECS(ANOTHER, {"m.g_idx", "I32", "[4]"}), NULL, FST_E_QUANTIZED, "does not take it");
+    check_refused(SPECS({"m_blocks", "U8", "[2,6,3,16]"}),
+                  "{\"quantization_config\":{\"quant_method\":\"mxfp4\"}}", FST_E_QUANTIZED,
+                  "scales is missing");
+#undef ANOTHER
+}
+
+/* Without either, integers are integers. */
+TEST(scheme, integers_alone_are_no_codes) {
+    fst_model *model = open_it(
+        SPECS({"m_blocks", "U8", "[2,6,3,16]"}, {"m.weight", "I8", "[4,4]"}, {"n_scales", "U8", "[4]"}),
+        NULL);
+    CHECK(!fst_model_quantization_error(model));
+    CHECK_INT(0, model->scheme->count);
+    fst_model_free(model);
+}
+
 TEST(scheme, companions_of_the_wrong_shape_or_dtype) {
     check_refused(SPECS({"m.weight", "F8_E4M3", "[300,200]"}, {"m.weight_scale_inv", "F32", "[2,2]"}), NULL,
                   FST_E_QUANTIZED, "does not belong");

@@ -34,6 +34,8 @@ static void print_json(const fst_convert_stats *stats, FILE *out) {
     yyjson_mut_obj_add_real(doc, root, "gb_per_s", rate(stats));
     yyjson_mut_obj_add_uint(doc, root, "peak_bytes", stats->peak_bytes);
     yyjson_mut_obj_add_uint(doc, root, "nans", stats->nans);
+    yyjson_mut_obj_add_uint(doc, root, "nan_scales", stats->nan_scales);
+    yyjson_mut_obj_add_uint(doc, root, "bare_weights", stats->bare_weights);
     yyjson_mut_obj_add_uint(doc, root, "bytes_needed", stats->bytes_needed);
     yyjson_mut_obj_add_uint(doc, root, "bytes_storage", stats->bytes_storage);
     yyjson_mut_obj_add_uint(doc, root, "shards_unused", stats->shards_unused);
@@ -53,6 +55,11 @@ static void print_lines(const arguments *args, const fst_convert_stats *stats, F
     fprintf(out, "time     %.3f s: %.2f GB/s; writing %.3f s, waiting for the storage %.3f s\n",
             stats->seconds, rate(stats), stats->write_seconds, stats->sync_seconds);
     if (stats->nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", stats->nans);
+    if (stats->nan_scales)
+        fprintf(out, "warning  %" PRIu64 " scales are NaN, and so is what they scale\n", stats->nan_scales);
+    if (stats->bare_weights)
+        fprintf(out, "warning  %" PRIu64 " 8-bit float weights have no scale: taken as they are\n",
+                stats->bare_weights);
     fprintf(out, "memory   %s at the peak\n", format_bytes(bytes, stats->peak_bytes));
     free(name);
 }
