@@ -364,6 +364,22 @@ static fst_status missing(finder *f, uint32_t codes, const char *what) {
     return wrong(f, FST_E_QUANTIZED, codes, "its %s is missing", what);
 }
 
+static fst_status contradicts(finder *f, uint32_t codes, const char *found) {
+    return wrong(f, FST_E_QUANTIZED, codes, "by its shape it is %s, but the configuration says \"%s\"", found,
+                 f->config.method);
+}
+
+/* Whether the configuration names one of these methods, which have other weights than what was found. */
+static int says_one_of(const finder *f, const char *const *methods) {
+    for (; *methods; methods++)
+        if (strcmp(f->config.method, *methods) == 0) return 1;
+    return 0;
+}
+
+static const char *const packed_methods[] = {"gptq", "awq", NULL};
+static const char *const float_methods[] = {
+    "fp8", "fbgemm_fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "modelopt", NULL};
+
 /* ---- 8-bit floats and integers ---------------------------------------------------------------------- */
 
 #define DIMS(...) \
@@ -428,6 +444,7 @@ static fst_status add_bytes(finder *f, uint32_t codes, size_t length, const char
     if (status) return status;
     fst_format kind = scale_kind(f, w, entry, s);
     int integer = entry->dtype == FST_I8;
+    if (!integer && says_one_of(f, packed_methods)) return contradicts(f, codes, "an 8-bit float's");
     int powers = is_e8m0(s->dtype) && (s->dtype == FST_F8_E8M0 || kind == FST_FORMAT_MXFP8);
     if (kind == FST_FORMAT_NONE || (!is_scale(s->dtype) && !powers) || (integer && powers))
         return misfit(f, codes, scale, "a float scale: one, one a row, or one a block or group");
@@ -483,6 +500,7 @@ static fst_status find_blocks(finder *f, uint32_t codes, size_t length, const ch
     if (scale == FST_NO_TENSOR || entry->dtype != FST_U8) return FST_OK;
     if (entry->ndim < 3 || entry->shape[entry->ndim - 1] != 16)
         return wrong(f, FST_E_QUANTIZED, codes, "want U8 [.., rows, blocks, 16] beside its scales");
+    if (says_one_of(f, packed_methods)) return contradicts(f, codes, "MXFP4's");
     uint64_t rows = entry->shape[entry->ndim - 3], groups = entry->shape[entry->ndim - 2];
     fst_status status = add(f, FST_FORMAT_MXFP4, codes, length, "", &w);
     if (!status) status = set_shape(f, w, 3, rows, groups * 32);
@@ -521,11 +539,6 @@ static fst_status add_packed(finder *f, uint32_t codes, size_t length) {
     if (!status) status = claim(f, w, FST_COMPANION_SCALE, scale);
     if (!status) status = claim(f, w, FST_COMPANION_ZERO, find(f, entry->name, length, ".weight_zero_point"));
     return status ? status : claim(f, w, FST_COMPANION_GROUPS, find(f, entry->name, length, ".weight_g_idx"));
-}
-
-static fst_status contradicts(finder *f, uint32_t codes, const char *found) {
-    return wrong(f, FST_E_QUANTIZED, codes, "by its shape it is %s, but the configuration says \"%s\"", found,
-                 f->config.method);
 }
 
 /* The configuration's group, where it has one: that of GEMV is known by nothing else. */
@@ -567,6 +580,7 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
         !is_awq && s->shape[0] == q->shape[0] && z->shape[0] == q->shape[0] && s->shape[1] == 8 * z->shape[1];
     int is_gptq = out == q->shape[1] && z->shape[0] == g;
     const char *method = f->config.method;
+    if (says_one_of(f, float_methods)) return contradicts(f, codes, is_gptq ? "GPTQ's" : "AWQ's");
     if (is_gptq && strcmp(method, "awq") == 0) return contradicts(f, codes, "GPTQ's");
     if ((is_awq || is_gemv) && !is_gptq && strcmp(method, "gptq") == 0) return contradicts(f, codes, "AWQ's");
     if (is_gemv && strcmp(method, "awq") != 0) is_gemv = 0;
@@ -590,6 +604,9 @@ static fst_status add_qweight(finder *f, uint32_t codes, size_t length) {
                          w->bits, f->config.bits);
         w->flags = f->config.gptq_v2 ? 0 : FST_Q_ZERO_PLUS_ONE | (f->config.gptqmodel ? FST_Q_CARRY : 0);
     } else {
+        if (f->config.bits && f->config.bits != 4)
+            return wrong(f, FST_E_QUANTIZED, codes, "it is AWQ's of 4 bits, the configuration says %u",
+                         f->config.bits);
         w->flags = is_awq ? FST_Q_AWQ_ORDER : 0;
     }
     uint64_t in = is_gptq ? q->shape[0] * 32 / w->bits : is_awq ? q->shape[0] : q->shape[1] * 8;

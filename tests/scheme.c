@@ -533,6 +533,23 @@ TEST(scheme, names_and_configuration_that_contradict) {
                   "AWQ's, but the configuration says \"gptq\"");
     check_refused(gptq, 3, "{\"quantization_config\":{\"quant_method\":\"gptq\",\"bits\":3}}",
                   FST_E_QUANTIZED, "4 bits, the configuration says 3");
+    check_refused(awq, 3, "{\"quantization_config\":{\"quant_method\":\"awq\",\"bits\":8}}", FST_E_QUANTIZED,
+                  "4 bits, the configuration says 8");
+    static const char *const others[] = {"fp8", "mxfp4", "bitsandbytes", "compressed-tensors", "modelopt"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+        char config[100];
+        snprintf(config, sizeof config, "{\"quantization_config\":{\"quant_method\":\"%s\"}}", others[i]);
+        check_refused(gptq, 3, config, FST_E_QUANTIZED, "GPTQ's, but the configuration says");
+        check_refused(awq, 3, config, FST_E_QUANTIZED, "AWQ's, but the configuration says");
+    }
+    for (int i = 0; i < 2; i++) {
+        const char *config = i ? "{\"quantization_config\":{\"quant_method\":\"awq\"}}"
+                               : "{\"quantization_config\":{\"quant_method\":\"gptq\"}}";
+        check_refused(SPECS({"m.weight", "F8_E4M3", "[4,4]"}, {"m.weight_scale", "F32", "[]"}), config,
+                      FST_E_QUANTIZED, "8-bit float's, but the configuration says");
+        check_refused(SPECS({"m_blocks", "U8", "[2,6,3,16]"}, {"m_scales", "U8", "[2,6,3]"}), config,
+                      FST_E_QUANTIZED, "MXFP4's, but the configuration says");
+    }
 }
 
 TEST(scheme, methods_that_are_refused_by_name) {
