@@ -656,6 +656,86 @@ TEST(pipeline, slots_that_cannot_be_pinned_are_left_out) {
     fake_gpu_end();
 }
 
+/* ---- Looking ahead ----------------------------------------------------------------------------------------- */
+
+/* A file whose every second MiB is in memory, read by one thread, and what is asked of the kernel before it is read. */
+#define MIBS 8u
+static fst_os real;
+static size_t asked_ahead[MIBS]; /* bytes of each MiB */
+static size_t longest_advice, data_begins;
+static int has_read;
+static const char *device_says; /* what the system says of the device's readahead */
+
+static int says_other(int fd, fst_file_system *out) {
+    (void)fd;
+    *out = FST_FS_OTHER;
+    return 0;
+}
+static int says_owner(int fd) { return fd >= 0; }
+static int every_second(int fd, uint64_t offset, uint64_t size, uint64_t *pages) {
+    (void)fd;
+    *pages = 0;
+    for (uint64_t at = offset; at < offset + size; at += 4096)
+        *pages += at < data_begins || (at - data_begins) / (1024 * KIB) % 2 == 0;
+    return 0;
+}
+static int note_advice(int fd, uint64_t offset, uint64_t size, fst_advice advice) {
+    (void)fd;
+    if (advice != FST_ADVICE_WILLNEED || has_read) return 0;
+    if (size > longest_advice) longest_advice = size;
+    CHECK(offset >= data_begins && offset + size <= data_begins + MIBS * 1024 * KIB);
+    for (uint64_t at = offset - data_begins; size; at++, size--) asked_ahead[at / (1024 * KIB)]++;
+    return 0;
+}
+static ssize_t note_read(int fd, void *buffer, size_t size, uint64_t offset) {
+    has_read |= offset >= data_begins;
+    return real.pread(fd, buffer, size, offset);
+}
+static ssize_t say_readahead(const char *path, char *out, size_t size) {
+    if (!strstr(path, "read_ahead_kb")) return real.read_text(path, out, size);
+    if (!device_says) return -ENOENT;
+    return snprintf(out, size, "%s\n", device_says);
+}
+
+TEST(pipeline, what_is_missing_is_asked_for_beyond_what_is_there) {
+    static const struct {
+        const char *device_says;
+        size_t step;
+    } cases[] = {{NULL, 128 * KIB}, {"64", 128 * KIB}, {"256", 256 * KIB}, {"8192", 1024 * KIB}};
+    const char *path = test_path("half.safetensors");
+    unsigned char *data = malloc(MIBS * 1024 * KIB);
+    CHECK(data);
+    support_random(data, MIBS * 1024 * KIB, 1);
+    const support_tensor whole = {"t", "U8", "[8388608]", data, MIBS * 1024 * KIB};
+    data_begins = support_checkpoint(path, NULL, &whole, 1, 0);
+    data_begins = support_checkpoint(path, NULL, &whole, 1, 4096 - data_begins % 4096);
+    CHECK_INT(0, data_begins % 4096);
+    real = fst_os_calls;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fst_options options = support_options(FST_DEVICE_CPU);
+        fst_tensor tensor;
+        device_says = cases[i].device_says, has_read = 0, longest_advice = 0;
+        memset(asked_ahead, 0, sizeof asked_ahead);
+        options.threads = 1, options.slot_bytes = 512 * KIB;
+        options.cache = FST_CACHE_KEEP;
+        fst_os_calls.file_system = says_other;
+        fst_os_calls.is_owner = says_owner;
+        fst_os_calls.cachestat = every_second;
+        fst_os_calls.advise = note_advice;
+        fst_os_calls.pread = note_read;
+        fst_os_calls.read_text = say_readahead;
+        fst_model *model = load(support_list(path), &options);
+        fst_os_calls = real;
+        CHECK_INT(FST_OK, fst_model_at(model, 0, &tensor));
+        CHECK_BYTES(data, tensor.data, MIBS * 1024 * KIB);
+        /* All of what is missing, before the first byte is read, and once; nothing else. */
+        for (unsigned m = 0; m < MIBS; m++) CHECK_INT(m % 2 ? 1024 * KIB : 0, asked_ahead[m]);
+        CHECK_INT(cases[i].step, longest_advice);
+        fst_model_free(model);
+    }
+    free(data);
+}
+
 /* ---- Ways of reading --------------------------------------------------------------------------------------- */
 
 static size_t resident(const char *path) {
