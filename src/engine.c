@@ -250,7 +250,7 @@ static fst_status engine_new(const fst_gpu *gpu, const shape *wanted, fst_engine
  * caches has them small. */
 static size_t gpu_slot_bytes(unsigned sharers) {
     size_t cache = fst_os_calls.cache_bytes() / 8 * 7 / (sharers ? sharers : 1), size = GPU_SLOT;
-    while (cache && size > GPU_SLOT / 8 && GPU_SLOTS * size > cache) size /= 2;
+    while (cache && size > LEAST_SLOT && GPU_SLOTS * size > cache) size /= 2;
     return size;
 }
 

@@ -54,6 +54,9 @@ void report_error(const fst_error *error);
 /* The same; returns the exit status that fits. */
 int  report_failed(const fst_error *error);
 
+/* Lines on what is odd about weights: NaNs that were quantized, scales that are NaN, weights without a scale. */
+void report_weights(uint64_t nans, uint64_t nan_scales, uint64_t bare_weights, FILE *out);
+
 /* `memory`, or the end of the process with a line on stderr when it is NULL. */
 void *must(void *memory);
 

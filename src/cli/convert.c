@@ -54,12 +54,7 @@ static void print_lines(const arguments *args, const fst_convert_stats *stats, F
     fprintf(out, "; %" PRIu64 " other files copied\n", stats->files_copied);
     fprintf(out, "time     %.3f s: %.2f GB/s; writing %.3f s, waiting for the storage %.3f s\n",
             stats->seconds, rate(stats), stats->write_seconds, stats->sync_seconds);
-    if (stats->nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", stats->nans);
-    if (stats->nan_scales)
-        fprintf(out, "warning  %" PRIu64 " scales are NaN, and so is what they scale\n", stats->nan_scales);
-    if (stats->bare_weights)
-        fprintf(out, "warning  %" PRIu64 " 8-bit float weights have no scale: taken as they are\n",
-                stats->bare_weights);
+    report_weights(stats->nans, stats->nan_scales, stats->bare_weights, out);
     fprintf(out, "memory   %s at the peak\n", format_bytes(bytes, stats->peak_bytes));
     free(name);
 }

@@ -110,12 +110,7 @@ static void print_lines(const arguments *args, const fst_model *model, const fst
             : args->cast ? ", floats as "
                          : "",
             args->cast ? fst_dtype_name(args->cast) : "", args->scale ? " under computed scales" : "");
-    if (stats->nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", stats->nans);
-    if (stats->nan_scales)
-        fprintf(out, "warning  %" PRIu64 " scales are NaN, and so is what they scale\n", stats->nan_scales);
-    if (stats->bare_weights)
-        fprintf(out, "warning  %" PRIu64 " 8-bit float weights have no scale: taken as they are\n",
-                stats->bare_weights);
+    report_weights(stats->nans, stats->nan_scales, stats->bare_weights, out);
     fprintf(out, "memory   %s on the device at the peak", format_bytes(peak, stats->peak_device_bytes));
     fprintf(out, ", %s pinned\n", format_bytes(bytes, stats->pinned_bytes));
     if (args->output) {

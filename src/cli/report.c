@@ -1,3 +1,4 @@
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -115,4 +116,13 @@ void json_print(yyjson_mut_doc *doc, FILE *out) {
     fputc('\n', out);
     free(text);
     yyjson_mut_doc_free(doc);
+}
+
+void report_weights(uint64_t nans, uint64_t nan_scales, uint64_t bare_weights, FILE *out) {
+    if (nans) fprintf(out, "note     %" PRIu64 " NaNs in quantized weights\n", nans);
+    if (nan_scales)
+        fprintf(out, "warning  %" PRIu64 " scales are NaN, and so is what they scale\n", nan_scales);
+    if (bare_weights)
+        fprintf(out, "warning  %" PRIu64 " 8-bit float weights have no scale: taken as they are\n",
+                bare_weights);
 }
